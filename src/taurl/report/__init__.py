@@ -1,0 +1,1 @@
+"""Reads a run directory, writes one self-contained HTML page."""

@@ -1,0 +1,1 @@
+"""What every training run needs, whichever wing it is in."""
