@@ -1,0 +1,151 @@
+"""How a prompt becomes token ids, and where a completion ends.
+
+A prompt is a string or a list of messages {"role", "content"}. Nothing here decodes and encodes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+from taurl.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Message: TypeAlias = Mapping[str, Any]
+Prompt: TypeAlias = str | Sequence[Message]
+PromptFormat: TypeAlias = Literal["auto", "chat", "text"]
+"""What a string prompt is: `auto`, one message of the user where the tokenizer has a chat template and raw text where
+it has none; `chat`, always a message; `text`, always raw (what TRL makes of a string). A list of messages always goes
+through the template."""
+
+MARKER = "taurl"  # a word that no template writes, trims or escapes
+
+
+def prompt_problem(prompt: object) -> str | None:
+    """What is wrong with a prompt, in a few words that fit after "row 3: ", or None if it is well formed."""
+    if isinstance(prompt, str):
+        return None if prompt.strip() else "the prompt is an empty string"
+    if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
+        return f"the prompt is {_shown(prompt)}; expected a string or a list of messages"
+    if not prompt:
+        return "the prompt is an empty list of messages"
+    for position, message in enumerate(prompt, start=1):
+        if not isinstance(message, Mapping):
+            return f"message {position} is {_shown(message)}; expected {{'role': …, 'content': …}}"
+        for key in ("role", "content"):
+            if key not in message:
+                return f"message {position} has no '{key}' (it has {', '.join(map(str, message)) or 'nothing'})"
+            if not isinstance(message[key], str):
+                return f"message {position} has {_shown(message[key])} as '{key}'; expected a string"
+    return None
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:59] + '…'} ({type(value).__name__})"
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """The prompt as text to show and to compare: a single message of the user reads like the string it holds."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and prompt[0]["role"] == "user":
+        return cast(str, prompt[0]["content"])
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def as_completion(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
+    """A completion in the form of its prompt, as in TRL: text for a string, a message of the assistant for messages."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def encode_prompt(
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    system_prompt: str | None = None,
+    prompt_format: PromptFormat = "auto",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    row: int | None = None,
+) -> list[int]:
+    """The token ids that a completion of `prompt` continues.
+
+    Messages end with the template's opening of the assistant's turn; if the last message is the assistant's, it is
+    continued instead. `system_prompt` is put before a prompt that has no system message; a prompt that has one keeps
+    its own. Raw text gets the beginning-of-sequence token where the tokenizer adds one, and never two or an end of
+    sequence.
+
+    Args:
+        chat_template_kwargs: handed to the chat template (`enable_thinking=False` for some models).
+        row: index of the data row (from 0), for the error message only.
+    Raises: InputError for a malformed prompt, or where a chat template is needed and missing or refuses the messages.
+    """
+    where = "prompt" if row is None else f"row {row + 1} of the data"
+    if problem := prompt_problem(prompt):
+        raise InputError(f"{where}: {problem}")
+    has_template = bool(tokenizer.chat_template)
+    if isinstance(prompt, str):
+        if prompt_format == "text" or (prompt_format == "auto" and not has_template):
+            if system_prompt is not None:
+                raise InputError(
+                    "system_prompt needs a chat template, and these prompts are raw text; put it into the prompts"
+                )
+            return _encode_text(prompt, tokenizer)
+        prompt = [{"role": "user", "content": prompt}]
+    if not has_template:
+        raise InputError(f"{where}: messages need a chat template, and this tokenizer has none; give strings instead")
+    messages = [dict(message) for message in prompt]
+    if system_prompt is not None and all(message["role"] != "system" for message in messages):
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    continued = messages[-1]["role"] == "assistant"
+    try:
+        ids = tokenizer.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=False,
+            add_generation_prompt=not continued,
+            continue_final_message=continued,
+            **(chat_template_kwargs or {}),
+        )
+    except Exception as error:  # a template raises what it likes, jinja2's errors most often
+        raise InputError(f"{where}: the chat template refuses the messages: {' '.join(str(error).split())}") from error
+    return list(cast(list[int], ids))
+
+
+def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    begin = [tokenizer.bos_token_id]
+    # Of what the tokenizer puts around a text only its beginning is wanted: a text that was closed has no continuation.
+    if tokenizer(text)["input_ids"][:1] == begin and ids[:1] != begin:
+        return begin + ids
+    return ids
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a completion, ascending.
+
+    Those of generation_config, the tokenizer's own, and the one that ends the assistant's turn, which is read off the
+    chat template since a model may come with a generation_config that forgets it.
+    """
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = {configured} if isinstance(configured, int) else set(configured or ())
+    found |= {tokenizer.eos_token_id, _end_of_turn(tokenizer)} - {None}
+    return tuple(sorted(int(token) for token in found))
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    if not tokenizer.chat_template:
+        return None
+    turn = [{"role": "user", "content": MARKER}, {"role": "assistant", "content": MARKER}]
+    try:
+        text = cast(str, tokenizer.apply_chat_template(turn, tokenize=False))
+    except Exception:  # a template for another shape of conversation: the other two sources remain
+        return None
+    tail = text[text.rfind(MARKER) + len(MARKER) :].strip()
+    ids = cast(list[int], tokenizer(tail, add_special_tokens=False)["input_ids"]) if tail else []
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
+        tokenizer.all_special_ids
+    )
+    return ids[0] if ids and ids[0] in special else None

@@ -1,0 +1,133 @@
+"""Rows from JSONL, JSON, CSV and Parquet files. A row that cannot be read is named by file and line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from taurl.llm.hub import one_line
+from taurl.runtime.errors import InputError
+
+Row = dict[str, Any]
+
+
+def read_file(name: str) -> list[Row]:
+    """All rows of a data file, one dict a row, chosen by the file's ending (see `READERS`). CSV values stay strings.
+
+    Raises: InputError for a missing or empty file, an unknown ending, or the first row that cannot be read, with its
+    line.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise InputError(f"data set '{name}' is a folder; give one file in it ({', '.join(READERS)})")
+    if not path.is_file():
+        raise InputError(f"no such data file: '{name}'")
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"data file '{name}' ends in '{path.suffix}'; expected one of {', '.join(READERS)}")
+    try:
+        rows = reader(path)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read: {one_line(error)}") from error
+    if not rows:
+        raise InputError(f"{name}: holds no rows")
+    return rows
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    with path.open(encoding="utf-8-sig") as file:
+        return _parse_lines(path, file)
+
+
+def _parse_lines(path: Path, lines: Iterable[str]) -> list[Row]:
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not JSON ({one_line(error)}): {_excerpt(line)}") from error
+        rows.append(_require_object(row, f"{path}:{number}"))
+    return rows
+
+
+def _read_json(path: Path) -> list[Row]:
+    text = path.read_text(encoding="utf-8-sig")
+    if not text.lstrip().startswith("["):
+        return _parse_lines(
+            path, text.split("\n")
+        )  # JSON lines under the shorter name; `splitlines` would cut at U+2028 too
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {one_line(error)}") from error
+    return [_require_object(row, f"{path}: item {number}") for number, row in enumerate(rows, start=1)]
+
+
+def _require_object(row: object, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise InputError(
+            f"{where}: found {_excerpt(json.dumps(row, ensure_ascii=False))}; expected an object {{column: value}}"
+        )
+    return row
+
+
+def _excerpt(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def _read_csv(path: Path) -> list[Row]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        rows: list[Row] = []
+        header: list[str] | None = None
+        try:
+            for values in reader:
+                if not values:
+                    continue
+                if header is None:
+                    header = _header(values, path)
+                elif len(values) != len(header):
+                    raise InputError(
+                        f"{path}:{reader.line_num}: {len(values)} values for the {len(header)} columns "
+                        f"{', '.join(header)}; "
+                        "quote a value that holds commas or line breaks"
+                    )
+                else:
+                    rows.append(dict(zip(header, values, strict=True)))
+        except csv.Error as error:
+            raise InputError(f"{path}:{reader.line_num}: not CSV: {one_line(error)}") from error
+        return rows
+
+
+def _header(names: list[str], path: Path) -> list[str]:
+    unusable = sorted({name for name in names if not name.strip() or names.count(name) > 1})
+    if unusable:
+        raise InputError(f"{path}:1: the header names a column twice or not at all: {unusable[0]!r}")
+    return names
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: not a readable Parquet file: {one_line(error)}") from error
+    return rows
+
+
+READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

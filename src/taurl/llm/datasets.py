@@ -1,0 +1,228 @@
+"""Rows to train and evaluate on: where they come from, what they hold, how they are split, in which order they are
+taken.
+
+Rows are a plain list of dicts, one per example, with the column names of Hugging Face TRL (`prompt` for GRPO).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+
+from taurl.llm.chat import prompt_problem, prompt_text
+from taurl.llm.data_files import READERS, Row, read_file
+from taurl.llm.hub import hub_cache_only, hub_problem, one_line
+from taurl.llm.reasoning_tasks import PREFIX, reasoning_rows
+from taurl.runtime.errors import InputError
+
+Rows = list[Row]
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
+
+def load_rows(
+    name: str,
+    *,
+    arguments: Mapping[str, str | int | float | bool] | None = None,
+    columns: Mapping[str, str] | None = None,
+    answer_after: str | None = None,
+) -> Rows:
+    """Read a data set by name.
+
+    Args:
+        name: `reasoning-gym:TASK`; a .jsonl, .json, .csv or .parquet file; or a hub name, as `owner/name`,
+            `owner/name:split` or `owner/name:config:split` (split: train unless given).
+        arguments: of the reasoning-gym task, with `size` and `seed`.
+        columns: old name to new name.
+        answer_after: keep of the column `answer` what follows this marker (`####` in GSM8K), without commas between
+            thousands.
+    Raises: InputError (one line) for anything that cannot be read or found.
+    """
+    if name.startswith(PREFIX):
+        rows = reasoning_rows(name.removeprefix(PREFIX), arguments or {})
+    elif arguments:
+        raise InputError(f"data set '{name}' takes no arguments ({', '.join(arguments)} given); only {PREFIX}TASK does")
+    elif name.startswith(("/", "~", ".")) or name.endswith(tuple(READERS)) or Path(name).exists():
+        rows = read_file(name)
+    else:
+        rows = _hub_rows(name)
+    return prepare_rows(rows, columns=columns, answer_after=answer_after)
+
+
+def prepare_rows(rows: object, *, columns: Mapping[str, str] | None = None, answer_after: str | None = None) -> Rows:
+    """Rows given from Python, or just read, with their columns renamed and the answer cut out as `load_rows` says."""
+    ready = rename_columns(as_rows(rows), columns or {})
+    return ready if answer_after is None else extract_answers(ready, answer_after)
+
+
+def _hub_rows(name: str) -> Rows:
+    import datasets
+
+    repository, *selection = name.split(":")
+    if len(selection) > 2:
+        raise InputError(f"data set '{name}': expected owner/name, owner/name:split or owner/name:config:split")
+    split_name = selection[-1] if selection else "train"
+    config = selection[0] if len(selection) == 2 else None
+    unreachable = hub_problem(repository, "dataset")
+    try:
+        with hub_cache_only() if unreachable else nullcontext():
+            return as_rows(datasets.load_dataset(repository, config, split=split_name))
+    except InputError:
+        raise
+    except Exception as error:  # a loader can fail in as many ways as there are formats
+        reason = unreachable or one_line(error)
+        raise InputError(
+            f"data set '{name}': no such file, and not to be had from the hub ({reason}); "
+            f"give {PREFIX}TASK, a file ({', '.join(READERS)}) or a hub name"
+        ) from error
+
+
+def as_rows(rows: object) -> Rows:
+    """A `datasets.Dataset` or any sequence of mappings as a list of dicts (new ones; the values are shared).
+
+    A column that a row lacks is None there, as the `datasets` library has it.
+    Raises: InputError for anything else, for an empty data set, or for a row that is no mapping, named.
+    """
+    if isinstance(rows, Mapping):
+        raise InputError(
+            f"the data is a mapping of {', '.join(map(str, rows)) or 'nothing'}; give one of these (a split), not all"
+        )
+    if not (isinstance(rows, Sequence) or (hasattr(rows, "__len__") and hasattr(rows, "column_names"))) or isinstance(
+        rows, str
+    ):
+        raise InputError(f"the data is a {type(rows).__name__}; expected a datasets.Dataset or a list of dicts")
+    plain: Rows = []
+    for number, row in enumerate(rows, start=1):  # type: ignore[arg-type, var-annotated]
+        if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
+            raise InputError(
+                f"row {number} of the data is a {type(row).__name__}; expected a dict with column names as keys"
+            )
+        plain.append(dict(row))
+    if not plain:
+        raise InputError("the data set is empty")
+    names = columns_of(plain)
+    return [row if len(row) == len(names) else dict.fromkeys(names) | row for row in plain]
+
+
+def columns_of(rows: Rows) -> list[str]:
+    """The names of all columns, in order of appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def rename_columns(rows: Rows, columns: Mapping[str, str]) -> Rows:
+    """Rows with columns renamed, old name to new. Raises: InputError for a missing column, or a name taken twice."""
+    if not columns:
+        return rows
+    available = columns_of(rows)
+    for old in columns:
+        if old not in available:
+            raise InputError(f"no column '{old}' to rename to '{columns[old]}'; the data has {', '.join(available)}")
+    names = [columns.get(name, name) for name in available]
+    for new in columns.values():
+        if names.count(new) > 1:
+            raise InputError(
+                f"two columns would be named '{new}'; the data has {', '.join(available)}; rename the other one as well"
+            )
+    return [{columns.get(name, name): value for name, value in row.items()} for row in rows]
+
+
+def extract_answers(rows: Rows, marker: str) -> Rows:
+    """Rows whose column `answer` is what followed the last `marker` in it, stripped, with `1,234` written `1234`.
+
+    Raises: InputError naming the first row whose answer is no text or holds no marker.
+    """
+    if "answer" not in columns_of(rows):
+        raise InputError(f"no column 'answer' to cut after '{marker}'; the data has {', '.join(columns_of(rows))}")
+    extracted = []
+    for number, row in enumerate(rows, start=1):
+        answer = row["answer"]
+        if not isinstance(answer, str) or marker not in answer:
+            raise InputError(f"row {number} of the data: no '{marker}' in its answer {str(answer)[-60:]!r}")
+        extracted.append(row | {"answer": THOUSANDS.sub("", answer.rpartition(marker)[2].strip())})
+    return extracted
+
+
+def check_prompts(rows: Rows) -> None:
+    """Require a string or messages as `prompt` in every row. Raises: InputError naming the row, counted from 1."""
+    if not rows:
+        raise InputError("the data set is empty")
+    available = columns_of(rows)
+    if "prompt" not in available:
+        raise InputError(f"no column 'prompt'; the data has {', '.join(available)}; rename one: {available[0]}=prompt")
+    for number, row in enumerate(rows, start=1):
+        if problem := prompt_problem(row["prompt"]):
+            raise InputError(f"row {number} of the data: {problem}")
+
+
+def _key(row: Row) -> str:
+    """What makes two rows the same question: the text of the prompt, white space apart."""
+    return " ".join(prompt_text(row["prompt"]).split())
+
+
+def split(rows: Rows, held_out: int, seed: int) -> tuple[Rows, Rows, int]:
+    """Hold out `held_out` rows of distinct prompt text, and train on no row whose text is among them.
+
+    Returns: training rows (in order, repeats among themselves kept), held-out rows (in order), and how many further
+    rows were
+        left out of training because they repeat a held-out text.
+    Raises: InputError if there are not more distinct texts than rows to hold out.
+    """
+    if held_out == 0:
+        return rows, [], 0
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(_key(row), row)
+    if held_out < 0 or held_out >= len(first):
+        raise InputError(
+            f"cannot hold out {held_out} of {len(rows)} rows: they have {len(first)} distinct prompts, and at least "
+            "one must be left to train on; hold out fewer or give more rows"
+        )
+    keys = list(first)
+    drawn = np.random.default_rng(seed).choice(len(keys), size=held_out, replace=False)
+    chosen = {keys[index] for index in drawn}
+    train, _ = _without(rows, chosen)
+    return train, [first[key] for key in keys if key in chosen], len(rows) - len(train) - held_out
+
+
+def distinct_from(train: Rows, held_out: Rows) -> tuple[Rows, int]:
+    """Training rows whose prompt text does not occur in `held_out`, and how many were left out.
+
+    Raises: InputError if none is left.
+    """
+    kept, removed = _without(train, {_key(row) for row in held_out})
+    if not kept:
+        raise InputError(
+            f"all {len(train)} training prompts are among the {len(held_out)} held-out ones; evaluate on other rows"
+        )
+    return kept, removed
+
+
+def _without(rows: Rows, keys: Collection[str]) -> tuple[Rows, int]:
+    kept = [row for row in rows if _key(row) not in keys]
+    return kept, len(rows) - len(kept)
+
+
+class PromptOrder:
+    """An endless stream of row indices in reshuffled epochs; each index follows from (seed, position) alone.
+
+    So a run that resumes needs to remember its position and nothing else. Every epoch holds each row once.
+    """
+
+    def __init__(self, count: int, seed: int):
+        if count < 1:
+            raise InputError("there are no rows to take prompts from")
+        self.count, self.seed = count, seed
+        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def take(self, start: int, n: int) -> list[int]:
+        """The `n` indices from position `start` on."""
+        return [self._at(position) for position in range(start, start + n)]
+
+    def _at(self, position: int) -> int:
+        epoch, offset = divmod(position, self.count)
+        if epoch != self._epoch[0]:
+            self._epoch = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count)
+        return int(self._epoch[1][offset])

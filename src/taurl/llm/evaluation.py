@@ -1,0 +1,126 @@
+"""Scoring a policy greedily on held-out rows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from taurl.llm.chat import as_completion, prompt_text
+from taurl.llm.generation import Completion, Generator, Sampling
+from taurl.llm.rewards import RewardSet, Scores
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a reward function may know of the run, by TRL's names."""
+
+    global_step: int
+    max_steps: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures (`eval/…`) and one sample a row, as samples.jsonl has them."""
+
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+
+
+def evaluate(
+    generator: Generator,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    prompts: Sequence[Sequence[int]],
+    rewards: RewardSet,
+    sampling: Sampling,
+    *,
+    state: TrainerState = TrainerState(0, 0),
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Complete every row once and score it.
+
+    Args:
+        rows: data rows; `prompts` are their token ids.
+        sampling: temperature 0 for greedy answers.
+        progress: called with (rows done, rows in all).
+    """
+    groups = generator.generate(prompts, 1, sampling, progress=progress)
+    completions = [group[0] for group in groups]
+    scores = score(rows, completions, tokenizer, rewards, state)
+    metrics = {f"eval/{name}": value for name, value in reward_metrics(rewards.names, scores).items()}
+    lengths = [len(completion.tokens) for completion in completions]
+    metrics["eval/completions/mean_length"] = float(np.mean(lengths))
+    metrics["eval/completions/clipped_ratio"] = float(np.mean([c.finish == "length" for c in completions]))
+    samples = [
+        {"step": state.global_step, "kind": "evaluation", "row": index, **sample}
+        for index, sample in enumerate(describe(rows, completions, tokenizer, rewards.names, scores))
+    ]
+    return Evaluation(metrics, samples)
+
+
+def score(
+    rows: Sequence[dict[str, Any]],
+    completions: Sequence[Completion],
+    tokenizer: PreTrainedTokenizerBase,
+    rewards: RewardSet,
+    state: TrainerState,
+) -> Scores:
+    """Rewards of one completion a row."""
+    texts = [decode(tokenizer, completion.tokens) for completion in completions]
+    names = {name for row in rows for name in row} - {"prompt", "completion", "prompts", "completions"}
+    return rewards(
+        prompts=[row["prompt"] for row in rows],
+        completions=[as_completion(row["prompt"], text) for row, text in zip(rows, texts, strict=True)],
+        completion_ids=[completion.tokens for completion in completions],
+        columns={name: [row.get(name) for row in rows] for name in sorted(names)},
+        trainer_state=state,
+    )
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """The text of token ids, without special tokens and with its white space as it is."""
+    text = tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def reward_metrics(names: Sequence[str], scores: Scores) -> dict[str, float]:
+    """`reward` and, for each function, mean, standard deviation and time; rows it does not apply to left out."""
+    metrics = {"reward": mean(scores.total)}
+    for column, name in enumerate(names):
+        values = scores.values[:, column]
+        metrics[f"rewards/{name}/mean"] = mean(values)
+        metrics[f"rewards/{name}/std"] = float(np.std(values[~np.isnan(values)])) if not np.isnan(values).all() else 0.0
+        metrics[f"rewards/{name}/seconds"] = scores.seconds[name]
+    return metrics | scores.metrics
+
+
+def mean(values: np.ndarray) -> float:
+    """Mean of the values that are not NaN; NaN if there are none."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def describe(
+    rows: Sequence[dict[str, Any]],
+    completions: Sequence[Completion],
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    scores: Scores,
+) -> list[dict[str, Any]]:
+    """One record a completion, as samples.jsonl has it."""
+    return [
+        {
+            "prompt": prompt_text(row["prompt"]),
+            "completion": decode(tokenizer, completion.tokens),
+            "reward": float(scores.total[index]),
+            "rewards": dict(zip(names, map(float, scores.values[index]), strict=True)),
+            "finish": completion.finish,
+            "tokens": len(completion.tokens),
+            **({"answer": row["answer"]} if "answer" in row else {}),
+            **{name: values[index] for name, values in scores.extra.items()},
+        }
+        for index, (row, completion) in enumerate(zip(rows, completions, strict=True))
+    ]

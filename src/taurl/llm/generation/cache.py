@@ -1,0 +1,79 @@
+"""Key-value storage by slot: each running sequence owns one row and writes into it in place."""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer's keys and values, [slots, heads, capacity, head size], allocated at the first write."""
+
+    is_sliding = False
+
+    def __init__(self, place: "Placement"):
+        super().__init__()
+        self.place = place
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        slots, capacity = self.place.slots, self.place.capacity
+        self.keys = key_states.new_zeros(slots, key_states.shape[1], capacity, key_states.shape[3])
+        self.values = value_states.new_zeros(slots, value_states.shape[1], capacity, value_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write the new states at (rows, columns) and return the rows' keys and values up to column `view`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        place = self.place
+        rows = slice(place.first_row, place.first_row + key_states.shape[0])
+        keys, values = self.keys[rows], self.values[rows]
+        if place.columns is None:  # a prefill: columns 0 … L − 1 of every row
+            keys[:, :, : key_states.shape[2]] = key_states
+            values[:, :, : key_states.shape[2]] = value_states
+        else:  # one token a row, each at its own column
+            row = torch.arange(len(keys), device=keys.device)
+            keys[row, :, place.columns] = key_states[:, :, 0]
+            values[row, :, place.columns] = value_states[:, :, 0]
+        return keys[:, :, : place.view], values[:, :, : place.view]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.place.view, 0
+
+    def get_seq_length(self) -> int:
+        return self.place.view
+
+    def get_max_length(self) -> int:
+        return self.place.capacity
+
+
+class Placement:
+    """Where the next forward pass writes; shared by all layers.
+
+    Attributes:
+        slots, capacity: rows and columns of the storage.
+        first_row: the pass works on rows first_row, first_row + 1, …
+        columns: int64 [rows], where each row writes its one token; None for a prefill from column 0.
+        view: how many columns the pass may see.
+    """
+
+    def __init__(self, slots: int, capacity: int):
+        self.slots, self.capacity = slots, capacity
+        self.first_row = 0
+        self.columns: Tensor | None = None
+        self.view = 0
+
+
+class SlotCache(Cache):
+    """`slots` rows of `capacity` columns in every layer. Columns are positions: nothing is padded on the left."""
+
+    def __init__(self, layers: int, slots: int, capacity: int):
+        self.place = Placement(slots, capacity)
+        super().__init__(layers=[SlotLayer(self.place) for _ in range(layers)])
+
+    def copy_rows(self, source: "SlotCache", source_rows: Tensor, rows: Tensor, columns: int) -> None:
+        """Copy the first `columns` columns of the source's rows into these rows, in every layer."""
+        for layer, other in zip(self.layers, source.layers, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(other.keys, other.values)
+            layer.keys[rows, :, :columns] = other.keys[source_rows, :, :columns]
+            layer.values[rows, :, :columns] = other.values[source_rows, :, :columns]

@@ -1,0 +1,83 @@
+"""The slow generator: `model.generate`, as the yardstick for the fast one and for models that it does not know."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from taurl.llm.generation.draw import draw, uniforms
+from taurl.llm.generation.protocol import Completion, Sampling, check_prompts, ends
+from taurl.llm.heads import causal_lm
+
+
+class KeyedDraw(LogitsProcessor):
+    """Draws each row's token by its own uniform number and leaves only that token possible."""
+
+    def __init__(self, sampling: Sampling, numbers: np.ndarray):
+        self.sampling, self.numbers = sampling, torch.from_numpy(numbers)
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tokens, logprobs = draw(scores, self.numbers[:, len(self.logprobs)].to(scores.device), self.sampling)
+        self.logprobs.append(logprobs)
+        return torch.full_like(scores, -torch.inf).scatter(-1, tokens[:, None], 0.0)
+
+
+class TransformersSampler:
+    """`model.generate` one prompt at a time, with the draws of the slot sampler: the same tokens, slowly.
+
+    Args: as for `SlotSampler`.
+    """
+
+    def __init__(self, model: nn.Module, *, stop_token_ids: Iterable[int] = (), tokenizer=None):
+        self.model, self.tokenizer = model, tokenizer
+        self.stop_token_ids = frozenset(stop_token_ids)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        count: int,
+        sampling: Sampling,
+        *,
+        key: tuple[int, int] = (0, 0),
+        on_token: Callable[[int, int, int], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """See `Generator.generate`; `on_token` is called when a prompt's completions are all there."""
+        check_prompts(prompts, sampling, self.model.config.get_text_config().max_position_embeddings)
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_tokens,
+            do_sample=False,
+            eos_token_id=sorted(self.stop_token_ids) or None,
+            pad_token_id=0,
+        )
+        groups = []
+        for prompt, ids in enumerate(prompts):
+            numbers = np.stack([uniforms(key, prompt, completion, sampling.max_tokens) for completion in range(count)])
+            keyed = KeyedDraw(sampling, numbers)
+            copies = torch.tensor(ids, device=self.model.device).expand(count, -1)
+            output = causal_lm(self.model).generate(
+                copies,
+                attention_mask=torch.ones_like(copies),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([keyed]),
+            )
+            rows, logprobs = output[:, len(ids) :].tolist(), torch.stack(keyed.logprobs, 1).tolist()
+            groups.append([self._cut(*row, sampling) for row in zip(rows, logprobs, strict=True)])
+            if on_token:
+                for completion, cut in enumerate(groups[-1]):
+                    for token in cut.tokens:
+                        on_token(prompt, completion, token)
+            if progress:
+                progress((prompt + 1) * count, len(prompts) * count)
+        return groups
+
+    def _cut(self, tokens: list[int], logprobs: list[float], sampling: Sampling) -> Completion:
+        """Cut a row where it ends; `generate` pads it until the longest one does."""
+        for length in range(1, len(tokens) + 1):
+            if ends(tokens[:length], self.stop_token_ids, sampling.stop, self.tokenizer):
+                return Completion(tokens[:length], logprobs[:length], "stop")
+        return Completion(tokens, logprobs, "length")

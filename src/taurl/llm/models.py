@@ -1,0 +1,182 @@
+"""Model names, and models and tokenizers loaded from them: safetensors only, no code from the model's folder."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from taurl.llm import embedded
+from taurl.llm.hub import hub_problem, one_line, quiet_transformers
+from taurl.runtime.errors import InputError
+
+MODEL_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".json")
+HOW_TO_NAME = f"give a folder, '{embedded.NAME}' or a hub name (owner/name)"
+
+
+def resolve_model(name: str) -> str:
+    """The local folder of a model, fetched if need be.
+
+    A name is, in this order: a local folder with a config.json (or adapter_config.json); the embedded model, in any
+    case; a hub name. The hub is asked once; where it does not answer, an already cached snapshot is taken.
+    Raises: InputError (one line) for a name that is none of these; RunError if the embedded model cannot be fetched.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir() and _holds_model(folder):
+        return str(folder)
+    if name.lower() == embedded.NAME:
+        return str(embedded.embedded_model())
+    if folder.is_dir():
+        raise InputError(
+            f"model folder '{name}' holds no config.json or adapter_config.json; {HOW_TO_NAME}{_hint(folder)}"
+        )
+    if folder.is_file():
+        raise InputError(f"model '{name}' is a file; give the folder that holds its config.json")
+    if _looks_like_path(name):
+        raise InputError(f"no such model folder: '{name}'; {HOW_TO_NAME}")
+    if "/" not in name and difflib.get_close_matches(name.lower(), [embedded.NAME], cutoff=0.7):
+        raise InputError(f"unknown model '{name}': did you mean '{embedded.NAME}'?")
+    return _fetch_from_hub(name)
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or is_adapter(folder)
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether the folder holds a LoRA (or other) adapter as peft writes it."""
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
+def _hint(folder: Path) -> str:
+    within = [child for child in sorted(folder.iterdir()) if child.is_dir() and _holds_model(child)]
+    return f" (did you mean '{within[-1]}'?)" if within else ""
+
+
+def _looks_like_path(name: str) -> bool:
+    parts = name.replace("\\", "/").split("/")
+    return (
+        not name
+        or name[0] in "/~."
+        or "\\" in name
+        or parts[-1] == ""
+        or len(parts) > 2
+        or name.endswith(MODEL_SUFFIXES)
+        or (len(parts) == 2 and Path(parts[0]).is_dir())  # `runs/demmo` where there is a folder runs
+    )
+
+
+def _fetch_from_hub(name: str) -> str:
+    """The folder of a hub repository's snapshot, with the files that a model here can be made of."""
+    from huggingface_hub import snapshot_download
+
+    reason = hub_problem(name, "model")
+    try:
+        return snapshot_download(
+            name,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"],
+            ignore_patterns=["*/*", "consolidated*"],  # the same weights again, in other formats
+            local_files_only=reason is not None,
+        )
+    except Exception as error:  # the HTTP client's own classes, the hub's, and the disk's
+        because = reason or one_line(error)
+        raise InputError(
+            f"model '{name}': no folder, and not to be had from the hub ({because}); {HOW_TO_NAME}"
+        ) from error
+
+
+def load_model(
+    name_or_path: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu", attention: str = "sdpa"
+) -> PreTrainedModel:
+    """Load a causal language model in eval mode.
+
+    For a folder that peft wrote, the base model it names with its adapter on top: a `PeftModel`, which answers to
+    everything that is asked of a `PreTrainedModel` here, with the adapter not trainable.
+
+    Raises: InputError if the name resolves to nothing, weights are not safetensors, damaged, or do not fill the whole
+    model.
+    """
+    path = resolve_model(str(name_or_path))
+    if is_adapter(path):
+        return _load_adapter(path, dtype=dtype, device=device, attention=attention)
+    with quiet_transformers():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                attn_implementation=attention,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"model '{name_or_path}' cannot be loaded: {one_line(error)}") from error
+    model, report = loaded
+    # transformers fills what is missing with random numbers and a warning; nobody means to train from a random layer.
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"model '{name_or_path}' lacks {len(missing)} weights, {missing[0]} first; "
+            "its folder is incomplete or its config.json belongs to another model"
+        )
+    return cast(PreTrainedModel, model.eval().to(device))
+
+
+def _load_adapter(path: str, **options: Any) -> PreTrainedModel:
+    from peft import PeftModel
+
+    base_name = _adapter_base(path)
+    if not (Path(path) / "adapter_model.safetensors").is_file():
+        raise InputError(f"adapter '{path}' has no adapter_model.safetensors; save it again with safetensors")
+    if Path(base_name).is_dir() and is_adapter(base_name):
+        raise InputError(
+            f"adapter '{path}' stands on another adapter, '{base_name}'; merge that one into its base model first"
+        )
+    try:
+        base = load_model(base_name, **options)
+    except InputError as error:
+        raise InputError(f"adapter '{path}' needs its base model: {error}") from error
+    try:
+        return cast(PreTrainedModel, PeftModel.from_pretrained(base, path).eval())
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"adapter '{path}' cannot be put on '{base_name}': {one_line(error)}") from error
+
+
+def _adapter_base(path: str) -> str:
+    file = Path(path) / "adapter_config.json"
+    try:
+        name = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is damaged: {one_line(error)}") from error
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{file} names no base model (base_model_name_or_path is {name!r})")
+    return name
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, with a pad token set that is not the end of sequence where there is such a one.
+
+    Raises: InputError if there is none to load.
+    """
+    path = resolve_model(str(name_or_path))
+    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
+        path = resolve_model(_adapter_base(path))
+    with quiet_transformers():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        except Exception as error:  # tokenizers raises bare Exception on a file that it cannot parse
+            raise InputError(f"tokenizer of '{name_or_path}' cannot be loaded: {one_line(error)}") from error
+    set_pad_token(tokenizer)
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def set_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set a pad token: the one there is, another made for it, the unknown token, and only then the end of sequence."""
+    named = [token for token in tokenizer.all_special_tokens if "pad" in token.lower()]
+    candidates = [tokenizer.pad_token, *named, tokenizer.unk_token]
+    apart = [token for token in candidates if token is not None and token != tokenizer.eos_token]
+    tokenizer.pad_token = apart[0] if apart else tokenizer.eos_token

@@ -1,0 +1,111 @@
+"""The policy that is trained: model, tokenizer, adapter, and the reference it started from."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from taurl.llm.chat import stop_token_ids
+from taurl.llm.generation import Generator, SlotSampler, TransformersSampler
+from taurl.llm.models import load_model, load_tokenizer
+from taurl.runtime.errors import InputError
+
+
+class Policy:
+    """A causal language model ready for reinforcement learning: dropout off, and a LoRA adapter if asked for.
+
+    Args:
+        model: a model object (trained in place), or a name for `load_model`.
+        tokenizer: by default the model's own.
+        dtype: of the weights; None leaves a model object's as they are.
+        lora: rank, alpha and targets; rank 0 trains all weights.
+        keep_reference: keep the starting weights, for a KL term. With an adapter they are there already.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        lora: tuple[int, float, str | tuple[str, ...]] = (0, 1.0, "all-linear"),
+        keep_reference: bool = False,
+        gradient_checkpointing: bool = False,
+    ):
+        name = model if isinstance(model, str) else model.config.name_or_path
+        if tokenizer is None:
+            if not name:
+                raise InputError("this model object does not know its name; give its tokenizer as well")
+            tokenizer = load_tokenizer(name)
+        self.tokenizer = tokenizer
+        if isinstance(model, str):
+            self.model: Any = load_model(model, dtype=dtype or torch.float32, device=device)
+        else:
+            self.model = model.to(device=device, dtype=dtype) if dtype else model.to(device)
+        self.has_adapter = hasattr(self.model, "peft_config")
+        if lora[0]:
+            self._add_lora(*lora)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise InputError(f"model {name!r} has no weights to train: all are frozen (an adapter loads frozen)")
+        switch_off_dropout(self.model)
+        self._reference = None
+        if keep_reference and not self.has_adapter:
+            self._reference = copy.deepcopy(self.model).requires_grad_(False)
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+            if self.has_adapter:
+                self.model.enable_input_require_grads()
+            self.model.train()  # transformers checkpoints in training mode only; dropout is off either way
+        else:
+            self.model.eval()
+
+    def _add_lora(self, rank: int, alpha: float, targets: str | tuple[str, ...]) -> None:
+        from peft import LoraConfig, get_peft_model  # takes a second to import
+
+        if self.has_adapter:
+            raise InputError("the model has an adapter already; merge it first, or train without lora_rank")
+        modules = targets if isinstance(targets, str) else list(targets)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, task_type="CAUSAL_LM")
+        try:
+            self.model = get_peft_model(self.model, config)
+        except ValueError as error:
+            raise InputError(f"lora_targets is {targets!r}: {str(error).splitlines()[0]}") from error
+        self.has_adapter = True
+
+    @contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        """The model with its starting weights."""
+        if self.has_adapter:
+            with self.model.disable_adapter():
+                yield self.model
+        else:
+            assert self._reference is not None, "made without keep_reference"
+            yield self._reference
+
+    def generator(self, kind: str = "slots", slots: int = 64) -> Generator:
+        """A generator over the current weights."""
+        stops = stop_token_ids(self.model, self.tokenizer)
+        if kind == "slots":
+            return SlotSampler(self.model, stop_token_ids=stops, tokenizer=self.tokenizer, slots=slots)
+        return TransformersSampler(self.model, stop_token_ids=stops, tokenizer=self.tokenizer)
+
+    def export(self, directory: Path) -> None:
+        """Write a folder that `transformers` (with an adapter: `peft`) loads: safetensors, config, tokenizer."""
+        self.model.save_pretrained(directory, safe_serialization=True)
+        self.tokenizer.save_pretrained(directory)
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Dropout off for good, in modules and in attention: sampled and trained distribution are then the same."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_pdrop", "dropout_p"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

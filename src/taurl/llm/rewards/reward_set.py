@@ -1,0 +1,246 @@
+"""Several reward functions, called together on a batch of completions and added up."""
+
+import asyncio
+import difflib
+import math
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from taurl.llm.rewards.contract import (
+    Result,
+    RewardFailure,
+    evaluate,
+    evaluate_async,
+    is_async,
+    required_columns,
+    select,
+)
+from taurl.llm.rewards.specs import Spec, callable_name, load, parse, shorten
+from taurl.llm.rewards.text import content_of, text_of
+from taurl.llm.rewards.worker import Worker
+from taurl.runtime.errors import InputError
+
+EXCERPT = 80  # characters of a prompt or completion that an error shows
+
+
+@dataclass
+class Scores:
+    """The rewards of N completions by F functions."""
+
+    values: np.ndarray
+    """float64 [N, F], NaN where a function returned None: it does not apply to that row."""
+    total: np.ndarray
+    """float64 [N], the weighted sum over the functions that apply; NaN where none does."""
+    seconds: dict[str, float]
+    metrics: dict[str, float]
+    """The mean of what functions passed to `log_metric(name, value)` during this call."""
+    extra: dict[str, list[Any]]
+    """Columns [N] that functions passed to `log_extra(column, values)`."""
+
+
+class RewardSet:
+    """Reward functions with weights.
+
+    A function is called by keyword with `prompts`, `completions`, `completion_ids`, every column, `trainer_state`,
+    `log_extra` and `log_metric`, or with those of them that it names, and returns N numbers or None ("does not apply").
+    Synchronous ones run in order; async ones run together on one event loop that lives as long as the set, so that what
+    they keep between batches (HTTP clients) stays usable.
+
+    Args:
+        functions: functions, or what `resolve` understands.
+        weights: one for each function; 1 if not given.
+        timeout: seconds for one call of an async function, which must not block its loop, and of a synchronous one if
+            it runs in the worker process. None: no limit.
+        worker_process: run the synchronous functions in one other process. They are loaded there by their spec, or
+            sent by pickle, and their state lives there.
+    Raises: InputError for a function that is not found, a wrong number of weights, or one that pickle refuses.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[str | Callable[..., Any]],
+        weights: Sequence[float] | None = None,
+        *,
+        timeout: float | None = None,
+        worker_process: bool = False,
+    ):
+        if not functions:
+            raise InputError("no reward function given; name at least one, for example last_number")
+        if timeout is not None and not timeout > 0:
+            raise InputError(f"timeout of the reward functions is {timeout}, expected more than 0 seconds")
+        sources: list[Spec | Callable[..., Any]] = [parse(f) if isinstance(f, str) else f for f in functions]
+        self._functions = [load(source) for source in sources]
+        self.names = _distinct([s.name if isinstance(s, Spec) else callable_name(s) for s in sources])
+        self.weights = _checked_weights(weights, self.names)
+        self.timeout = timeout
+        self._async = [is_async(function) for function in self._functions]
+        in_worker = {index: source for index, source in enumerate(sources) if not self._async[index]}
+        self._worker = Worker(in_worker) if worker_process else None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def check_columns(self, available: Iterable[str]) -> None:
+        """Refuse, before anything is called, a function that needs a column which the rows lack."""
+        available = sorted(available)
+        for name, function in zip(self.names, self._functions, strict=True):
+            for column in required_columns(function):
+                if column not in available:
+                    close = difflib.get_close_matches(column, available, n=1)
+                    hint = f" (did you mean {close[0]!r}?)" if close else ""
+                    raise InputError(
+                        f"reward function {name!r} needs the column {column!r}, which the rows lack{hint}; "
+                        f"available: {', '.join(available) or 'none'}"
+                    )
+
+    def __call__(
+        self,
+        *,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None,
+        columns: Mapping[str, Sequence[Any]],
+        trainer_state: Any,
+    ) -> Scores:
+        """Score N completions.
+
+        Args:
+            prompts, completions: [N], strings or message lists.
+            completion_ids: [N] lists of token ids.
+            columns: the other columns of the rows, [N] each.
+            trainer_state: an object with `global_step` and `max_steps`.
+        Raises: InputError, from the function's own exception, where a function fails, takes too long, or returns the
+            wrong count or a value that is not a finite number. It names the function and, where it can be told, the
+            row; to tell it, a synchronous function that failed is called again on single rows.
+        """
+        self.check_columns(columns)
+        batch = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        offered = {**columns, **batch, "trainer_state": trainer_state}
+        outcomes: dict[int, Result | RewardFailure] = {}
+        for index in range(len(self.names)):
+            if not self._async[index]:
+                outcomes[index] = self._outcome(index, offered, len(completions))
+                if isinstance(outcomes[index], RewardFailure):
+                    break  # no use in waiting for the others
+        else:
+            outcomes.update(self._async_outcomes(offered, len(completions)))
+        results = []
+        for index, outcome in sorted(outcomes.items()):
+            if isinstance(outcome, RewardFailure):
+                raise self._named(index, outcome, offered) from outcome.__cause__
+            results.append(outcome)
+        return self._scores(results)
+
+    def close(self) -> None:
+        """Stop the worker process and the event loop. The set starts them again if it is called again."""
+        if self._worker is not None:
+            self._worker.close()
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop = None
+
+    def _outcome(self, index: int, offered: Mapping[str, Any], count: int) -> Result | RewardFailure:
+        try:
+            if self._worker is None:
+                return evaluate(self._functions[index], offered, count)
+            return self._worker.call(index, select(self._functions[index], offered), count, self.timeout)
+        except RewardFailure as failure:
+            return failure
+
+    def _async_outcomes(self, offered: Mapping[str, Any], count: int) -> dict[int, Result | RewardFailure]:
+        indices = [index for index, alone in enumerate(self._async) if alone]
+
+        async def one(index: int) -> Result | RewardFailure:
+            try:
+                async with asyncio.timeout(self.timeout) as limit:
+                    return await evaluate_async(self._functions[index], offered, count)
+            except RewardFailure as failure:
+                return failure
+            except TimeoutError:
+                assert limit.expired()  # one that the function raised itself would have come as a RewardFailure
+                return RewardFailure(f"took longer than timeout={self.timeout:g} seconds; raise `timeout`")
+
+        async def together() -> list[Result | RewardFailure]:
+            return await asyncio.gather(*map(one, indices))
+
+        return dict(zip(indices, self._on_loop(together()), strict=True)) if indices else {}
+
+    def _on_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        # A thread of its own: in a notebook the calling thread already runs a loop.
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=_run_loop, args=(self._loop,), name="taurl-rewards", daemon=True).start()
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # after Ctrl-C; without effect on one that is done
+
+    def _named(self, index: int, failure: RewardFailure, offered: Mapping[str, Any]) -> InputError:
+        row = failure.row if failure.row is not None else self._row_at_fault(index, failure, offered)
+        message = f"reward function {self.names[index]!r} {failure.reason}"
+        if row is None:
+            return InputError(message)
+        prompt, completion = offered["prompts"][row], offered["completions"][row]
+        asked = prompt if isinstance(prompt, str) else content_of(prompt[-1])
+        return InputError(
+            f"{message}; row {row} of the batch of {len(offered['completions'])}, prompt "
+            f"{shorten(asked, EXCERPT)!r}, completion {shorten(text_of(completion), EXCERPT)!r}"
+        )
+
+    def _row_at_fault(self, index: int, failure: RewardFailure, offered: Mapping[str, Any]) -> int | None:
+        """The first row that fails in the same way when it is alone."""
+        count = len(offered["completions"])
+        if not failure.kind or self._async[index]:
+            return 0 if failure.kind and count == 1 else None
+        for row in range(count):
+            single = {n: v if n == "trainer_state" or v is None else [v[row]] for n, v in offered.items()}
+            outcome = self._outcome(index, single, 1)
+            if isinstance(outcome, RewardFailure) and outcome.kind == failure.kind:
+                return row
+        return None
+
+    def _scores(self, results: list[Result]) -> Scores:
+        values = np.array([result.values for result in results], dtype=np.float64).T
+        applies = ~np.isnan(values)
+        weighted = np.where(applies, values, 0.0) @ np.array(self.weights)
+        logged: dict[str, list[float]] = {}
+        for result in results:
+            for name, numbers in result.metrics.items():
+                logged.setdefault(name, []).extend(numbers)
+        return Scores(
+            values=values,
+            total=np.where(applies.any(axis=1), weighted, np.nan),
+            seconds={name: result.seconds for name, result in zip(self.names, results, strict=True)},
+            metrics={name: math.fsum(numbers) / len(numbers) for name, numbers in logged.items()},
+            extra={column: rows for result in results for column, rows in result.extra.items()},
+        )
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Names made distinct: the second `f` becomes `f_2`, passing over what is taken."""
+    taken: list[str] = []
+    for name in names:
+        candidates = (name if number == 1 else f"{name}_{number}" for number in range(1, len(names) + 2))
+        taken.append(next(c for c in candidates if c not in taken))
+    return taken
+
+
+def _checked_weights(weights: Sequence[float] | None, names: list[str]) -> list[float]:
+    if weights is None:
+        return [1.0] * len(names)
+    if len(weights) != len(names):
+        raise InputError(
+            f"{len(weights)} reward weights for {len(names)} functions ({', '.join(names)}): give one each"
+        )
+    for weight, name in zip(weights, names, strict=True):
+        if not math.isfinite(weight):
+            raise InputError(f"weight of reward function {name!r} is {weight}, expected a finite number")
+    return [float(weight) for weight in weights]
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()

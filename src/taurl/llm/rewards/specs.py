@@ -1,0 +1,185 @@
+"""From what a user writes to a reward function: `package.module:function`, `my_file.py:function`, a shipped name."""
+
+import ast
+import difflib
+import hashlib
+import importlib
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from taurl.runtime.errors import InputError
+
+SHIPPED_MODULE = "taurl.llm.rewards"
+SPEC = re.compile(r"(?:(?P<where>.+?):)?(?P<name>[A-Za-z_]\w*)(?P<call>\(.*\))?", re.DOTALL)
+FORMS = "expected package.module:function, path/to/file.py:function or one of"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Where a reward function is found. Plain values: another process can load the same function from it."""
+
+    where: str
+    """A module name, or the absolute path of a `.py` file."""
+    name: str
+    settings: dict[str, Any] | None
+    """Keyword arguments for a factory, where the spec ends in parentheses."""
+
+
+def resolve(spec: str | Callable[..., Any]) -> tuple[str, Callable[..., Any]]:
+    """The name and the function of a reward.
+
+    Args:
+        spec: `package.module:function`, `path/to/file.py:function`, a shipped name such as `last_number`, any of these
+            with settings in parentheses (`overlong_penalty(max_tokens=64, buffer=16)`: the function is called with them
+            and must return the reward function; literals only, nothing is evaluated), or a callable as it is.
+    Raises: InputError where nothing usable is found, or the user's file fails when it is executed.
+    """
+    if not isinstance(spec, str):
+        return callable_name(spec), load(spec)
+    parsed = parse(spec)
+    return parsed.name, load(parsed)
+
+
+def parse(spec: str) -> Spec:
+    """Split a written spec. Raises InputError if it has none of the known forms."""
+    match = SPEC.fullmatch(spec.strip())
+    if match is None:
+        raise InputError(f"reward function {spec!r} not understood: {FORMS} {', '.join(shipped_names())}")
+    where, name, call = match.group("where", "name", "call")
+    if where is None:
+        where = SHIPPED_MODULE
+        if name not in shipped_names():
+            raise InputError(
+                f"no reward function {name!r} ships with taurl{_closest(name, shipped_names())}; "
+                f"one of your own needs its place: my_file.py:{name} or my_package.my_module:{name}"
+            )
+    elif where.endswith(".py"):
+        where = str(Path(where).expanduser().absolute())
+    return Spec(where, name, None if call is None else _literal_settings(name, call))
+
+
+def load(spec: Spec | Callable[..., Any]) -> Callable[..., Any]:
+    """The reward function itself. Raises InputError as `resolve` does."""
+    if not isinstance(spec, Spec):
+        return _checked(spec, callable_name(spec), f"reward function {callable_name(spec)!r}")
+    module = _file_module(Path(spec.where)) if spec.where.endswith(".py") else _module(spec.where)
+    found = getattr(module, spec.name, None)
+    if found is None:
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise InputError(f"no reward function {spec.name!r} in {spec.where}{_closest(spec.name, names)}")
+    label = f"reward function {spec.name!r} in {spec.where}"
+    if spec.settings is None:
+        return _checked(found, spec.name, label)
+    try:
+        made = found(**spec.settings)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{label} cannot be made with {spec.settings}: {one_line(error)}") from error
+    return _checked(made, spec.name, f"what {spec.name}(…) of {spec.where} returned")
+
+
+def callable_name(function: Any) -> str:
+    """A name for the metrics of a function, of a partial (that of its function) or of an object (that of its class)."""
+    name = getattr(getattr(function, "func", function), "__name__", None) or type(function).__name__
+    return name.strip("<>")
+
+
+def shipped_names() -> tuple[str, ...]:
+    names: tuple[str, ...] = importlib.import_module(SHIPPED_MODULE).SHIPPED
+    return names
+
+
+def one_line(error: BaseException) -> str:
+    """The type and message of an exception without line breaks, cut to a readable length."""
+    return shorten(f"{type(error).__name__}: {error}".removesuffix(": "), 300)
+
+
+def shorten(text: str, limit: int) -> str:
+    """White space collapsed to single blanks, cut to `limit` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def line_in(error: BaseException, file: str) -> int | None:
+    """The line of `file` that an exception came through last (or that does not parse); None if it did not."""
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return error.lineno
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return lines[-1] if lines else None
+
+
+def _literal_settings(name: str, call: str) -> dict[str, Any]:
+    try:
+        tree = ast.parse(name + call, mode="eval").body
+        if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.args:
+            raise ValueError
+        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in tree.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise InputError(
+            f"settings of reward function {name!r} not understood: {call}; expected literal keyword arguments, "
+            "for example (max_tokens=64, buffer=16)"
+        ) from error
+
+
+def _checked(function: Any, name: str, label: str) -> Callable[..., Any]:
+    if not callable(function):
+        raise InputError(f"{label} is a {type(function).__name__}, expected a function")
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some functions written in C tell nothing about their parameters
+        parameters = None
+    if parameters is not None and not any(
+        p.kind is p.VAR_KEYWORD or p.name in ("completions", "completion_ids") for p in parameters
+    ):
+        settings = ", ".join(f"{p.name}=…" for p in parameters)
+        raise InputError(
+            f"{label} accepts no `completions`, so it is not a reward function; "
+            f"if it makes one, give its settings: {name}({settings})"
+        )
+    accepted: Callable[..., Any] = function
+    return accepted
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            advice = "install it, or give the file: path/to/file.py:function"
+            raise InputError(f"no module {error.name!r} for a reward function from {name!r}; {advice}") from error
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(f"importing {name} failed at {frame.filename}:{frame.lineno}: {one_line(error)}") from error
+
+
+def _file_module(path: Path) -> ModuleType:
+    """Execute a user's file as a module; once for several functions of it, again when the file has changed."""
+    if not path.is_file():
+        raise InputError(f"reward file {path} not found")
+    digest = hashlib.sha256(f"{path}:{path.stat().st_mtime_ns}".encode()).hexdigest()[:12]
+    name = f"taurl_reward_file_{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    sys.modules[name] = module  # dataclasses look their module up here while it is executed
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)  # no __pycache__ beside the user's file
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise InputError(f"reward file {path} failed at line {line_in(error, str(path))}: {one_line(error)}") from error
+    return module
+
+
+def _closest(name: str, names: tuple[str, ...] | list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=3)
+    if close:
+        return f" (did you mean {' or '.join(close)}?)"
+    return f" (there is {', '.join(sorted(names)) or 'no function'})"

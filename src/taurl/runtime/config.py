@@ -1,0 +1,108 @@
+"""Configurations: pydantic models that YAML files, command lines and Python share. Imports no torch."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.config import JsonDict
+
+from taurl.runtime.errors import InputError
+
+# Marks a setting that may change when a run is resumed: it alters nothing that the run has already computed.
+FREE: JsonDict = {"free_on_resume": True}
+
+
+class TrainingConfig(BaseModel):
+    """The settings that every training run has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    out: Path | None = Field(None, json_schema_extra=FREE)
+    """Run directory; must not exist yet. Default: runs/ALGORITHM-DATE-TIME."""
+    seed: int = Field(0, ge=0)
+    """Everything random is drawn from this number: data order, held-out split, sampling, adapter initialisation."""
+    steps: int = Field(100, ge=1, json_schema_extra=FREE)
+    """Optimisation steps in all; a finished run may be resumed with more."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after the warm-up: stay, or fall to 0 at the last step."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay, on matrices only."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's moving averages of the gradient and of its square."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """The gradient is scaled down to this norm where it exceeds it."""
+    stop_after_non_finite: int = Field(3, ge=1, json_schema_extra=FREE)
+    """A step whose loss or gradient is not finite is not taken; this many in a row stop the run."""
+
+    device: str = "auto"
+    """Where the model lives: cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights and activations of the forward pass (masters and optimiser stay float32); auto measures which
+    matrix product is faster here, once."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; default: the cores this process may use."""
+
+    save_every: int = Field(0, ge=0, json_schema_extra=FREE)
+    """Steps between checkpoints; 0 saves at the end and when interrupted."""
+    keep_checkpoints: int = Field(2, ge=1, json_schema_extra=FREE)
+    """How many of the newest checkpoints stay."""
+
+    def to_yaml(self) -> str:
+        """The settings as YAML that `from_yaml` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Self:
+        """Read settings from a YAML file.
+
+        Raises: InputError in one line: file missing, not YAML, unknown or invalid setting.
+        """
+        try:
+            values = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise InputError(f"{path}: cannot read the config file: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values or {}, dict):
+            raise InputError(f"{path}: expected `setting: value` lines, found {type(values).__name__}")
+        return cls.from_values(values or {}, source=str(path))
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any], *, source: str) -> Self:
+        """Validate settings; an InputError names the source, the setting, what was found and what was expected."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise InputError(f"{source}: {describe(error, cls)}") from error
+
+    def changed_from(self, other: Self) -> list[str]:
+        """The names of the settings that differ."""
+        return [name for name in type(self).model_fields if getattr(self, name) != getattr(other, name)]
+
+
+def free_on_resume(config: type[BaseModel], name: str) -> bool:
+    """Whether a setting may change when a run is resumed."""
+    extra = config.model_fields[name].json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("free_on_resume"))
+
+
+def describe(error: ValidationError, config: type[BaseModel]) -> str:
+    """The first problem of a validation error, in one line."""
+    problem = error.errors(include_url=False)[0]
+    name = ".".join(map(str, problem["loc"])) or config.__name__
+    if problem["type"] == "extra_forbidden":
+        return f"unknown setting {name}{did_you_mean(name, config.model_fields)}"
+    return f"{name} is {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+def did_you_mean(name: str, known: Any) -> str:
+    """`; did you mean X?`, or the known names when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"

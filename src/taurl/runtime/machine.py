@@ -1,0 +1,102 @@
+"""What the machine is and how to use it: device, precision, threads, the allocator, memory."""
+
+import ctypes
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from taurl.runtime.errors import InputError, RunError
+
+# glibc's mallopt parameters (malloc.h) and the values that keep freed memory in the process.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+KEEP_FREED_MEMORY = ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28))
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep freed blocks for the next tensor instead of giving them back to the kernel.
+
+    By default blocks of some megabytes are returned and faulted in again, hundreds of times a training step. Changes
+    the whole process, so only the command line calls it by itself. Returns whether every setting was accepted; False
+    on a C library without mallopt.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return all(mallopt(parameter, value) == 1 for parameter, value in KEEP_FREED_MEMORY)
+
+
+def set_threads(threads: int | None) -> int:
+    """Set the number of CPU threads; None takes the cores this process may use. Returns the number."""
+    if threads is None:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    return threads
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device is {name!r}, which is not usable here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is bfloat16 where its matrix product is the faster one on this device."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return min((torch.float32, torch.bfloat16), key=lambda dtype: matrix_product_seconds(dtype, device))
+
+
+def matrix_product_seconds(dtype: torch.dtype, device: torch.device, size: int = 1024) -> float:
+    """Best time of three for one square matrix product, after a first one that warms up."""
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        (left @ right).sum().item()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory held so far, in GB: the process's resident set, or the GPU's allocations."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def describe_machine() -> dict[str, str | int]:
+    """Facts for environment.json."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as lines:
+            cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {"platform": platform.platform(), "python": platform.python_version(), "cpu": cpu}
+
+
+@contextmanager
+def out_of_memory_names(settings: str) -> Iterator[None]:
+    """Turn an allocation that failed into a RunError that names the settings to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise RunError(f"out of memory: lower {settings}") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        raise RunError(f"out of memory: lower {settings}") from error

@@ -1,0 +1,111 @@
+"""What a run shows while it works: a live view in a terminal, one line a step elsewhere."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+SAMPLE_EVERY_SECONDS = 10  # long enough to read a completion before the next one replaces it
+SAMPLE_LINES = 8
+
+
+def number(value: Any) -> str:
+    """A figure in at most some six characters."""
+    if value is None:
+        return "–"
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+class View:
+    """Shows a run's progress, its headline figures, and now and then a sample.
+
+    Args:
+        total: steps in all.
+        headline: label → metric name, in the order shown.
+        console: where to; by default standard error, so that standard output stays for results.
+    """
+
+    def __init__(self, total: int, headline: Mapping[str, str], console: Console | None = None):
+        self.console = console or Console(stderr=True)
+        self.total, self.headline = total, headline
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self.console,
+        )
+        self.task = self.progress.add_task("training", total=total)
+        self.activity = Text("", style="dim")
+        self.last: Mapping[str, Any] = {}
+        self.sample_shown, self.sample_time = Text(""), 0.0
+        self.sample_title = ""
+        self.live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=False)
+        self.started, self.first_step = time.monotonic(), 0
+
+    def start(self, done: int) -> None:
+        """Begin to show, with this many steps done already."""
+        self.started, self.first_step = time.monotonic(), done
+        self.progress.update(self.task, completed=done)
+        if self.console.is_terminal:
+            self.live.start()
+
+    def stop(self) -> None:
+        self.status("")
+        self.live.stop()
+
+    def status(self, text: str) -> None:
+        """What is going on within the step."""
+        self.activity = Text(text, style="dim")
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(Text(text, style="yellow"))
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """A step's metrics."""
+        self.last = {**self.last, **record}
+        self.progress.update(self.task, completed=record["step"])
+        if not self.console.is_terminal:
+            self.console.print(Text(self._line(record)), soft_wrap=True)
+
+    def sample(self, title: str, text: str) -> None:
+        """Something that was sampled; shown when the one before has had its time."""
+        now = time.monotonic()
+        if now - self.sample_time >= SAMPLE_EVERY_SECONDS:
+            lines = text.strip().splitlines()
+            shown = "\n".join(lines[:SAMPLE_LINES]) + ("\n…" if len(lines) > SAMPLE_LINES else "")
+            self.sample_shown, self.sample_title, self.sample_time = Text(shown), title, now
+
+    def _line(self, record: Mapping[str, Any]) -> str:
+        step = record["step"]
+        figures = "  ".join(f"{label} {number(record[key])}" for label, key in self.headline.items() if key in record)
+        held_out = "  ".join(f"{key} {number(record[key])}" for key in record if key.startswith("eval/rewards"))
+        parts = [f"step {step}/{self.total}", figures, held_out]
+        if step > self.first_step:
+            left = (time.monotonic() - self.started) / (step - self.first_step) * (self.total - step)
+            parts.append(f"left {left // 60:.0f}:{left % 60:02.0f}")
+        return "  ".join(part for part in parts if part)
+
+    def _render(self) -> Group:
+        table = Table.grid(padding=(0, 3))
+        shown = [(label, key) for label, key in self.headline.items() if key in self.last]
+        for _ in shown:
+            table.add_column(justify="right")
+        table.add_row(*(Text(label, style="dim") for label, _ in shown))
+        table.add_row(*(Text(number(self.last[key]), style="bold") for _, key in shown))
+        parts: list[Any] = [self.progress, table]
+        if self.sample_shown.plain:
+            parts.append(Panel(self.sample_shown, title=Text(self.sample_title, style="dim"), title_align="left"))
+        parts.append(self.activity)
+        return Group(*parts)

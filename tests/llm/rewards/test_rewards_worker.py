@@ -1,0 +1,238 @@
+"""Synchronous reward functions in a real worker process."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from taurl.llm.rewards import RewardSet
+from taurl.runtime.errors import InputError
+
+FILE = """
+import os, signal, time
+
+calls = 0
+
+def process(completions, log_metric, log_extra, trainer_state):
+    global calls
+    calls += 1
+    log_metric("calls", calls)
+    log_metric("step", trainer_state.global_step)
+    log_extra("text", [text.upper() for text in completions])
+    return [os.getpid()] * len(completions)
+
+def obeys(completions):
+    if "hang" in completions:
+        time.sleep(60)
+    if "die" in completions:
+        os._exit(9)
+    if "interrupt" in completions:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [None if text == "none" else {}[text] if text == "raise" else 1 for text in completions]
+
+def unsendable(completions, log_extra):
+    log_extra("functions", [lambda: None for _ in completions])
+    return [0.0] * len(completions)
+
+def never(completions):
+    with open(os.environ["PID_FILE"], "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def rewards_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text(FILE)
+    return tmp_path / "my_rewards.py"
+
+
+@pytest.fixture
+def make():
+    sets = []
+
+    def build(*arguments, **options):
+        sets.append(RewardSet(*arguments, worker_process=True, **options))
+        return sets[-1]
+
+    yield build
+    for one in sets:
+        one.close()
+
+
+class TrainerState:
+    """Unpicklable, as a trainer that holds open files is."""
+
+    global_step, max_steps = 5, 9
+
+    def __reduce__(self):
+        raise TypeError("a trainer cannot be pickled")
+
+
+def score(reward_set, *completions):
+    return reward_set(
+        prompts=["question"] * len(completions),
+        completions=list(completions),
+        completion_ids=None,
+        columns={"answer": ["7"] * len(completions)},
+        trainer_state=TrainerState(),
+    )
+
+
+async def here(completions):
+    return [float(os.getpid())] * len(completions)
+
+
+def test_functions_run_in_one_other_process_which_keeps_its_state(make, rewards_file):
+    reward_set = make(["my_rewards.py:process", "last_number", "my_rewards.py:obeys", here], timeout=20)
+    first, second = score(reward_set, "7", "none"), score(reward_set, "7", "interrupt")
+    process = first.values[0, 0]
+    assert process not in (os.getpid(), 0)
+    np.testing.assert_array_equal(first.values, [[process, 1, 1, os.getpid()], [process, 0, np.nan, os.getpid()]])
+    assert first.metrics == {"calls": 1.0, "step": 5.0}
+    assert second.metrics == {"calls": 2.0, "step": 5.0}
+    assert second.values[0, 0] == process
+    assert first.extra == {"text": ["7", "NONE"]}
+
+
+def test_failures_there_are_named_here_and_the_next_call_works(make, rewards_file):
+    reward_set = make(["my_rewards.py:obeys", "my_rewards.py:process"], timeout=0.5)
+    process = score(reward_set, "fine").values[0, 1]
+
+    with pytest.raises(InputError) as caught:
+        score(reward_set, "fine", "raise")
+    assert f"'obeys' raised KeyError: 'raise' at {rewards_file}:" in str(caught.value)
+    assert "row 1 of the batch of 2, prompt 'question', completion 'raise'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "in obeys" in str(caught.value.__cause__)  # the other process's traceback, for --debug
+    assert score(reward_set, "fine").values[0, 1] == process
+
+    started = time.perf_counter()
+    with pytest.raises(InputError, match=r"'obeys' took longer than timeout=0.5 seconds"):
+        score(reward_set, "fine", "hang")
+    assert time.perf_counter() - started < 5
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(process), 0)
+    restarted = score(reward_set, "fine").values[0, 1]
+    assert restarted != process
+
+    with pytest.raises(InputError, match=r"'obeys' ended its worker process \(exit code 9\)$"):
+        score(reward_set, "die")
+    assert score(reward_set, "fine").values[0, 1] != restarted
+
+
+def test_close_stops_the_process(make, rewards_file):
+    reward_set = make(["my_rewards.py:process"])
+    process = int(score(reward_set, "x").values[0, 0])
+    reward_set.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+    reward_set.close()
+
+
+def test_values_that_cannot_come_back_are_named(make, rewards_file):
+    with pytest.raises(InputError, match="'unsendable' could not exchange values with its worker process"):
+        score(make(["my_rewards.py:unsendable"]), "x")
+
+
+def test_rows_that_cannot_be_sent_are_named(make):
+    reward_set = make(["last_number"])
+    with pytest.raises(InputError, match="'last_number' cannot be given its rows in the worker process"):
+        reward_set(
+            prompts=["?"],
+            completions=["7"],
+            completion_ids=None,
+            columns={"answer": ["7"], "helper": [lambda: None]},
+            trainer_state=SimpleNamespace(global_step=0, max_steps=1),
+        )
+
+
+def test_a_function_that_pickle_refuses_is_refused_at_once(make):
+    def local(completions): ...
+
+    with pytest.raises(InputError, match=r"'local' cannot be sent to a worker process .*path/to/file.py:function"):
+        make([local])
+
+
+def test_a_function_of_the_script_itself_works(tmp_path):
+    """And the process does not keep the script from ending, though nobody closes the set."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent("""
+        from types import SimpleNamespace
+        from taurl.llm.rewards import RewardSet
+
+        def length(completions):
+            return [len(text) for text in completions]
+
+        if __name__ == "__main__":
+            rewards = RewardSet([length], worker_process=True)
+            scores = rewards(prompts=["?"], completions=["four"], completion_ids=None, columns={}, trainer_state=None)
+            print(scores.total)
+        """)
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=30)
+    assert (done.stdout, done.stderr) == ("[4.]\n", "")
+
+
+def test_a_script_without_a_guard_is_told(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent("""
+        from taurl.llm.rewards import RewardSet
+
+        rewards = RewardSet(["int_reward_func"], worker_process=True)
+        rewards(prompts=["?"], completions=["four"], completion_ids=None, columns={}, trainer_state=None)
+        """)
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=30)
+    assert done.stderr.rstrip().endswith("must do so under `if __name__ == '__main__':`")
+
+
+def test_a_hanging_function_does_not_outlive_a_killed_run(tmp_path):
+    (tmp_path / "my_rewards.py").write_text(FILE)
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent("""
+        from taurl.llm.rewards import RewardSet
+
+        if __name__ == "__main__":
+            rewards = RewardSet(["my_rewards.py:never"], worker_process=True)
+            rewards(prompts=["?"], completions=["x"], completion_ids=None, columns={}, trainer_state=None)
+        """)
+    )
+    pid_file = tmp_path / "pid"
+    run = subprocess.Popen([sys.executable, script], cwd=tmp_path, env={**os.environ, "PID_FILE": str(pid_file)})
+    try:
+        assert within_10_seconds(lambda: pid_file.exists() and pid_file.read_text())
+        worker = int(pid_file.read_text())
+        assert is_running(worker)
+    finally:
+        run.kill()
+        run.wait()
+    assert within_10_seconds(lambda: not is_running(worker))
+
+
+def within_10_seconds(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def is_running(process):
+    try:
+        os.kill(process, 0)
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"  # in a container nobody may collect an orphan
+    except (ProcessLookupError, FileNotFoundError):
+        return False
