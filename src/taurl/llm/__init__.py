@@ -1,1 +1,22 @@
-"""Post-training of language models."""
+"""Post-training of language models.
+
+    from taurl.llm import GRPO, GRPOConfig
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taurl.llm.algorithms.grpo import GRPO
+    from taurl.llm.algorithms.grpo_config import GRPOConfig
+
+__all__ = ["GRPO", "GRPOConfig"]
+
+# Imported when first asked for: a config needs no torch.
+LAZY = {"GRPO": "taurl.llm.algorithms.grpo", "GRPOConfig": "taurl.llm.algorithms.grpo_config"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in LAZY:
+        return getattr(importlib.import_module(LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -165,26 +165,28 @@ def _key(row: Row) -> str:
 def split(rows: Rows, held_out: int, seed: int) -> tuple[Rows, Rows, int]:
     """Hold out `held_out` rows of distinct prompt text, and train on no row whose text is among them.
 
+    Rows are drawn by `seed`, one whose text was drawn already is passed over. So what is frequent in the data is
+    frequent in the held-out rows too, up to the number of its distinct texts.
+
     Returns: training rows (in order, repeats among themselves kept), held-out rows (in order), and how many further
-    rows were
-        left out of training because they repeat a held-out text.
+        rows were left out of training because they repeat a held-out text.
     Raises: InputError if there are not more distinct texts than rows to hold out.
     """
     if held_out == 0:
         return rows, [], 0
-    first: dict[str, Row] = {}
-    for row in rows:
-        first.setdefault(_key(row), row)
-    if held_out < 0 or held_out >= len(first):
+    distinct = len({_key(row) for row in rows})
+    if held_out < 0 or held_out >= distinct:
         raise InputError(
-            f"cannot hold out {held_out} of {len(rows)} rows: they have {len(first)} distinct prompts, and at least "
+            f"cannot hold out {held_out} of {len(rows)} rows: they have {distinct} distinct prompts, and at least "
             "one must be left to train on; hold out fewer or give more rows"
         )
-    keys = list(first)
-    drawn = np.random.default_rng(seed).choice(len(keys), size=held_out, replace=False)
-    chosen = {keys[index] for index in drawn}
+    chosen: dict[str, int] = {}
+    for index in np.random.default_rng(seed).permutation(len(rows)).tolist():
+        chosen.setdefault(_key(rows[index]), index)
+        if len(chosen) == held_out:
+            break
     train, _ = _without(rows, chosen)
-    return train, [first[key] for key in keys if key in chosen], len(rows) - len(train) - held_out
+    return train, [rows[index] for index in sorted(chosen.values())], len(rows) - len(train) - held_out
 
 
 def distinct_from(train: Rows, held_out: Rows) -> tuple[Rows, int]:

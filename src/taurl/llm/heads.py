@@ -1,9 +1,11 @@
 """The two halves of a causal language model: hidden states, and the output head that turns them into logits."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from taurl.runtime.errors import InputError
 
@@ -32,23 +34,26 @@ class OutputHead:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: PreTrainedModel) -> PreTrainedModel:
     """The causal language model itself, with its adapters in place, out of a `peft` wrapper if there is one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped: Any = model
+    unwrapped: PreTrainedModel = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    return unwrapped
 
 
-def body(model: nn.Module) -> nn.Module:
+def body(model: PreTrainedModel) -> nn.Module:
     """The part that maps token ids to hidden states [..., d], everything but the output head."""
-    return causal_lm(model).base_model
+    base: nn.Module = causal_lm(model).base_model
+    return base
 
 
-def output_head(model: nn.Module) -> OutputHead:
+def output_head(model: PreTrainedModel) -> OutputHead:
     """Read the output head off a causal language model of `transformers`, wrapped by `peft` or not."""
-    model = causal_lm(model)
-    linear, config = model.get_output_embeddings(), model.config.get_text_config()
+    plain: Any = causal_lm(model)
+    linear, config = plain.get_output_embeddings(), plain.config.get_text_config()
     if type(linear) is not nn.Linear:
         raise InputError(
-            f"the output head of {type(model).__name__} is {type(linear).__name__}, expected a plain linear layer; "
+            f"the output head of {type(plain).__name__} is {type(linear).__name__}, expected a plain linear layer; "
             "leave the head out of the adapter's target modules"
         )
     scale = 1.0

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from taurl.functional.logprobs import chosen_logprobs
 from taurl.llm.heads import OutputHead, body, output_head
 
 
 def completion_logprobs(
-    model: nn.Module,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     prompt_of: Tensor,
     tokens: Tensor,
@@ -36,7 +36,7 @@ def completion_logprobs(
     """
     device = tokens.device
     ids, real = pad_left(prompts, device)
-    if getattr(model, "is_gradient_checkpointing", False):
+    if checkpoints_activations(model):
         hidden = _joint_hidden(model, ids, real, prompt_of, tokens)
     else:
         hidden = _forked_hidden(model, ids, real, prompt_of, tokens)
@@ -44,6 +44,11 @@ def completion_logprobs(
     chosen, entropies = head_logprobs(head, hidden[mask], tokens[mask], temperature)
     empty = chosen.new_zeros(tokens.shape)
     return empty.masked_scatter(mask, chosen), empty.masked_scatter(mask, entropies)
+
+
+def checkpoints_activations(model: PreTrainedModel) -> bool:
+    """Whether gradient checkpointing is on in any layer."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def head_logprobs(head: OutputHead, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -55,7 +60,7 @@ def head_logprobs(head: OutputHead, hidden: Tensor, tokens: Tensor, temperature:
     return chosen_logprobs(hidden, head.weight, tokens, bias=head.bias, temperature=temperature, softcap=head.softcap)
 
 
-def _forked_hidden(model: nn.Module, ids: Tensor, real: Tensor, prompt_of: Tensor, tokens: Tensor) -> Tensor:
+def _forked_hidden(model: PreTrainedModel, ids: Tensor, real: Tensor, prompt_of: Tensor, tokens: Tensor) -> Tensor:
     """Hidden states [N, L, d] that predict each completion token: prompts first, completions on their cache."""
     padded = not bool(real.all())
     cache = DynamicCache()  # without the config: a layer with a window would evict by column, padding included
@@ -66,7 +71,7 @@ def _forked_hidden(model: nn.Module, ids: Tensor, real: Tensor, prompt_of: Tenso
         past_key_values=cache,
         use_cache=True,
     )
-    last = output.last_hidden_state[prompt_of, -1:]
+    last: Tensor = output.last_hidden_state[prompt_of, -1:]
     if tokens.shape[1] == 1:
         return last
     cache.batch_select_indices(prompt_of)
@@ -79,17 +84,19 @@ def _forked_hidden(model: nn.Module, ids: Tensor, real: Tensor, prompt_of: Tenso
         past_key_values=cache,
         use_cache=True,
     )
-    return torch.cat([last, output.last_hidden_state], 1)
+    rest: Tensor = output.last_hidden_state
+    return torch.cat([last, rest], 1)
 
 
-def _joint_hidden(model: nn.Module, ids: Tensor, real: Tensor, prompt_of: Tensor, tokens: Tensor) -> Tensor:
+def _joint_hidden(model: PreTrainedModel, ids: Tensor, real: Tensor, prompt_of: Tensor, tokens: Tensor) -> Tensor:
     """The same, each prompt and completion forwarded together as one row."""
     inputs = torch.cat([ids[prompt_of], tokens[:, :-1]], 1)
     attention = torch.cat([real[prompt_of], torch.ones_like(tokens[:, :-1], dtype=torch.bool)], 1)
     output = body(model)(
         input_ids=inputs, attention_mask=attention.long(), position_ids=positions(attention), use_cache=False
     )
-    return output.last_hidden_state[:, ids.shape[1] - 1 :]
+    hidden: Tensor = output.last_hidden_state[:, ids.shape[1] - 1 :]
+    return hidden
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

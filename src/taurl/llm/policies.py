@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ class Policy:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
-        lora: tuple[int, float, str | tuple[str, ...]] = (0, 1.0, "all-linear"),
+        lora: tuple[int, int, str | tuple[str, ...]] = (0, 1, "all-linear"),
         keep_reference: bool = False,
         gradient_checkpointing: bool = False,
     ):
@@ -47,7 +47,7 @@ class Policy:
         if isinstance(model, str):
             self.model: Any = load_model(model, dtype=dtype or torch.float32, device=device)
         else:
-            self.model = model.to(device=device, dtype=dtype) if dtype else model.to(device)
+            self.model = cast(Any, model).to(device=device, dtype=dtype)
         self.has_adapter = hasattr(self.model, "peft_config")
         if lora[0]:
             self._add_lora(*lora)
@@ -65,7 +65,7 @@ class Policy:
         else:
             self.model.eval()
 
-    def _add_lora(self, rank: int, alpha: float, targets: str | tuple[str, ...]) -> None:
+    def _add_lora(self, rank: int, alpha: int, targets: str | tuple[str, ...]) -> None:
         from peft import LoraConfig, get_peft_model  # takes a second to import
 
         if self.has_adapter:
@@ -90,15 +90,20 @@ class Policy:
 
     def generator(self, kind: str = "slots", slots: int = 64) -> Generator:
         """A generator over the current weights."""
-        stops = stop_token_ids(self.model, self.tokenizer)
-        if kind == "slots":
-            return SlotSampler(self.model, stop_token_ids=stops, tokenizer=self.tokenizer, slots=slots)
-        return TransformersSampler(self.model, stop_token_ids=stops, tokenizer=self.tokenizer)
+        return make_generator(kind, self.model, self.tokenizer, slots)
 
     def export(self, directory: Path) -> None:
         """Write a folder that `transformers` (with an adapter: `peft`) loads: safetensors, config, tokenizer."""
         self.model.save_pretrained(directory, safe_serialization=True)
         self.tokenizer.save_pretrained(directory)
+
+
+def make_generator(kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, slots: int) -> Generator:
+    """The slot sampler ("slots"), or `model.generate` ("transformers"), with the model's stop tokens."""
+    stops = stop_token_ids(model, tokenizer)
+    if kind == "slots":
+        return SlotSampler(model, stop_token_ids=stops, tokenizer=tokenizer, slots=slots)
+    return TransformersSampler(model, stop_token_ids=stops, tokenizer=tokenizer)
 
 
 def switch_off_dropout(model: nn.Module) -> None:

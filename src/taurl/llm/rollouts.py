@@ -71,8 +71,8 @@ class Rollout:
 
         Groups of similar length stand together, and a group is split only where it does not fit in one part.
         """
-        lengths = self.mask.shape[1] - self.mask.flip(1).long().argmax(1)  # up to the last token that is trained on
-        lengths = torch.where(self.mask.any(1), lengths, 0).tolist()
+        last = self.mask.shape[1] - self.mask.flip(1).long().argmax(1)  # up to the last token that is trained on
+        lengths: list[int] = torch.where(self.mask.any(1), last, 0).tolist()
         by_group: dict[int, list[int]] = {}
         for row in rows:
             if lengths[row]:

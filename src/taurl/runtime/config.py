@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,6 +12,9 @@ from taurl.runtime.errors import InputError
 
 # Marks a setting that may change when a run is resumed: it alters nothing that the run has already computed.
 FREE: JsonDict = {"free_on_resume": True}
+
+
+Config = TypeVar("Config", bound=BaseModel)
 
 
 class TrainingConfig(BaseModel):
@@ -55,36 +58,41 @@ class TrainingConfig(BaseModel):
     """How many of the newest checkpoints stay."""
 
     def to_yaml(self) -> str:
-        """The settings as YAML that `from_yaml` reads back."""
+        """The settings as YAML that `read_yaml` and `validated` take back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-    @classmethod
-    def from_yaml(cls, path: Path) -> Self:
-        """Read settings from a YAML file.
-
-        Raises: InputError in one line: file missing, not YAML, unknown or invalid setting.
-        """
-        try:
-            values = yaml.safe_load(path.read_text())
-        except OSError as error:
-            raise InputError(f"{path}: cannot read the config file: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values or {}, dict):
-            raise InputError(f"{path}: expected `setting: value` lines, found {type(values).__name__}")
-        return cls.from_values(values or {}, source=str(path))
-
-    @classmethod
-    def from_values(cls, values: dict[str, Any], *, source: str) -> Self:
-        """Validate settings; an InputError names the source, the setting, what was found and what was expected."""
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            raise InputError(f"{source}: {describe(error, cls)}") from error
 
     def changed_from(self, other: Self) -> list[str]:
         """The names of the settings that differ."""
         return [name for name in type(self).model_fields if getattr(self, name) != getattr(other, name)]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file; InputError in one line if it is missing, not YAML, or no mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot read the settings: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected `setting: value` lines, found {type(values).__name__}")
+    return values
+
+
+def validated(config: type[Config], values: dict[str, Any], *, source: str) -> Config:
+    """The config with these values; an InputError names source, setting, what was found and what was expected."""
+    try:
+        return config(**values)
+    except ValidationError as error:
+        raise InputError(f"{source}: {describe(error, config)}") from error
+
+
+def read_config(directory: Path, config: type[Config]) -> Config:
+    """The settings of the run in this directory; InputError if it is none."""
+    path = directory / "config.yaml"
+    if not path.exists():
+        raise InputError(f"{directory}: not a run directory: config.yaml is missing")
+    return validated(config, read_yaml(path), source=str(path))
 
 
 def free_on_resume(config: type[BaseModel], name: str) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from taurl.runtime import metrics
 from taurl.runtime.checkpoints import checkpoint_steps, load_checkpoint, save_checkpoint
-from taurl.runtime.config import TrainingConfig, free_on_resume
+from taurl.runtime.config import TrainingConfig, free_on_resume, read_config
 from taurl.runtime.errors import InputError, Interrupted, RunError
 from taurl.runtime.machine import describe_machine
 from taurl.runtime.seeding import random_states, restore_random_states
@@ -242,14 +242,6 @@ class Step:
         if run.step == run.config.steps or run.interrupted or (every and run.step % every == 0):
             run.save()
         return record
-
-
-def read_config(directory: Path, config: type[TrainingConfig]) -> Any:
-    """The settings of the run in this directory; InputError if it is none."""
-    path = directory / "config.yaml"
-    if not path.exists():
-        raise InputError(f"{directory}: not a run directory: config.yaml is missing")
-    return config.from_yaml(path)
 
 
 def read_environment(directory: Path) -> Record:

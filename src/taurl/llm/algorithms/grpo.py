@@ -21,13 +21,14 @@ from taurl.functional.kl import k3
 from taurl.functional.surrogates import clip_indicators, clipped_surrogate
 from taurl.llm.algorithms.grpo_config import GRPOConfig
 from taurl.llm.datasets import PromptOrder, columns_of
-from taurl.llm.evaluation import Scores, TrainerState, describe, evaluate, reward_metrics, score
+from taurl.llm.evaluation import TrainerState, describe, evaluate, reward_metrics, score
 from taurl.llm.generation import Sampling
 from taurl.llm.likelihood import completion_logprobs
 from taurl.llm.policies import Policy
-from taurl.llm.rewards import RewardSet
+from taurl.llm.rewards import RewardSet, Scores
 from taurl.llm.rollouts import Part, Rollout
 from taurl.llm.tasks import PromptReader, Prompts, train_and_held_out
+from taurl.runtime.config import read_config
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import (
     choose_device,
@@ -37,7 +38,7 @@ from taurl.runtime.machine import (
     set_threads,
 )
 from taurl.runtime.optimization import Optimizer, learning_rate
-from taurl.runtime.run import Callback, Record, Run, Step, read_config
+from taurl.runtime.run import Callback, Record, Run, Step
 from taurl.runtime.seeding import seed_everything
 
 RewardFunction = str | Callable[..., Any]
@@ -411,7 +412,8 @@ class Tally:
 
 def with_given(config: GRPOConfig, given: dict[str, Any]) -> tuple[GRPOConfig, dict[str, Any]]:
     """Put names given as arguments into the config, and return what was given as objects apart."""
-    names, objects = {}, {}
+    names: dict[str, Any] = {}
+    objects: dict[str, Any] = {}
     for name, value in given.items():
         if value is None:
             continue

@@ -86,7 +86,7 @@ class GRPOConfig(TrainingConfig):
 
     lora_rank: int = Field(0, ge=0)
     """Train a LoRA adapter of this rank; 0 trains all weights."""
-    lora_alpha: float = Field(32.0, gt=0)
+    lora_alpha: int = Field(32, ge=1)
     """LoRA's scale is lora_alpha / lora_rank."""
     lora_targets: str | tuple[str, ...] = "all-linear"
     """Modules that get an adapter: all-linear, or names."""

@@ -1,17 +1,22 @@
 """Key-value storage by slot: each running sequence owns one row and writes into it in place."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer's keys and values, [slots, heads, capacity, head size], allocated at the first write."""
 
     is_sliding = False
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, place: "Placement"):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.place = place
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -20,7 +25,7 @@ class SlotLayer(CacheLayerMixin):
         self.values = value_states.new_zeros(slots, value_states.shape[1], capacity, value_states.shape[3])
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new states at (rows, columns) and return the rows' keys and values up to column `view`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -68,11 +73,12 @@ class SlotCache(Cache):
 
     def __init__(self, layers: int, slots: int, capacity: int):
         self.place = Placement(slots, capacity)
-        super().__init__(layers=[SlotLayer(self.place) for _ in range(layers)])
+        self.slot_layers = [SlotLayer(self.place) for _ in range(layers)]
+        super().__init__(layers=list(self.slot_layers))
 
     def copy_rows(self, source: "SlotCache", source_rows: Tensor, rows: Tensor, columns: int) -> None:
         """Copy the first `columns` columns of the source's rows into these rows, in every layer."""
-        for layer, other in zip(self.layers, source.layers, strict=True):
+        for layer, other in zip(self.slot_layers, source.slot_layers, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(other.keys, other.values)
             layer.keys[rows, :, :columns] = other.keys[source_rows, :, :columns]

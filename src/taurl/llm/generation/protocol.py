@@ -1,10 +1,15 @@
 """What every generator takes and gives back."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from taurl.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,12 @@ class Generator(Protocol):
         ...
 
 
-def ends(tokens: Sequence[int], stop_token_ids: Container[int], stop: Sequence[str], tokenizer) -> bool:
+def ends(
+    tokens: Sequence[int],
+    stop_token_ids: Container[int],
+    stop: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> bool:
     """Whether a completion ends with its last token: a stop token, or the token that completes a stop string."""
     if tokens[-1] in stop_token_ids:
         return True
@@ -94,7 +104,7 @@ def ends(tokens: Sequence[int], stop_token_ids: Container[int], stop: Sequence[s
     if tokenizer is None:
         raise InputError("stop strings need the sampler's `tokenizer`")
     longest = max(len(text.encode()) for text in stop)  # a token stands for at least one byte
-    tail = tokenizer.decode(tokens[-longest - 1 :])
+    tail = tokenizer.decode(list(tokens[-longest - 1 :]))
     return any(text in tail for text in stop)
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.generation.cache import SlotCache
 from taurl.llm.generation.draw import draw, uniforms
@@ -60,7 +61,14 @@ class SlotSampler:
         slots: sequences that decode together.
     """
 
-    def __init__(self, model: nn.Module, *, stop_token_ids: Iterable[int] = (), tokenizer=None, slots: int = 64):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        stop_token_ids: Iterable[int] = (),
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        slots: int = 64,
+    ):
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self.stop_token_ids = frozenset(stop_token_ids)
         self.config = model.config.get_text_config()
@@ -117,14 +125,13 @@ class SlotSampler:
             while waiting and len(running) < slots:
                 if prefilled is None or waiting[0][0] not in prefilled.rows:
                     prefilled = self._prefill(prompts, chunk(waiting, prompts, slots - len(running)))
-                forks = []
+                forks: list[Running] = []
                 while waiting and len(running) + len(forks) < slots and waiting[0][0] in prefilled.rows:
                     prompt, completion = waiting.popleft()
-                    numbers = uniforms(key, prompt, completion, sampling.max_tokens)
-                    forks.append(Running(prompt, completion, len(prompts[prompt]), numbers))
+                    own = uniforms(key, prompt, completion, sampling.max_tokens)
+                    forks.append(Running(prompt, completion, len(prompts[prompt]), own))
                 source = torch.tensor([prefilled.rows[fork.prompt] for fork in forks], device=self.model.device)
-                numbers = self._numbers(forks)
-                ended = finish(forks, *draw(prefilled.logits[source], numbers, sampling))
+                ended = finish(forks, *draw(prefilled.logits[source], self._numbers(forks), sampling))
                 stay = [i for i, end in enumerate(ended) if not end]
                 if stay:
                     rows = torch.arange(len(running), len(running) + len(stay), device=self.model.device)
@@ -176,7 +183,8 @@ class SlotSampler:
         output = self.body(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
-        return output.last_hidden_state
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
     def _compact(self, cache: SlotCache, running: list[Running], ended: list[bool]) -> list[Running]:
         """Keep the sequences that go on in rows 0, 1, …: the last ones move into the rows that came free."""

@@ -1,11 +1,18 @@
 """The slow generator: `model.generate`, as the yardstick for the fast one and for models that it does not know."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from taurl.llm.generation.draw import draw, uniforms
 from taurl.llm.generation.protocol import Completion, Sampling, check_prompts, ends
@@ -31,7 +38,13 @@ class TransformersSampler:
     Args: as for `SlotSampler`.
     """
 
-    def __init__(self, model: nn.Module, *, stop_token_ids: Iterable[int] = (), tokenizer=None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        stop_token_ids: Iterable[int] = (),
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
         self.model, self.tokenizer = model, tokenizer
         self.stop_token_ids = frozenset(stop_token_ids)
 
@@ -48,7 +61,7 @@ class TransformersSampler:
     ) -> list[list[Completion]]:
         """See `Generator.generate`; `on_token` is called when a prompt's completions are all there."""
         check_prompts(prompts, sampling, self.model.config.get_text_config().max_position_embeddings)
-        config = GenerationConfig(
+        config = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=sampling.max_tokens,
             do_sample=False,
             eos_token_id=sorted(self.stop_token_ids) or None,
@@ -59,7 +72,8 @@ class TransformersSampler:
             numbers = np.stack([uniforms(key, prompt, completion, sampling.max_tokens) for completion in range(count)])
             keyed = KeyedDraw(sampling, numbers)
             copies = torch.tensor(ids, device=self.model.device).expand(count, -1)
-            output = causal_lm(self.model).generate(
+            model: Any = causal_lm(self.model)
+            output = model.generate(
                 copies,
                 attention_mask=torch.ones_like(copies),
                 generation_config=config,

@@ -1,0 +1,128 @@
+"""Settings from the command line: a config's fields are its options (tyro), on top of a YAML file's values."""
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_origin
+
+import tyro
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from taurl.runtime.config import describe, read_yaml, validated
+from taurl.runtime.errors import InputError
+
+Config = TypeVar("Config", bound=BaseModel)
+
+registry = tyro.constructors.ConstructorRegistry()
+
+
+@registry.primitive_rule
+def _pairs(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+    """Dictionaries as `name=value name=value`, the values read as YAML scalars."""
+    if get_origin(info.type) is not dict:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME=VALUE …]",
+        instance_from_str=lambda words: dict(map(pair, words)),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{name}={item}" for name, item in value.items()],
+    )
+
+
+def pair(word: str) -> tuple[str, Any]:
+    name, equals, value = word.partition("=")
+    if not equals or not name:
+        raise ValueError(f"{word!r} is not NAME=VALUE")
+    return name, yaml.safe_load(value)
+
+
+def take_option(words: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """Take `--name VALUE` or `--name=VALUE` out of the words."""
+    left, value, rest = list(words), None, []
+    while left:
+        word = left.pop(0)
+        if word == name:
+            if not left or left[0].startswith("--"):
+                raise InputError(f"{name} needs a value")
+            value = left.pop(0)
+        elif word.startswith(f"{name}="):
+            value = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return value, rest
+
+
+def parse(config: type[Config], words: Sequence[str], *, prog: str, default: Config | None = None) -> Config:
+    """The config that the options describe, on top of `--config FILE` or of `default`.
+
+    Raises: InputError in one line for options that do not fit; SystemExit(0) after --help.
+    """
+    file, words = take_option(words, "--config")
+    if file is not None:
+        default = validated(config, read_yaml(Path(file)), source=file)
+    help_text = (
+        f"{(config.__doc__ or '').strip()}\n\n--config FILE reads settings from YAML; options given beside it win."
+    )
+    errors = io.StringIO()
+    try:
+        # tyro draws its errors as boxes as wide as the terminal; a wide one keeps their lines whole.
+        with contextlib.redirect_stderr(errors), wide_unless_help(words):
+            return tyro.cli(
+                config,
+                args=list(words),
+                prog=prog,
+                description=help_text,
+                default=default if default is not None else config(),
+                registry=registry,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(f"{one_line(stop, config, errors.getvalue())}; see {prog} --help") from stop
+
+
+@contextlib.contextmanager
+def wide_unless_help(words: Sequence[str]) -> Iterator[None]:
+    before = os.environ.get("COLUMNS")
+    if not {"-h", "--help"} & set(words):
+        os.environ["COLUMNS"] = "1000"
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def one_line(stop: BaseException, config: type[BaseModel], box: str) -> str:
+    """What a rejection says: the validation error behind it, or else the text of tyro's box without its frame."""
+    cause: BaseException | None = stop
+    while cause is not None:
+        if isinstance(cause, ValidationError):
+            return describe(cause, config)
+        cause = cause.__context__
+    box = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [re.sub(r"^│ ?|\s*│$", "", line) for line in box.splitlines() if line.startswith("│")]
+    kept = []
+    for line in lines:
+        if "full helptext" in line:
+            break
+        if line.strip("─ ") and not line.startswith(" " * 8):
+            kept.append(line.strip())
+    return " ".join(kept) or "the options do not fit"
+
+
+def new_file(path: Path) -> None:
+    """Create a file for results before any work starts; InputError if it exists or cannot be made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(exist_ok=False)
+    except FileExistsError as error:
+        raise InputError(f"{path} exists already; give another file or remove it") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot write there: {error.strerror}") from error

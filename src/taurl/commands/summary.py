@@ -1,0 +1,61 @@
+"""The table at the end of a training run: held-out scores and answers, before and after."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from taurl.runtime.run import Run
+
+ANSWERS = 3
+
+
+def show_summary(run: Run, console: Console | None = None) -> None:
+    """Print before and after, wall time, and where everything is."""
+    console = console or Console()
+    evaluations = [record for record in run.records() if any(key.startswith("eval/") for key in record)]
+    if evaluations:
+        console.print(scores(evaluations[0], evaluations[-1]))
+        console.print(answers(run.samples(), evaluations[0]["step"], evaluations[-1]["step"]))
+    seconds = run.elapsed()
+    console.print(f"{run.step} steps in {seconds // 60:.0f} min {seconds % 60:.0f} s", highlight=False)
+    console.print(f"run directory  {run.directory}", highlight=False, soft_wrap=True)
+    console.print(f"model          {run.directory / 'final'}", highlight=False, soft_wrap=True)
+    console.print(f"report         {run.directory / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def scores(before: dict[str, Any], after: dict[str, Any]) -> Table:
+    """Held-out greedy means, a row a reward function."""
+    table = Table(title="held-out rows, greedy", title_justify="left")
+    for heading in ("", f"before (step {before['step']})", f"after (step {after['step']})"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for key in before:
+        if key in after and (key.endswith("/mean") or key.startswith("eval/completions")):
+            name = key.removeprefix("eval/").removeprefix("rewards/").removesuffix("/mean")
+            table.add_row(name, *(f"{record[key]:.3f}" for record in (before, after)))
+    return table
+
+
+def answers(samples: list[dict[str, Any]], before: int, after: int) -> Table:
+    """The first held-out rows whose answer changed, or the first ones."""
+    by_step: dict[int, dict[int, dict[str, Any]]] = {before: {}, after: {}}
+    for sample in samples:
+        if sample["kind"] == "evaluation" and sample["step"] in by_step:
+            by_step[sample["step"]][sample["row"]] = sample
+    first, last = by_step[before], by_step[after]
+    rows = sorted(
+        first.keys() & last.keys(), key=lambda row: (first[row]["completion"] == last[row]["completion"], row)
+    )
+    table = Table(title="answers", title_justify="left", show_lines=True)
+    for heading in ("prompt", "before", "after"):
+        table.add_column(heading, overflow="fold")
+    for row in rows[:ANSWERS]:
+        cells = (first[row]["prompt"], marked(first[row]), marked(last[row]))
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def marked(sample: dict[str, Any]) -> str:
+    reward = sample["reward"]
+    return f"{sample['completion'].strip()}\n({'–' if reward is None else f'{reward:.3g}'})"
