@@ -35,16 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     try:
         return run(words)
+    except KeyboardInterrupt:
+        print("taurl: interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
+        # Errors meant for a person bring their exit code; another one is a defect, which its traceback tells best.
         code = getattr(error, "exit_code", None)
         if debug or code is None:
             traceback.print_exc()
         else:
-            print(f"taurl: {error}", file=sys.stderr)
+            print("taurl: " + "; ".join([str(error), *getattr(error, "__notes__", [])]), file=sys.stderr)
         return code or 1
-    except KeyboardInterrupt:
-        print("taurl: interrupted before the first step; nothing was saved", file=sys.stderr)
-        return 130
 
 
 def run(words: list[str]) -> int:

@@ -11,6 +11,8 @@ from taurl.runtime.errors import InputError
 if TYPE_CHECKING:
     from taurl.llm.inference import Model
 
+Messages = list[dict[str, str]]
+
 
 def main(words: Sequence[str]) -> int:
     config = parse(ChatConfig, words, prog="taurl llm chat")
@@ -20,7 +22,7 @@ def main(words: Sequence[str]) -> int:
     model = Model(config)
     if not model.tokenizer.chat_template:
         raise InputError(f"model {config.model!r} has no chat template; use `taurl llm generate` for raw text")
-    messages: list[dict[str, str]] = []
+    messages: Messages = []
     if sys.stdin.isatty():
         print("an empty line ends the talk", file=sys.stderr)
     while question := read_line():
@@ -37,11 +39,10 @@ def read_line() -> str:
         return ""
 
 
-def answer(model: "Model", messages: list[dict[str, str]]) -> str:
+def answer(model: "Model", messages: Messages) -> str:
     """One answer, printed as it comes. A turn's draws have their own key, so that answers do not repeat."""
     from taurl.llm.evaluation import decode
 
-    prompt = model.reader().encode([{"prompt": messages}])[0]
     tokens: list[int] = []
     shown = ""
 
@@ -53,7 +54,31 @@ def answer(model: "Model", messages: list[dict[str, str]]) -> str:
             print(text[len(shown) :], end="", flush=True)
             shown = text
 
-    model.generator.generate([prompt], 1, model.sampling, key=(model.config.seed, len(messages)), on_token=show)
+    key = (model.config.seed, len(messages))
+    model.generator.generate([encode(model, messages)], 1, model.sampling, key=key, on_token=show)
     text = decode(model.tokenizer, tokens)
     print(text[len(shown) :])
     return text
+
+
+def encode(model: "Model", messages: Messages) -> list[int]:
+    """Token ids of the talk; its oldest turns are left out where they do not fit in the model's context."""
+    from taurl.llm.chat import encode_prompt
+    from taurl.llm.tasks import context_length
+
+    config, context = model.config, context_length(model.model)
+    for start in range(0, len(messages), 2):
+        ids = encode_prompt(
+            messages[start:],
+            model.tokenizer,
+            system_prompt=config.system_prompt,
+            chat_template_kwargs=config.chat_template_kwargs,
+        )
+        if context is None or len(ids) + config.max_tokens <= context:
+            if start:
+                print(f"(the first {start // 2} turns no longer fit in the context)", file=sys.stderr)
+            return ids
+    raise InputError(
+        f"the line has {len(ids)} tokens with its template; with max_tokens {config.max_tokens} that is more than the "
+        f"model's context of {context}: shorten it or lower max_tokens"
+    )

@@ -1,13 +1,14 @@
 """`taurl llm evaluate`: scores of a model on a data set."""
 
+import os
 import time
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from taurl.commands.options import new_file, parse
+from taurl.commands.answers import answers, require_new
+from taurl.commands.options import parse
 from taurl.llm.inference_config import EvaluateConfig
 from taurl.runtime.errors import InputError
 
@@ -16,46 +17,50 @@ def main(words: Sequence[str]) -> int:
     config = parse(EvaluateConfig, words, prog="taurl llm evaluate")
     if config.dataset is None:
         raise InputError("no data set given: name one with --dataset (for example reasoning-gym:chain_sum)")
+    require_new(config.out)
 
     from taurl.llm.rewards import RewardSet
 
-    rewards = RewardSet(config.rewards, config.reward_weights)
+    rewards = RewardSet(config.rewards, config.reward_weights)  # a misspelt one is found before torch is imported
+
     from taurl.llm.datasets import columns_of
-    from taurl.llm.evaluation import evaluate
+    from taurl.llm.evaluation import described, evaluate
+    from taurl.llm.generation import Completion
     from taurl.llm.inference import Model
+    from taurl.llm.tasks import PromptReader
     from taurl.runtime.metrics import append_lines
 
     model = Model(config)
-    reader = model.reader(config.dataset_args)
-    rows = reader.rows(config.dataset)[: config.rows]
-    rewards.check_columns(columns_of(rows))
-    prompts = reader.encode(rows)
-    if config.out is not None:
-        new_file(config.out)
+    prompts = PromptReader.of(config, model.tokenizer, model.model).read(config.dataset, limit=config.rows)
+    rewards.check_columns(columns_of(prompts.rows))
     start = time.monotonic()
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("answering", total=len(rows))
-        found = evaluate(
-            model.generator,
-            model.tokenizer,
-            rows,
-            prompts,
-            rewards,
-            model.sampling,
-            progress=lambda done, count: progress.update(task, completed=done),
-        )
-    rewards.close()
+    completions: list[Completion] = []
+    for groups in answers(model, prompts.ids):
+        rows = prompts.rows[len(completions) :]
+        completions += [group[0] for group in groups]
+        if config.out is not None:  # without rewards until all are there, so that a reward that fails costs no answer
+            append_lines(config.out, [described(r, g[0], model.tokenizer) for r, g in zip(rows, groups, strict=False)])
+    try:
+        found = evaluate(prompts.rows, completions, model.tokenizer, rewards)
+    except InputError as error:
+        if config.out is not None:
+            error.add_note(f"the answers are in {config.out}, without rewards")
+        raise
+    finally:
+        rewards.close()
     if config.out is not None:
-        append_lines(config.out, found.samples)
-    show(found.metrics, len(rows), time.monotonic() - start)
+        scored = config.out.with_name(f".{config.out.name}.partial")
+        append_lines(scored, found.samples)
+        os.replace(scored, config.out)
+    show(found.metrics, len(prompts), time.monotonic() - start)
     return 0
 
 
 def show(metrics: dict[str, float], rows: int, seconds: float) -> None:
     """Print the figures as a table."""
-    table = Table(title=f"{rows} rows in {seconds:.0f} s", title_justify="left")
-    table.add_column("")
-    table.add_column("", justify="right")
+    table = Table(title=f"{rows} rows in {seconds:.0f} s", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
     for name, value in metrics.items():
         if not name.endswith("/seconds"):
             table.add_row(name.removeprefix("eval/"), f"{value:.4g}")

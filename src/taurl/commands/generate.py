@@ -4,10 +4,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.progress import Progress
-
-from taurl.commands.options import new_file, parse
+from taurl.commands.answers import answers, require_new
+from taurl.commands.options import parse
 from taurl.llm.inference_config import GenerateConfig
 from taurl.runtime.errors import InputError
 
@@ -16,36 +14,28 @@ def main(words: Sequence[str]) -> int:
     config = parse(GenerateConfig, words, prog="taurl llm generate")
     if config.prompts is None:
         raise InputError("no prompts given: name a .jsonl, .json, .csv or .parquet file with --prompts")
+    require_new(config.out)
 
     from taurl.llm.chat import as_completion
     from taurl.llm.evaluation import decode
     from taurl.llm.inference import Model
+    from taurl.llm.tasks import PromptReader
     from taurl.runtime.metrics import append_lines
 
     model = Model(config)
-    reader = model.reader()
-    rows = reader.rows(config.prompts)
-    prompts = reader.encode(rows)
+    prompts = PromptReader.of(config, model.tokenizer, model.model).read(config.prompts)
+    rows = iter(prompts.rows)
+    for groups in answers(model, prompts.ids, config.count):
+        records = [
+            {**row, "completion": as_completion(row["prompt"], decode(model.tokenizer, completion.tokens))}
+            for group, row in zip(groups, rows, strict=False)
+            for completion in group
+        ]
+        if config.out is not None:
+            append_lines(config.out, records)
+        else:
+            for record in records:
+                print(json.dumps(record, ensure_ascii=False, default=str), flush=True)
     if config.out is not None:
-        new_file(config.out)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("completing", total=len(rows) * config.count)
-        groups = model.generator.generate(
-            prompts,
-            config.count,
-            model.sampling,
-            key=(config.seed, 0),
-            progress=lambda done, count: progress.update(task, completed=done),
-        )
-    answers = [
-        {**row, "completion": as_completion(row["prompt"], decode(model.tokenizer, completion.tokens))}
-        for row, group in zip(rows, groups, strict=True)
-        for completion in group
-    ]
-    if config.out is not None:
-        append_lines(config.out, answers)
-        print(f"{len(answers)} completions in {config.out}", file=sys.stderr)
-    else:
-        for answer in answers:
-            print(json.dumps(answer, ensure_ascii=False))
+        print(f"{len(prompts) * config.count} completions in {config.out}", file=sys.stderr)
     return 0

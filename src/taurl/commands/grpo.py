@@ -1,5 +1,6 @@
 """`taurl llm grpo`: train, then show what changed."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,12 +23,14 @@ def main(words: Sequence[str]) -> int:
 
     keep_freed_memory()
     trainer = GRPO.resume(Path(resume), config) if resume else GRPO(config=config)
-    trainer.run.environment["command"] = f"{PROG} {' '.join(words)}".strip()
     try:
         trainer.train()
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first failure is the one to tell
+            write_report(trainer.run.directory)
+        raise
     finally:
         trainer.rewards.close()
-        if trainer.run.directory.exists():
-            write_report(trainer.run.directory)
+    write_report(trainer.run.directory)
     show_summary(trainer.run)
     return 0

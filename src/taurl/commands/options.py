@@ -1,6 +1,7 @@
 """Settings from the command line: a config's fields are its options (tyro), on top of a YAML file's values."""
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -64,9 +65,12 @@ def parse(config: type[Config], words: Sequence[str], *, prog: str, default: Con
     """
     file, words = take_option(words, "--config")
     if file is not None:
-        default = validated(config, read_yaml(Path(file)), source=file)
-    help_text = (
-        f"{(config.__doc__ or '').strip()}\n\n--config FILE reads settings from YAML; options given beside it win."
+        below = default.model_dump() if default is not None else {}
+        default = validated(config, below | read_yaml(Path(file)), source=file)
+    for field in config.model_fields.values():  # tyro would keep the line breaks of the source
+        field.description = " ".join((field.description or "").split())
+    help_text = inspect.cleandoc(
+        f"{config.__doc__}\n\n    --config FILE reads settings from YAML; options given beside it win."
     )
     errors = io.StringIO()
     try:
@@ -106,23 +110,12 @@ def one_line(stop: BaseException, config: type[BaseModel], box: str) -> str:
         if isinstance(cause, ValidationError):
             return describe(cause, config)
         cause = cause.__context__
-    box = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [re.sub(r"^│ ?|\s*│$", "", line) for line in box.splitlines() if line.startswith("│")]
     kept = []
-    for line in lines:
-        if "full helptext" in line:
+    # The first line is the title. The frame is of lines, or of blanks and dashes where the output is not UTF-8.
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]:
+        text = line.strip("│╰╯─- ") and line[1:].rstrip("│ ")
+        if "helptext" in text:  # what follows repeats the help
             break
-        if line.strip("─ ") and not line.startswith(" " * 8):
-            kept.append(line.strip())
+        if text and not text.startswith(" " * 9):
+            kept.append(text.strip())
     return " ".join(kept) or "the options do not fit"
-
-
-def new_file(path: Path) -> None:
-    """Create a file for results before any work starts; InputError if it exists or cannot be made."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(exist_ok=False)
-    except FileExistsError as error:
-        raise InputError(f"{path} exists already; give another file or remove it") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot write there: {error.strerror}") from error

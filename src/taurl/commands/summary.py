@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from taurl.runtime.run import Run
+from taurl.runtime.terminal import excerpt
 
 ANSWERS = 3
 
@@ -26,14 +27,15 @@ def show_summary(run: Run, console: Console | None = None) -> None:
 
 
 def scores(before: dict[str, Any], after: dict[str, Any]) -> Table:
-    """Held-out greedy means, a row a reward function."""
+    """Held-out greedy means: a row for each reward function, their sum if there are several, and lengths."""
     table = Table(title="held-out rows, greedy", title_justify="left")
     for heading in ("", f"before (step {before['step']})", f"after (step {after['step']})"):
         table.add_column(heading, justify="right" if heading else "left")
+    functions = [key for key in before if key.startswith("eval/rewards/") and key.endswith("/mean")]
     for key in before:
-        if key in after and (key.endswith("/mean") or key.startswith("eval/completions")):
+        if key in functions or key.startswith("eval/completions/") or (key == "eval/reward" and len(functions) > 1):
             name = key.removeprefix("eval/").removeprefix("rewards/").removesuffix("/mean")
-            table.add_row(name, *(f"{record[key]:.3f}" for record in (before, after)))
+            table.add_row(name, *(number(record.get(key)) for record in (before, after)))
     return table
 
 
@@ -51,11 +53,16 @@ def answers(samples: list[dict[str, Any]], before: int, after: int) -> Table:
     for heading in ("prompt", "before", "after"):
         table.add_column(heading, overflow="fold")
     for row in rows[:ANSWERS]:
-        cells = (first[row]["prompt"], marked(first[row]), marked(last[row]))
+        cells = (excerpt(first[row]["prompt"]), marked(first[row]), marked(last[row]))
         table.add_row(*(Text(cell) for cell in cells))
     return table
 
 
 def marked(sample: dict[str, Any]) -> str:
-    reward = sample["reward"]
-    return f"{sample['completion'].strip()}\n({'–' if reward is None else f'{reward:.3g}'})"
+    """An answer with its reward."""
+    return f"{excerpt(sample['completion'])}\n(reward {number(sample['reward'])})"
+
+
+def number(value: float | None) -> str:
+    """A figure, or a dash where no reward applied."""
+    return "–" if value is None else f"{value:.3f}"

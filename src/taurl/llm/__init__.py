@@ -1,6 +1,6 @@
 """Post-training of language models.
 
-    from taurl.llm import GRPO, GRPOConfig
+from taurl.llm import GRPO, GRPOConfig
 """
 
 import importlib

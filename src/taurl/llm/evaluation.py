@@ -1,6 +1,6 @@
-"""Scoring a policy greedily on held-out rows."""
+"""Scoring completions with reward functions, in training and on held-out rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from taurl.llm.chat import as_completion, prompt_text
-from taurl.llm.generation import Completion, Generator, Sampling
+from taurl.llm.generation import Completion
 from taurl.llm.rewards import RewardSet, Scores
 
 
@@ -29,25 +29,13 @@ class Evaluation:
 
 
 def evaluate(
-    generator: Generator,
-    tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict[str, Any]],
-    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Completion],
+    tokenizer: PreTrainedTokenizerBase,
     rewards: RewardSet,
-    sampling: Sampling,
-    *,
     state: TrainerState = TrainerState(0, 0),
-    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Complete every row once and score it.
-
-    Args:
-        rows: data rows; `prompts` are their token ids.
-        sampling: temperature 0 for greedy answers.
-        progress: called with (rows done, rows in all).
-    """
-    groups = generator.generate(prompts, 1, sampling, progress=progress)
-    completions = [group[0] for group in groups]
+    """Score one completion a row, and say how the rows did together."""
     scores = score(rows, completions, tokenizer, rewards, state)
     metrics = {f"eval/{name}": value for name, value in reward_metrics(rewards.names, scores).items()}
     lengths = [len(completion.tokens) for completion in completions]
@@ -103,6 +91,17 @@ def mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
+def described(row: dict[str, Any], completion: Completion, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A completion as samples.jsonl has it, not scored yet."""
+    return {
+        "prompt": prompt_text(row["prompt"]),
+        "completion": decode(tokenizer, completion.tokens),
+        "finish": completion.finish,
+        "tokens": len(completion.tokens),
+        **({"answer": row["answer"]} if "answer" in row else {}),
+    }
+
+
 def describe(
     rows: Sequence[dict[str, Any]],
     completions: Sequence[Completion],
@@ -113,13 +112,9 @@ def describe(
     """One record a completion, as samples.jsonl has it."""
     return [
         {
-            "prompt": prompt_text(row["prompt"]),
-            "completion": decode(tokenizer, completion.tokens),
+            **described(row, completion, tokenizer),
             "reward": float(scores.total[index]),
             "rewards": dict(zip(names, map(float, scores.values[index]), strict=True)),
-            "finish": completion.finish,
-            "tokens": len(completion.tokens),
-            **({"answer": row["answer"]} if "answer" in row else {}),
             **{name: values[index] for name, values in scores.extra.items()},
         }
         for index, (row, completion) in enumerate(zip(rows, completions, strict=True))

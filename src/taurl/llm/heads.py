@@ -1,5 +1,7 @@
 """The two halves of a causal language model: hidden states, and the output head that turns them into logits."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from taurl.runtime.errors import InputError
+
+# What rounding may do to bfloat16 logits (two operations after the product); a head read wrongly is off by far more.
+HEAD_TOLERANCE = 0.03
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,17 @@ class OutputHead:
 
 
 def causal_lm(model: PreTrainedModel) -> PreTrainedModel:
-    """The causal language model itself, with its adapters in place, out of a `peft` wrapper if there is one."""
+    """The causal language model itself, with its adapters in place, out of a `peft` wrapper if there is one.
+
+    Raises: InputError for an adapter that lives in the wrapper (prompt and prefix tuning), which this would lose.
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
     wrapped: Any = model
-    unwrapped: PreTrainedModel = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    if wrapped.active_peft_config.is_prompt_learning:
+        kind = wrapped.active_peft_config.peft_type.value
+        raise InputError(f"the model has an adapter of type {kind}, expected one within its layers, such as LORA")
+    unwrapped: PreTrainedModel = wrapped.get_base_model()
     return unwrapped
 
 
@@ -48,7 +61,10 @@ def body(model: PreTrainedModel) -> nn.Module:
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:
-    """Read the output head off a causal language model of `transformers`, wrapped by `peft` or not."""
+    """Read the output head off a causal language model of `transformers`, wrapped by `peft` or not.
+
+    Raises: InputError if it is not a plain linear layer.
+    """
     plain: Any = causal_lm(model)
     linear, config = plain.get_output_embeddings(), plain.config.get_text_config()
     if type(linear) is not nn.Linear:
@@ -62,3 +78,34 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     if getattr(config, "logit_scale", None) is not None:
         scale *= config.logit_scale
     return OutputHead(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+@torch.inference_mode()
+def check_head(model: PreTrainedModel) -> None:
+    """Compare `output_head(model)` on the hidden states of two tokens with the model's own logits.
+
+    A head's scale and soft cap stand in the config under names that not all models share or mean alike.
+    Raises: InputError if they disagree.
+    """
+    plain: Any = causal_lm(model)
+    ids = torch.tensor([[0, 1]], device=plain.device)
+    with evaluating(plain):
+        own = plain(input_ids=ids).logits
+        ours = output_head(plain)(body(plain)(input_ids=ids).last_hidden_state)
+    if (ours - own).abs().max() > HEAD_TOLERANCE * own.abs().max():
+        raise InputError(
+            f"{type(plain).__name__} does more to its logits than taurl knows (a linear layer, a scale, a soft cap): "
+            "its log-probabilities would be wrong, choose another model"
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while: no dropout, and no gradient checkpointing, which would drop keys and values."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,13 +1,20 @@
 """A model ready to answer: loaded, with its tokenizer and a generator."""
 
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
-from taurl.llm.generation import Sampling
-from taurl.llm.inference_config import DataConfig, InferenceConfig
+from taurl.llm.generation import Completion, Sampling
+from taurl.llm.inference_config import InferenceConfig
 from taurl.llm.models import load_model, load_tokenizer
 from taurl.llm.policies import make_generator
-from taurl.llm.tasks import PromptReader
-from taurl.runtime.machine import choose_device, choose_precision, keep_freed_memory, set_threads
+from taurl.runtime.machine import (
+    choose_device,
+    choose_precision,
+    keep_freed_memory,
+    out_of_memory_names,
+    set_threads,
+)
+
+BATCH = 256  # completions between two writes: enough to keep the slots busy, few enough to lose
 
 
 class Model:
@@ -19,7 +26,8 @@ class Model:
         set_threads(config.threads)
         device = choose_device(config.device)
         self.tokenizer = load_tokenizer(config.model)
-        self.model = load_model(config.model, dtype=choose_precision(config.precision, device), device=device)
+        with out_of_memory_names("the model's size, or precision to bfloat16"):
+            self.model = load_model(config.model, dtype=choose_precision(config.precision, device), device=device)
         self.generator = make_generator(config.generator, self.model, self.tokenizer, config.slots)
         self.sampling = Sampling(
             config.max_tokens,
@@ -30,17 +38,27 @@ class Model:
             stop=config.stop,
         )
 
-    def reader(self, arguments: dict[str, Any] | None = None) -> PromptReader:
-        """Reads rows and encodes prompts as the settings say."""
-        config = self.config
-        return PromptReader(
-            tokenizer=self.tokenizer,
-            context=self.model.config.get_text_config().max_position_embeddings,
-            max_tokens=config.max_tokens,
-            arguments=arguments or {},
-            columns=config.columns if isinstance(config, DataConfig) else {},
-            answer_after=config.answer_after if isinstance(config, DataConfig) else None,
-            system_prompt=config.system_prompt,
-            prompt_format=config.prompt_format,
-            chat_template_kwargs=config.chat_template_kwargs,
-        )
+    def complete(
+        self, prompts: Sequence[Sequence[int]], count: int, progress: Callable[[int], None]
+    ) -> Iterator[list[list[Completion]]]:
+        """`count` completions of each prompt, in batches of prompts as they are done.
+
+        Args:
+            prompts: P lists of token ids.
+            progress: called with the number of completions done so far.
+        Yields: lists of groups, in the order of the prompts.
+        """
+        size = max(1, BATCH // count)
+        for start in range(0, len(prompts), size):
+
+            def note(done: int, _: int, start: int = start) -> None:
+                progress(start * count + done)
+
+            with out_of_memory_names("slots or max_tokens"):
+                yield self.generator.generate(
+                    prompts[start : start + size],
+                    count,
+                    self.sampling,
+                    key=(self.config.seed, start),  # a step of its own, so that batches do not share their draws
+                    progress=note,
+                )

@@ -49,6 +49,8 @@ class InferenceConfig(BaseModel):
 class DataConfig(InferenceConfig):
     """How rows are read."""
 
+    dataset_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of a reasoning-gym task, for example min_terms=2 max_terms=2."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Columns to rename, for example question=prompt."""
     answer_after: str | None = None
@@ -60,8 +62,6 @@ class EvaluateConfig(DataConfig):
 
     dataset: str | None = None
     """reasoning-gym:TASK, a .jsonl, .json, .csv or .parquet file, or a hub name."""
-    dataset_args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of a reasoning-gym task."""
     rows: int | None = Field(None, ge=1)
     """Score the first rows only."""
     rewards: tuple[str, ...] = ()
@@ -73,10 +73,10 @@ class EvaluateConfig(DataConfig):
 
 
 class GenerateConfig(DataConfig):
-    """Complete the prompts of a file."""
+    """Complete prompts, greedily unless a temperature is given."""
 
     prompts: str | None = None
-    """A .jsonl, .json, .csv or .parquet file with a column `prompt`."""
+    """A .jsonl, .json, .csv or .parquet file with a column `prompt`, or what `dataset` is elsewhere."""
     out: Path | None = None
     """Answers, one JSON object a line: the row with its `completion`. Default: standard output."""
     count: int = Field(1, ge=1)

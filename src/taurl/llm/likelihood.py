@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from taurl.functional.logprobs import chosen_logprobs
-from taurl.llm.heads import OutputHead, body, output_head
+from taurl.llm.heads import OutputHead, body, causal_lm, output_head
+from taurl.runtime.errors import InputError
 
 
 def completion_logprobs(
@@ -32,32 +33,38 @@ def completion_logprobs(
         tokens: int64 [N, L], completions padded on the right with any token id.
         mask: bool [N, L], the tokens wanted; the others get 0 and no gradient.
         temperature: logits are divided by it.
-    Returns: logprobs, entropies, float [N, L].
+    Returns: logprobs, entropies, float [N, L]; float32, or float64 for a float64 model.
+    Raises: InputError for a model with recurrent layers, which have no keys and values to go on from.
     """
-    device = tokens.device
-    ids, real = pad_left(prompts, device)
+    if causal_lm(model)._is_stateful:
+        raise cannot_share(model, "has recurrent layers")
+    ids, real = pad_left(prompts, tokens.device)
     if checkpoints_activations(model):
         hidden = _joint_hidden(model, ids, real, prompt_of, tokens)
     else:
         hidden = _forked_hidden(model, ids, real, prompt_of, tokens)
-    head = output_head(model)
-    chosen, entropies = head_logprobs(head, hidden[mask], tokens[mask], temperature)
+    chosen, entropies = head_logprobs(output_head(model), hidden[mask], tokens[mask], temperature)
     empty = chosen.new_zeros(tokens.shape)
     return empty.masked_scatter(mask, chosen), empty.masked_scatter(mask, entropies)
 
 
+def cannot_share(model: PreTrainedModel, found: str) -> InputError:
+    """The error for a model whose completions cannot go on from the keys and values of their prompt."""
+    name = type(causal_lm(model)).__name__
+    return InputError(f"{name} {found}; training expects attention layers that keep their keys and values in a cache")
+
+
 def checkpoints_activations(model: PreTrainedModel) -> bool:
-    """Whether gradient checkpointing is on in any layer."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    """Whether the next forward pass drops activations (and with them its cache): transformers does so in training."""
+    return any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def head_logprobs(head: OutputHead, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """`chosen_logprobs` through a model's output head; its scale joins the temperature, or the hidden states."""
-    if head.scale != 1 and head.softcap is None and head.bias is None:
-        temperature = temperature / head.scale
-    elif head.scale != 1:
-        raise NotImplementedError("an output head with a scale and a bias or soft cap")
-    return chosen_logprobs(hidden, head.weight, tokens, bias=head.bias, temperature=temperature, softcap=head.softcap)
+    """`chosen_logprobs` through a model's output head: hidden [M, d], tokens int64 [M] → logprobs, entropies [M]."""
+    bias = head.bias
+    if head.scale != 1:  # scale · (h · Wᵀ + b) = (scale · h) · Wᵀ + scale · b
+        hidden, bias = hidden * head.scale, None if bias is None else bias * head.scale
+    return chosen_logprobs(hidden, head.weight, tokens, bias=bias, temperature=temperature, softcap=head.softcap)
 
 
 def _forked_hidden(model: PreTrainedModel, ids: Tensor, real: Tensor, prompt_of: Tensor, tokens: Tensor) -> Tensor:
@@ -71,6 +78,8 @@ def _forked_hidden(model: PreTrainedModel, ids: Tensor, real: Tensor, prompt_of:
         past_key_values=cache,
         use_cache=True,
     )
+    if cache.get_seq_length() != ids.shape[1]:
+        raise cannot_share(model, f"kept {cache.get_seq_length()} of {ids.shape[1]} prompt tokens in its cache")
     last: Tensor = output.last_hidden_state[prompt_of, -1:]
     if tokens.shape[1] == 1:
         return last
@@ -89,7 +98,7 @@ def _forked_hidden(model: PreTrainedModel, ids: Tensor, real: Tensor, prompt_of:
 
 
 def _joint_hidden(model: PreTrainedModel, ids: Tensor, real: Tensor, prompt_of: Tensor, tokens: Tensor) -> Tensor:
-    """The same, each prompt and completion forwarded together as one row."""
+    """The same, a copy of its prompt before each completion and both forwarded as one row, without a cache."""
     inputs = torch.cat([ids[prompt_of], tokens[:, :-1]], 1)
     attention = torch.cat([real[prompt_of], torch.ones_like(tokens[:, :-1], dtype=torch.bool)], 1)
     output = body(model)(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.chat import stop_token_ids
 from taurl.llm.generation import Generator, SlotSampler, TransformersSampler
+from taurl.llm.hub import quiet_transformers
 from taurl.llm.models import load_model, load_tokenizer
 from taurl.runtime.errors import InputError
 
@@ -51,6 +52,9 @@ class Policy:
         self.has_adapter = hasattr(self.model, "peft_config")
         if lora[0]:
             self._add_lora(*lora)
+            self.model.peft_config["default"].base_model_name_or_path = base_name(
+                name or "", self.model.config.name_or_path
+            )
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise InputError(f"model {name!r} has no weights to train: all are frozen (an adapter loads frozen)")
         switch_off_dropout(self.model)
@@ -94,8 +98,15 @@ class Policy:
 
     def export(self, directory: Path) -> None:
         """Write a folder that `transformers` (with an adapter: `peft`) loads: safetensors, config, tokenizer."""
-        self.model.save_pretrained(directory, safe_serialization=True)
-        self.tokenizer.save_pretrained(directory)
+        with quiet_transformers():
+            self.model.save_pretrained(directory, safe_serialization=True)
+            self.tokenizer.save_pretrained(directory)
+
+
+def base_name(name: str, loaded_from: str) -> str:
+    """How an adapter names its base: a hub name as it is, so that it holds elsewhere; a folder by its whole path."""
+    is_folder = Path(name).expanduser().is_dir()
+    return name if ("/" in name and not is_folder) or not loaded_from else str(Path(loaded_from).resolve())
 
 
 def make_generator(kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, slots: int) -> Generator:
@@ -111,6 +122,6 @@ def switch_off_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "attn_pdrop", "dropout_p"):
+        for name in ("dropout", "attention_dropout", "activation_dropout", "attn_pdrop", "dropout_p"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)

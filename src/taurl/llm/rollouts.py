@@ -69,41 +69,44 @@ class Rollout:
     def parts(self, rows: Sequence[int], tokens_per_part: int) -> Iterator["Part"]:
         """Cut rows into parts of at most `tokens_per_part` tokens, padding and prompts included (one row at least).
 
-        Groups of similar length stand together, and a group is split only where it does not fit in one part.
+        Groups of similar length stand together, and a group is split only where it does not fit in one part. A row
+        without a token to train on is in no part.
         """
-        last = self.mask.shape[1] - self.mask.flip(1).long().argmax(1)  # up to the last token that is trained on
-        lengths: list[int] = torch.where(self.mask.any(1), last, 0).tolist()
-        by_group: dict[int, list[int]] = {}
+        lengths = self._lengths()
+        groups: dict[int, list[int]] = {}
         for row in rows:
             if lengths[row]:
-                by_group.setdefault(row // self.group_size, []).append(row)
-        ordered = sorted(by_group.values(), key=lambda members: max(lengths[row] for row in members))
+                groups.setdefault(row // self.group_size, []).append(row)
         chosen: list[int] = []
-        for members in ordered:
-            if chosen and self._cost([*chosen, *members], lengths) > tokens_per_part:
-                yield self._part(chosen, lengths)
-                chosen = []
-            for row in members:
-                if chosen and self._cost([*chosen, row], lengths) > tokens_per_part:
-                    yield self._part(chosen, lengths)
-                    chosen = []
-                chosen.append(row)
+        prompts = prompt_length = length = 0
+        for members in sorted(groups.values(), key=lambda members: max(lengths[row] for row in members)):
+            prompt = len(self.prompts[members[0] // self.group_size])
+            for piece in fitting_pieces(members, lengths, tokens_per_part - prompt):
+                longest = max(lengths[row] for row in piece)
+                padded = (prompts + 1) * max(prompt_length, prompt) + (len(chosen) + len(piece)) * max(length, longest)
+                if chosen and padded > tokens_per_part:
+                    yield self._part(chosen, length)
+                    chosen, prompts, prompt_length, length = [], 0, 0, 0
+                chosen += piece
+                prompts, prompt_length, length = prompts + 1, max(prompt_length, prompt), max(length, longest)
         if chosen:
-            yield self._part(chosen, lengths)
+            yield self._part(chosen, length)
 
-    def _cost(self, rows: Sequence[int], lengths: Sequence[int]) -> int:
-        prompts = [self.prompts[group] for group in {row // self.group_size for row in rows}]
-        return len(prompts) * max(map(len, prompts)) + len(rows) * max(lengths[row] for row in rows)
+    def _lengths(self) -> list[int]:
+        """Each completion's length up to the last token that is trained on; 0 where there is none."""
+        columns = torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)
+        lengths: list[int] = (self.mask * columns).amax(1).tolist()
+        return lengths
 
-    def _part(self, rows: Sequence[int], lengths: Sequence[int]) -> "Part":
+    def _part(self, rows: Sequence[int], length: int) -> "Part":
         groups = sorted({row // self.group_size for row in rows})
         place = {group: position for position, group in enumerate(groups)}
         device = self.tokens.device
         return Part(
             prompts=[self.prompts[group] for group in groups],
-            prompt_of=torch.tensor([place[row // self.group_size] for row in rows]).to(device),
-            rows=torch.tensor(rows).to(device),
-            length=max(lengths[row] for row in rows),
+            prompt_of=torch.tensor([place[row // self.group_size] for row in rows], device=device),
+            rows=torch.tensor(rows, device=device),
+            length=length,
         )
 
 
@@ -120,3 +123,16 @@ class Part:
         """These rows of a rollout's tensor [N, L] or [N], cut to their longest completion."""
         picked = tensor[self.rows]
         return picked[:, : self.length] if tensor.dim() == 2 else picked
+
+
+def fitting_pieces(rows: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Cut a group into runs of rows that make at most `tokens` tokens, padding included (one row at least)."""
+    piece: list[int] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, lengths[row])
+        if piece and (len(piece) + 1) * longest > tokens:
+            yield piece
+            piece, longest = [], lengths[row]
+        piece.append(row)
+    yield piece

@@ -1,14 +1,21 @@
 """The data of an online run: training prompts in order, held-out prompts, all as token ids."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.chat import PromptFormat, encode_prompt
 from taurl.llm.datasets import Rows, check_prompts, distinct_from, load_rows, prepare_rows, split
 from taurl.runtime.errors import InputError
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens that prompt and completion may have together, where the model says it."""
+    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length
 
 
 @dataclass(frozen=True)
@@ -25,37 +32,64 @@ class PromptReader:
     prompt_format: PromptFormat
     chat_template_kwargs: Mapping[str, Any]
 
-    def rows(self, source: object) -> Rows:
-        """Rows of a data set given by name or as an object, with their prompts checked."""
+    @classmethod
+    def of(cls, settings: Any, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Self:
+        """A reader with the settings of a config that has all of these by the same names."""
+        return cls(
+            tokenizer=tokenizer,
+            context=context_length(model),
+            max_tokens=settings.max_tokens,
+            arguments=settings.dataset_args,
+            columns=settings.columns,
+            answer_after=settings.answer_after,
+            system_prompt=settings.system_prompt,
+            prompt_format=settings.prompt_format,
+            chat_template_kwargs=settings.chat_template_kwargs,
+        )
+
+    def read(self, source: object, limit: int | None = None) -> "Prompts":
+        """The first `limit` rows of a data set given by name or as an object, with their prompts as token ids.
+
+        Raises: InputError, which names source and row, for what cannot be read or leaves no room for max_tokens.
+        """
         if source is None:
             raise InputError("no data set given: name one with dataset (for example reasoning-gym:chain_sum)")
-        if isinstance(source, str):
-            arguments = self.arguments if source.startswith("reasoning-gym:") else {}
-            found = load_rows(source, arguments=arguments, columns=self.columns, answer_after=self.answer_after)
-        else:
-            found = prepare_rows(source, columns=self.columns, answer_after=self.answer_after)
-        check_prompts(found)
-        return found
+        with named(source):
+            if isinstance(source, str):
+                arguments = self.arguments if source.startswith("reasoning-gym:") else {}
+                rows = load_rows(source, arguments=arguments, columns=self.columns, answer_after=self.answer_after)
+            else:
+                rows = prepare_rows(source, columns=self.columns, answer_after=self.answer_after)
+            check_prompts(rows)
+            rows = rows[:limit]
+            return Prompts(rows, [self._encode(row, index) for index, row in enumerate(rows)])
 
-    def encode(self, rows: Rows) -> list[list[int]]:
-        """Token ids of each row's prompt; InputError where one leaves no room for max_tokens in the context."""
-        encoded = []
-        for index, row in enumerate(rows):
-            ids = encode_prompt(
-                row["prompt"],
-                self.tokenizer,
-                system_prompt=self.system_prompt,
-                prompt_format=self.prompt_format,
-                chat_template_kwargs=self.chat_template_kwargs,
-                row=index,
+    def _encode(self, row: Mapping[str, Any], index: int) -> list[int]:
+        ids = encode_prompt(
+            row["prompt"],
+            self.tokenizer,
+            system_prompt=self.system_prompt,
+            prompt_format=self.prompt_format,
+            chat_template_kwargs=self.chat_template_kwargs,
+            row=index,
+        )
+        if self.context and len(ids) + self.max_tokens > self.context:
+            raise InputError(
+                f"row {index + 1} of the data: its prompt has {len(ids)} tokens; with max_tokens {self.max_tokens} "
+                f"that is more than the model's context of {self.context}: shorten it or lower max_tokens"
             )
-            if self.context and len(ids) + self.max_tokens > self.context:
-                raise InputError(
-                    f"row {index + 1} of the data: its prompt has {len(ids)} tokens; with max_tokens {self.max_tokens} "
-                    f"that is more than the model's context of {self.context}: shorten it or lower max_tokens"
-                )
-            encoded.append(ids)
-        return encoded
+        return ids
+
+
+@contextmanager
+def named(source: object) -> Iterator[None]:
+    """Put the name of a data set before an error about it that does not say it."""
+    try:
+        yield
+    except InputError as error:
+        if isinstance(source, str) and source not in str(error):
+            raise InputError(f"{source}: {error}") from error
+        raise
 
 
 @dataclass(frozen=True)
@@ -69,7 +103,13 @@ class Prompts:
         return len(self.rows)
 
     def take(self, indices: Sequence[int]) -> "Prompts":
+        """The rows at these places."""
         return Prompts([self.rows[index] for index in indices], [self.ids[index] for index in indices])
+
+    def of(self, rows: Rows) -> "Prompts":
+        """Some of the rows, which are found by identity: `split` and `distinct_from` hand on the rows themselves."""
+        place = {id(row): index for index, row in enumerate(self.rows)}
+        return self.take([place[id(row)] for row in rows])
 
 
 def train_and_held_out(
@@ -79,10 +119,13 @@ def train_and_held_out(
 
     Without `eval_dataset` the held-out rows are taken out of `dataset`; with it, its first `eval_rows` are used.
     """
-    rows = reader.rows(dataset)
-    if eval_dataset is None:
-        train, held_out, dropped = split(rows, eval_rows, seed)
-    else:
-        held_out = reader.rows(eval_dataset)[:eval_rows]
-        train, dropped = distinct_from(rows, held_out)
-    return Prompts(train, reader.encode(train)), Prompts(held_out, reader.encode(held_out)), dropped
+    prompts = reader.read(dataset)
+    if eval_dataset is not None:
+        held_out = reader.read(eval_dataset, limit=eval_rows)
+        train, dropped = distinct_from(prompts.rows, held_out.rows)
+        return prompts.of(train), held_out, dropped
+    try:
+        train, chosen, dropped = split(prompts.rows, eval_rows, seed)
+    except InputError as error:
+        raise InputError(f"eval_rows is {eval_rows}: {error}") from error
+    return prompts.of(train), prompts.of(chosen), dropped

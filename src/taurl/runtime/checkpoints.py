@@ -1,21 +1,24 @@
 """Checkpoints: a folder a step, which appears whole or not at all."""
 
+import io
 import json
-import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from taurl.runtime.errors import RunError
+from taurl.runtime.errors import RunError, reason
+from taurl.runtime.files import flush_to_disk
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.pt"
+
+Content = TypeVar("Content")
 
 
 def checkpoint_steps(directory: Path) -> list[int]:
@@ -26,6 +29,12 @@ def checkpoint_steps(directory: Path) -> list[int]:
 
 def folder(directory: Path, step: int) -> Path:
     return directory / f"step-{step:06d}"
+
+
+def last_good(directory: Path) -> str:
+    """In words, where to go on from."""
+    steps = checkpoint_steps(directory)
+    return f"the last good checkpoint is {folder(directory, steps[-1])}" if steps else "there is no checkpoint yet"
 
 
 def save_checkpoint(
@@ -44,47 +53,58 @@ def save_checkpoint(
         partial.mkdir(parents=True)
         for group, named in tensors.items():
             save_file({name: tensor.contiguous() for name, tensor in named.items()}, partial / f"{group}.safetensors")
-        torch.save(dict(values), partial / "state.pt")
+        # By way of memory: writing to the file itself, torch.save reports a full disk as an internal error.
+        state = io.BytesIO()
+        torch.save(dict(values), state)
+        (partial / STATE).write_bytes(state.getvalue())
         sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps({"step": step, "sizes": sizes}))
         for path in [*partial.iterdir(), partial]:
             flush_to_disk(path)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-    except (OSError, SafetensorError, RuntimeError) as error:
+        flush_to_disk(directory)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        steps = checkpoint_steps(directory)
-        last = f"the last good one is {folder(directory, steps[-1])}" if steps else "there is no earlier one"
         raise RunError(
-            f"{target}: the checkpoint could not be saved ({error}); {last}; free space, then resume"
+            f"{target}: the checkpoint could not be saved ({reason(error)}); {last_good(directory)}; "
+            "free space, then resume"
         ) from error
     for old in checkpoint_steps(directory)[:-keep]:
-        shutil.rmtree(folder(directory, old))
+        shutil.rmtree(folder(directory, old), ignore_errors=True)
     return target
-
-
-def flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_checkpoint(directory: Path, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read a checkpoint back: tensors by group, and the plain values.
 
-    Raises: RunError when it is not whole (a file missing, or of another size than the manifest says).
+    Raises: RunError naming the file that is missing, damaged, or of another size than the manifest says.
     """
     source = folder(directory, step)
+    sizes = _read(source / MANIFEST, lambda path: dict(json.loads(path.read_text())["sizes"]))
+    for name, size in sizes.items():
+        found = _read(source / name, lambda path: path.stat().st_size)
+        if found != size:
+            raise RunError(f"{source / name}: {found:,} bytes, expected {size:,}: the file is cut short")
+    tensors = {path.stem: _read(path, load_file) for path in sorted(source.glob("*.safetensors"))}
+    return tensors, _read(source / STATE, lambda path: dict(torch.load(path, weights_only=True)))
+
+
+def _read(path: Path, reader: Callable[[Path], Content]) -> Content:
     try:
-        sizes = json.loads((source / MANIFEST).read_text())["sizes"]
-        for name, size in sizes.items():
-            if (found := (source / name).stat().st_size) != size:
-                raise RunError(f"{source / name}: {found:,} bytes, expected {size:,}: the file is cut short")
-        tensors = {path.stem: load_file(path) for path in sorted(source.glob("*.safetensors"))}
-        return tensors, torch.load(source / "state.pt", weights_only=True)
-    except RunError:
-        raise
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        raise RunError(f"{source}: not a whole checkpoint: {error}") from error
+        return reader(path)
+    except Exception as error:  # a damaged file makes its reader raise nearly anything
+        kind = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({type(error).__name__})"
+        raise RunError(f"{path}: {kind}") from error
+
+
+def discard_leftovers(directory: Path, *, after: int) -> None:
+    """Remove what a killed run left half written, and the checkpoints past the step from which the run goes on.
+
+    Those were damaged; left in place they would count among the newest that are kept.
+    """
+    for path in directory.glob(".partial-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for step in checkpoint_steps(directory):
+        if step > after:
+            shutil.rmtree(folder(directory, step), ignore_errors=True)

@@ -2,19 +2,19 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.config import JsonDict
 
-from taurl.runtime.errors import InputError
+from taurl.runtime.errors import InputError, reason
 
 # Marks a setting that may change when a run is resumed: it alters nothing that the run has already computed.
 FREE: JsonDict = {"free_on_resume": True}
 
-
 Config = TypeVar("Config", bound=BaseModel)
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainingConfig(BaseModel):
@@ -24,7 +24,7 @@ class TrainingConfig(BaseModel):
 
     out: Path | None = Field(None, json_schema_extra=FREE)
     """Run directory; must not exist yet. Default: runs/ALGORITHM-DATE-TIME."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Everything random is drawn from this number: data order, held-out split, sampling, adapter initialisation."""
     steps: int = Field(100, ge=1, json_schema_extra=FREE)
     """Optimisation steps in all; a finished run may be resumed with more."""
@@ -34,15 +34,15 @@ class TrainingConfig(BaseModel):
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What the learning rate does after the warm-up: stay, or fall to 0 at the last step."""
+    """What the learning rate does after the warm-up: stay, or fall to the 0 that a step after the last would have."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay, on matrices only."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     """Decay rates of AdamW's moving averages of the gradient and of its square."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient is scaled down to this norm where it exceeds it."""
     stop_after_non_finite: int = Field(3, ge=1, json_schema_extra=FREE)
-    """A step whose loss or gradient is not finite is not taken; this many in a row stop the run."""
+    """An update whose loss or gradient is not finite is not taken; this many in a row stop the run."""
 
     device: str = "auto"
     """Where the model lives: cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
@@ -63,20 +63,24 @@ class TrainingConfig(BaseModel):
 
     def changed_from(self, other: Self) -> list[str]:
         """The names of the settings that differ."""
-        return [name for name in type(self).model_fields if getattr(self, name) != getattr(other, name)]
+        # As they are written down: a tuple within a dictionary comes back from YAML as a list.
+        mine, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
+        return [name for name in mine if mine[name] != theirs[name]]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings of a YAML file; InputError in one line if it is missing, not YAML, or no mapping."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read the settings: {getattr(error, 'strerror', None) or error}") from error
+        raise InputError(f"{path}: cannot read the settings: {reason(error)}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:  # an empty file, or comments only
+        return {}
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected `setting: value` lines, found {type(values).__name__}")
-    return values
+    return {str(name): value for name, value in values.items()}
 
 
 def validated(config: type[Config], values: dict[str, Any], *, source: str) -> Config:
@@ -104,10 +108,13 @@ def free_on_resume(config: type[BaseModel], name: str) -> bool:
 def describe(error: ValidationError, config: type[BaseModel]) -> str:
     """The first problem of a validation error, in one line."""
     problem = error.errors(include_url=False)[0]
-    name = ".".join(map(str, problem["loc"])) or config.__name__
+    name, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         return f"unknown setting {name}{did_you_mean(name, config.model_fields)}"
-    return f"{name} is {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+    # Settings that do not fit together, or one that is missing: the input is then all of them.
+    if isinstance(problem["input"], dict) and (not name or problem["type"] == "missing"):
+        return f"{name}: {message}" if name else message
+    return f"{name} is {problem['input']!r}: {message}"
 
 
 def did_you_mean(name: str, known: Any) -> str:

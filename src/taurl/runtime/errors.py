@@ -19,3 +19,9 @@ class Interrupted(RuntimeError):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in one line: the system's words, the message's first line, or the kind of error."""
+    text = getattr(error, "strerror", None) or str(error)
+    return next(iter(str(text).splitlines()), type(error).__name__)

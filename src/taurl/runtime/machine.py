@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from taurl.runtime.errors import InputError, RunError
+from taurl.runtime.errors import InputError, RunError, reason
 
 # glibc's mallopt parameters (malloc.h) and the values that keep freed memory in the process.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
@@ -29,7 +29,8 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return all(mallopt(parameter, value) == 1 for parameter, value in KEEP_FREED_MEMORY)
+    accepted = [mallopt(parameter, value) == 1 for parameter, value in KEEP_FREED_MEMORY]  # one refused, set the rest
+    return all(accepted)
 
 
 def set_threads(threads: int | None) -> int:
@@ -48,7 +49,9 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device is {name!r}, which is not usable here: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"device is {name!r}, which is not usable here ({reason(error)}); give auto, cpu, cuda or cuda:N"
+        ) from error
     return device
 
 
@@ -80,13 +83,20 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def describe_machine() -> dict[str, str | int]:
-    """Facts for environment.json."""
+def describe_machine() -> dict[str, str]:
+    """Facts for environment.json: system, Python, processor, and GPU if there is one."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as lines:
             cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return {"platform": platform.platform(), "python": platform.python_version(), "cpu": cpu}
+    facts = {"platform": platform.platform(), "python": platform.python_version(), "cpu": cpu}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+# What allocators say, where torch has no error class for it: the CPU's, C++'s, and cuBLAS's for its workspace.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @contextmanager
@@ -94,9 +104,8 @@ def out_of_memory_names(settings: str) -> Iterator[None]:
     """Turn an allocation that failed into a RunError that names the settings to lower."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise RunError(f"out of memory: lower {settings}") from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         raise RunError(f"out of memory: lower {settings}") from error

@@ -1,7 +1,7 @@
 """AdamW with float32 masters, gradient accumulation, clipping and the learning rate's schedule."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from taurl.runtime.config import TrainingConfig
-from taurl.runtime.errors import RunError
+from taurl.runtime.errors import InputError, RunError
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
@@ -52,18 +52,21 @@ class Optimizer:
     A parameter in half precision has a float32 master: gradients are added up in the master's, part by part, and the
     parameter is rounded from the master after each step; bfloat16 weights alone would lose small updates. A float32
     parameter is its own master.
+
+    Attributes:
+        changes: counts the updates, taken or not; what `tensors` gives changes with it only.
+    Raises: InputError when there is nothing to train.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: TrainingConfig):
         self.config = config
         self.parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
-        self.masters: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
-            if parameter.dtype in (torch.float32, torch.float64):
-                self.masters[name] = parameter
-            else:
-                self.masters[name] = parameter.detach().float()
-                self._accumulate_in_master(parameter, self.masters[name])
+        if not self.parameters:
+            raise InputError("the model has no parameter to train: none requires a gradient")
+        self.masters: dict[str, Tensor] = {
+            name: parameter if parameter.dtype in (torch.float32, torch.float64) else parameter.detach().float()
+            for name, parameter in self.parameters.items()
+        }
         matrices = [master for master in self.masters.values() if master.ndim >= 2]
         others = [master for master in self.masters.values() if master.ndim < 2]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
@@ -75,19 +78,7 @@ class Optimizer:
             fused=True,
         )
         self.non_finite_in_a_row = 0
-
-    @staticmethod
-    def _accumulate_in_master(parameter: nn.Parameter, master: Tensor) -> None:
-        def move(parameter: Tensor) -> None:
-            if parameter.grad is None:
-                return
-            if master.grad is None:
-                master.grad = parameter.grad.float()
-            else:
-                master.grad += parameter.grad
-            parameter.grad = None
-
-        parameter.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
+        self.changes = 0
 
     @contextmanager
     def update(self, rate: float) -> Iterator[Update]:
@@ -96,52 +87,108 @@ class Optimizer:
         Raises: RunError when loss or gradient was not finite `stop_after_non_finite` times in a row.
         """
         update = Update()
-        yield update
+        self._clear_gradients()  # what others left there is no part of this update
+        # Only while it lasts: hooks that stay on a model would take the gradients from its next optimiser.
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(moving_into(self.masters[name]))  # type: ignore[no-untyped-call]
+            for name, parameter in self.parameters.items()
+            if self.masters[name] is not parameter
+        ]
+        try:
+            yield update
+            self._finish(update, rate)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._clear_gradients()
+
+    def _finish(self, update: Update, rate: float) -> None:
         masters = list(self.masters.values())
+        if all(master.grad is None for master in masters):
+            # No part had a signal, so the gradient is zero. AdamW still moves by its momentum, as it would have if the
+            # parts had been computed and not left out.
+            for master in masters:
+                master.grad = torch.zeros_like(master)
         update.grad_norm = float(nn.utils.clip_grad_norm_(masters, self.config.max_grad_norm))
         update.taken = math.isfinite(update.loss) and math.isfinite(update.grad_norm)
-        if update.taken:
-            self._step(rate)
-        self.adam.zero_grad()
-        self._count(update)
-
-    def _step(self, rate: float) -> None:
+        if not update.taken:
+            self._leave_out(update)
+            return
+        self.changes += 1
+        self.non_finite_in_a_row = 0
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.step()
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                if self.masters[name] is not parameter:
-                    parameter.copy_(self.masters[name])
+        self._round_from_masters()
 
-    def _count(self, update: Update) -> None:
-        self.non_finite_in_a_row = 0 if update.taken else self.non_finite_in_a_row + 1
-        if self.non_finite_in_a_row >= self.config.stop_after_non_finite:
+    def _leave_out(self, update: Update) -> None:
+        in_a_row = self.non_finite_in_a_row + 1
+        if in_a_row >= self.config.stop_after_non_finite:  # not counted: the state stays that of the last whole step
             raise RunError(
-                f"loss {update.loss} with gradient norm {update.grad_norm}: not finite {self.non_finite_in_a_row} "
-                "times in a row (stop_after_non_finite); lower learning_rate, or resume from the last checkpoint"
+                f"loss {update.loss:g}, gradient norm {update.grad_norm:g}: not finite, {in_a_row} times in a row "
+                "(stop_after_non_finite), so no step was taken; try a new run with a lower learning_rate"
             )
+        self.changes += 1
+        self.non_finite_in_a_row = in_a_row
+
+    @torch.no_grad()
+    def _round_from_masters(self) -> None:
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
+
+    def _clear_gradients(self) -> None:
+        for tensor in (*self.parameters.values(), *self.masters.values()):
+            tensor.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Masters and moving averages, for the checkpoint."""
-        found = {f"master/{name}": master.detach() for name, master in self.masters.items()}
+        """Masters, moving averages, and the count of updates not taken in a row, for the checkpoint."""
+        found = {"non_finite_in_a_row": torch.tensor(self.non_finite_in_a_row)}
         for name, master in self.masters.items():
-            for key, value in self.adam.state.get(master, {}).items():
-                found[f"{key}/{name}"] = value
+            found[f"master/{name}"] = master.detach()
+            for kind, value in self.adam.state.get(master, {}).items():
+                found[f"{kind}/{name}"] = value
         return found
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `tensors` gave; the parameters are rounded from their masters again."""
-        with torch.no_grad():
-            for name, master in self.masters.items():
-                master.copy_(tensors[f"master/{name}"])
-                if master is not self.parameters[name]:
-                    self.parameters[name].copy_(master)
-        for name, master in self.masters.items():
-            state = {key.split("/", 1)[0]: value for key, value in tensors.items() if key.split("/", 1)[1] == name}
-            del state["master"]
-            if state:
-                self.adam.state[master] = {
-                    key: value.clone() if key == "step" else value.to(master.device).clone()
-                    for key, value in state.items()
-                }
+        """Restore what `tensors` gave; the parameters are rounded from their masters again.
+
+        Raises: InputError when it was given by a model with other parameters.
+        """
+        self._check_fit({key.partition("/")[2]: tensor for key, tensor in tensors.items() if key.startswith("master/")})
+        self.non_finite_in_a_row = int(tensors["non_finite_in_a_row"])
+        self.adam.state.clear()
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            if kind == "master":
+                with torch.no_grad():
+                    self.masters[name].copy_(value)
+            elif name:
+                master = self.masters[name]
+                self.adam.state[master][kind] = value.to(master.device, copy=True)
+        self._round_from_masters()
+
+    def _check_fit(self, stored: dict[str, Tensor]) -> None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+        expected = {name: tuple(master.shape) for name, master in self.masters.items()}
+        for name in {**expected, **shapes}:
+            if shapes.get(name) != expected.get(name):
+                raise InputError(
+                    f"the checkpoint does not fit this model: {name} has shape {shapes.get(name, 'none')} in the "
+                    f"checkpoint and {expected.get(name, 'none')} in the model; give the model that the run began with"
+                )
+
+
+def moving_into(master: Tensor) -> Callable[[Tensor], None]:
+    """A hook that adds a parameter's fresh gradient to its master's."""
+
+    def move(parameter: Tensor) -> None:
+        if parameter.grad is None:
+            return
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad += parameter.grad
+        parameter.grad = None
+
+    return move

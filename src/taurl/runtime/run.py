@@ -1,28 +1,30 @@
 """The run directory and the loop around the steps: the only code that writes there."""
 
 import json
-import os
-import shlex
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
+from signal import Signals
+from types import TracebackType
 from typing import Any, Protocol, Self
 
-import torch
 from torch import Tensor
 
 from taurl.runtime import metrics
-from taurl.runtime.checkpoints import checkpoint_steps, load_checkpoint, save_checkpoint
-from taurl.runtime.config import TrainingConfig, free_on_resume, read_config
-from taurl.runtime.errors import InputError, Interrupted, RunError
-from taurl.runtime.machine import describe_machine
+from taurl.runtime.checkpoints import (
+    checkpoint_steps,
+    discard_leftovers,
+    last_good,
+    load_checkpoint,
+    save_checkpoint,
+)
+from taurl.runtime.config import TrainingConfig, read_config
+from taurl.runtime.directory import describe_environment, read_environment, refuse_other_past, refuse_taken
+from taurl.runtime.errors import InputError, Interrupted, RunError, reason
+from taurl.runtime.files import write_whole
 from taurl.runtime.seeding import random_states, restore_random_states
+from taurl.runtime.signals import StopSignals
 from taurl.runtime.terminal import View
 
 Record = dict[str, Any]
@@ -30,7 +32,9 @@ Callback = Callable[[Record], None]
 
 
 class Stateful(Protocol):
-    """What a checkpoint can hold: named tensors out, the same back in."""
+    """What a checkpoint can hold: named tensors out, the same back in; `changes` counts up when they change."""
+
+    changes: int
 
     def tensors(self) -> dict[str, Tensor]: ...
 
@@ -40,7 +44,15 @@ class Stateful(Protocol):
 class Run:
     """A run directory `runs/NAME/`: config, metrics, samples, checkpoints, and the steps that fill it.
 
-    `Run.start` refuses a directory that exists; `Run.resume` reads one. Nothing is written before `begin`.
+    `Run.start` refuses a directory that exists; `Run.resume` reads one. Nothing is written before `begin`:
+
+        with run.begin(optimizer=optimizer):
+            for step in run.steps():
+                ...
+                step.finish(loss=loss)
+
+    Leaving the block gives terminal and signals back. If an error ends it, the steps that were finished are saved
+    first, unless the step that failed has changed the state already.
     """
 
     def __init__(self, directory: Path, config: TrainingConfig, *, headline: Mapping[str, str], environment: Record):
@@ -52,18 +64,21 @@ class Run:
         self.checkpoint: tuple[dict[str, dict[str, Tensor]], Record] | None = None
         self.state: dict[str, Stateful] = {}
         self.callbacks: Sequence[Callback] = ()
-        self.interrupted: int | None = None
-        self.resumed = False
-        self._started = time.monotonic()
+        self._owned = False  # whether what is in the directory is this run's
+        self._saved = 0  # the newest step that has, or was refused, a checkpoint
+        self._whole: tuple[Record, int] = {}, 0  # random states, and count of changes, where self.step ended
+        self._started: float | None = None
         self._board: metrics.TensorBoard | None = None
+        self._open = False
+        self.stop_signals = StopSignals(
+            lambda name: self.view.pin(f"{name}: finishing the step, then saving; again to stop at once")
+        )
 
     @classmethod
     def start(cls, config: TrainingConfig, *, algorithm: str, headline: Mapping[str, str]) -> Self:
         """A new run; InputError when its directory exists and is not empty."""
         directory = config.out or Path("runs") / f"{algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            hint = "resume it" if (directory / "config.yaml").exists() else "it is not empty"
-            raise InputError(f"{directory} exists already ({hint}, or give another directory with out)")
+        refuse_taken(directory)
         config = config.model_copy(update={"out": directory})
         return cls(directory, config, headline=headline, environment={"algorithm": algorithm})
 
@@ -73,38 +88,41 @@ class Run:
 
         Args:
             config: the settings to go on with; differences from the run's own must be free to change.
-        Raises: InputError naming the first setting that would alter what was already computed.
+        Raises: InputError naming the first setting that would alter what was already computed; RunError when there
+            are checkpoints, none of them whole.
         """
         stored = read_config(directory, type(config))
-        for name in config.changed_from(stored):
-            if not free_on_resume(type(config), name):
-                raise InputError(
-                    f"{directory}: {name} was {getattr(stored, name)!r} and cannot become {getattr(config, name)!r} "
-                    "on resume: it would alter steps already taken; start a new run for that"
-                )
-        if config.steps != stored.steps and config.schedule != "constant":
-            raise InputError(
-                f"{directory}: steps was {stored.steps} and cannot become {config.steps}: the {config.schedule} "
-                "schedule falls to 0 at the last step, so steps already taken would have had another learning rate"
-            )
+        refuse_other_past(directory, stored, config)
+        config = config.model_copy(update={"out": directory})
         run = cls(directory, config, headline=headline, environment=read_environment(directory))
-        run.resumed = True
+        run._owned = True
         run._find_checkpoint()
+        if run.step > config.steps:
+            raise InputError(f"{directory}: steps is {config.steps}, but {run.step} are taken already")
+        if run.step == config.steps:
+            run.view.note(f"{directory}: all {run.step} steps are taken already; raise steps to go on")
         return run
 
     def _find_checkpoint(self) -> None:
+        """Take the newest whole checkpoint; each one that is damaged is said."""
         checkpoints = self.directory / "checkpoints"
+        damaged: list[RunError] = []
         for step in reversed(checkpoint_steps(checkpoints)):
             try:
                 self.checkpoint = load_checkpoint(checkpoints, step)
             except RunError as error:
-                self.view.note(f"{error}; using the checkpoint before")
+                damaged.append(error)
                 continue
+            for problem in damaged:
+                self.view.note(f"{problem}; going on from the checkpoint before, step {step}")
             values = self.checkpoint[1]
-            self.step, self.seconds, self.chosen = step, values["seconds"], values["chosen"]
+            self.step = self._saved = step
+            self.seconds, self.chosen = values["seconds"], values["chosen"]
             return
+        if damaged:  # to begin again would cut away the metrics and samples there are: not without being asked
+            raise RunError(f"{damaged[0]}; no whole checkpoint is left: remove {checkpoints} to begin again")
 
-    def begin(self, **state: Stateful) -> None:
+    def begin(self, **state: Stateful) -> Self:
         """Create or reopen the directory, and put the state back that the checkpoint holds."""
         self.state = state
         if self.checkpoint is not None:
@@ -113,65 +131,123 @@ class Run:
                 holder.load_tensors(tensors[name])
             restore_random_states(values["random"])
             self.checkpoint = None  # a gigabyte that is not needed again
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            metrics.cut_after(self.directory / name, self.step if self.step else -1)
-        write_whole(self.directory / "config.yaml", self.config.to_yaml())
-        self._write_environment()
-        purge = self.step if self.resumed else None
-        self._board = metrics.TensorBoard(self.directory / "tensorboard", purge_after=purge)
+        self._open_directory()
+        self._mark()
+        self._started = self._started or time.monotonic()
+        return self
 
-    def _write_environment(self) -> None:
-        packages = {name: version(name) for name in ("taurl", "torch", "transformers", "numpy")}
-        facts = {
-            **self.environment,
-            **packages,
-            **describe_machine(),
-            **self.chosen,
-            "threads": torch.get_num_threads(),
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        }
-        facts.setdefault("started", time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-        self.environment = facts
-        write_whole(self.directory / "environment.json", json.dumps(facts, indent=1, ensure_ascii=False))
+    def _open_directory(self) -> None:
+        if not self._owned:
+            refuse_taken(self.directory)  # once more: another run may have begun meanwhile
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.directory}: cannot be created ({reason(error)}); give another out") from error
+        discard_leftovers(self.directory / "checkpoints", after=self.step)
+        last = self.step or -1  # without a checkpoint everything is done again, the evaluation of step 0 too
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            metrics.cut_after(self.directory / name, last)
+        self.environment = describe_environment({**self.environment, **self.chosen})
+        facts = json.dumps(self.environment, indent=1, ensure_ascii=False)
+        write_whole(self.directory / "environment.json", facts.encode(errors="backslashreplace"))
+        # Last of those that resuming needs, since it is what makes the directory a run's.
+        write_whole(self.directory / "config.yaml", self.config.to_yaml().encode())
+        purge_from = last + 1 if self._owned else None
+        self._board = metrics.TensorBoard(self.directory / "tensorboard", purge_from=purge_from)
+        self._owned = True
+
+    def __enter__(self) -> Self:
+        if not self._open:
+            self._open = True
+            self.view.start(self.step)
+            self.stop_signals.listen()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if isinstance(error, Exception):
+                self._rescue()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Give terminal and signals back, and close the files."""
+        self.stop_signals.restore()
+        if self._open:
+            self._open = False
+            self.view.stop()
+        if self._board:
+            with suppress(RunError):  # every record was flushed as it was written
+                self._board.close()
+            self._board = None
+
+    def _rescue(self) -> None:
+        """After a failure: save the finished steps that no checkpoint has, if the state is still theirs."""
+        random, changes = self._whole
+        if self.step == self._saved or self._changes() != changes:
+            return
+        try:
+            self.save(random)
+            self.view.note(f"the steps up to {self.step} are saved; go on with --resume {self.directory}")
+        except RunError as error:
+            self.view.note(str(error))
+
+    def _changes(self) -> int:
+        return sum(holder.changes for holder in self.state.values())
+
+    def _mark(self) -> None:
+        """Note that the state is the one after `self.step` steps."""
+        self._whole = random_states(), self._changes()
 
     def steps(self) -> "Iterator[Step]":
         """The steps still to do. SIGINT and SIGTERM let the step finish, save, and raise Interrupted."""
-        self._started = time.monotonic()
-        self.view.start(self.step)
+        self.__enter__()
         try:
-            with self._signals():
-                while self.step < self.config.steps:
-                    self._stop_if_interrupted()
-                    yield Step(self, self.step + 1)
+            while self.step < self.config.steps:
                 self._stop_if_interrupted()
+                self._mark()
+                yield Step(self, self.step + 1)
+            self._stop_if_interrupted()
         finally:
-            self.view.stop()
-            if self._board:
-                self._board.close()
+            self.close()
 
     def log(self, record: Record) -> None:
         """Write one record (it has a `step`) to all places, and hand it to the callbacks."""
         record = {"step": record["step"], "seconds": round(self.elapsed(), 3), **record}
-        metrics.append_lines(self.directory / "metrics.jsonl", [record])
-        if self._board:
-            self._board.write(record)
+        with self._recording():
+            metrics.append_lines(self.directory / "metrics.jsonl", [record])
+            if self._board:
+                self._board.write(record)
         self.view.record(record)
         for callback in self.callbacks:
             callback(record)
 
     def log_samples(self, samples: Sequence[Record]) -> None:
         """Append samples, each with its `step`, to samples.jsonl."""
-        metrics.append_lines(self.directory / "samples.jsonl", samples)
+        with self._recording():
+            metrics.append_lines(self.directory / "samples.jsonl", samples)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        try:
+            yield
+        except RunError as error:
+            raise RunError(f"{error}; {last_good(self.directory / 'checkpoints')}; free space, then resume") from error
 
     def elapsed(self) -> float:
-        """Wall time spent in this run's steps, over all its parts, in seconds."""
-        return self.seconds + time.monotonic() - self._started
+        """Wall time since `begin`, over all parts of this run, in seconds."""
+        return self.seconds + (time.monotonic() - self._started if self._started else 0.0)
 
-    def save(self) -> Path:
-        """Write a checkpoint of the state as it stands after `self.step` steps."""
+    def save(self, random: Record | None = None) -> Path:
+        """Write a checkpoint of the state after `self.step` steps, with these random states or the present ones.
+
+        Raises: RunError when it cannot be written; the checkpoints before stay.
+        """
+        self._saved = self.step
         self.view.status("saving a checkpoint")
-        values = {"seconds": self.elapsed(), "chosen": self.chosen, "random": random_states()}
+        values = {"seconds": self.elapsed(), "chosen": self.chosen, "random": random or random_states()}
         tensors = {name: holder.tensors() for name, holder in self.state.items()}
         checkpoints = self.directory / "checkpoints"
         return save_checkpoint(checkpoints, self.step, tensors, values, keep=self.config.keep_checkpoints)
@@ -184,36 +260,17 @@ class Run:
         """The samples written so far."""
         return metrics.read_lines(self.directory / "samples.jsonl")
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Note SIGINT and SIGTERM instead of dying; a second one is obeyed at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may set handlers
-            return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.getsignal(number) for number in numbers]
-
-        def note(number: int, frame: FrameType | None) -> None:
-            self.interrupted = number
-            self.view.status(f"{signal.Signals(number).name}: finishing the step, then saving; again to stop at once")
-            for each, handler in zip(numbers, before, strict=True):
-                signal.signal(each, handler)
-
-        for number in numbers:
-            signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
-
     def _stop_if_interrupted(self) -> None:
-        if self.interrupted is not None:
-            name = signal.Signals(self.interrupted).name
-            raise Interrupted(
-                f"{name}: stopped after step {self.step} of {self.config.steps}; go on with --resume {self.directory}",
-                self.interrupted,
-            )
+        number = self.stop_signals.received
+        if number is None:
+            return
+        if self.step > self._saved:  # the signal came after the step had been finished
+            self.save()
+        raise Interrupted(
+            f"{Signals(number).name}: stopped after step {self.step} of {self.config.steps}; "
+            f"go on with --resume {self.directory}",
+            number,
+        )
 
 
 class Step:
@@ -237,22 +294,9 @@ class Step:
         run = self.run
         record = {"step": self.number, **figures, **self.times, "time/step": time.perf_counter() - self._started}
         run.step = self.number
+        run._mark()
         run.log(record)
         every = run.config.save_every
-        if run.step == run.config.steps or run.interrupted or (every and run.step % every == 0):
+        if run.step == run.config.steps or run.stop_signals.received or (every and run.step % every == 0):
             run.save()
         return record
-
-
-def read_environment(directory: Path) -> Record:
-    """The facts noted when the run began; empty if they are missing."""
-    path = directory / "environment.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    return dict(found)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file at once, so that no reader meets half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

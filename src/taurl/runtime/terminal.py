@@ -1,5 +1,6 @@
 """What a run shows while it works: a live view in a terminal, one line a step elsewhere."""
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,15 +14,35 @@ from rich.text import Text
 
 SAMPLE_EVERY_SECONDS = 10  # long enough to read a completion before the next one replaces it
 SAMPLE_LINES = 8
+SAMPLE_CHARACTERS = 800
+SPEED_SECONDS = 3600  # time left is reckoned from the last hour; rich's half minute may hold no two steps
 
 
 def number(value: Any) -> str:
     """A figure in at most some six characters."""
     if value is None:
         return "–"
-    if isinstance(value, int) or abs(value) >= 1000:
+    if isinstance(value, int) or abs(value) >= 999.5:  # which three digits would write as 1e+03
         return f"{value:,.0f}"
     return f"{value:.3g}"
+
+
+def minutes(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02d}"
+
+
+def excerpt(text: str) -> str:
+    """The start and the end of a text, in a few lines, with nothing in it that a terminal would obey."""
+    text = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text.strip())
+    if len(text) > SAMPLE_CHARACTERS:
+        half = SAMPLE_CHARACTERS // 2
+        text = f"{text[:half]} … {text[-half:]}"
+    lines = text.split("\n")
+    if len(lines) > SAMPLE_LINES:
+        half = SAMPLE_LINES // 2
+        lines = [*lines[:half], "…", *lines[-half:]]
+    return "\n".join(lines)
 
 
 class View:
@@ -44,23 +65,25 @@ class View:
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=self.console,
+            speed_estimate_period=SPEED_SECONDS,
         )
-        self.task = self.progress.add_task("training", total=total)
-        self.activity = Text("", style="dim")
+        self.task = self.progress.add_task("training", total=total, start=False)
+        self.activity, self.pinned = Text(""), Text("")
         self.last: Mapping[str, Any] = {}
-        self.sample_shown, self.sample_time = Text(""), 0.0
-        self.sample_title = ""
+        self.sample_shown, self.sample_title, self.sample_time = "", "", -math.inf
         self.live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=False)
         self.started, self.first_step = time.monotonic(), 0
 
     def start(self, done: int) -> None:
         """Begin to show, with this many steps done already."""
         self.started, self.first_step = time.monotonic(), done
+        self.progress.start_task(self.task)
         self.progress.update(self.task, completed=done)
         if self.console.is_terminal:
             self.live.start()
 
     def stop(self) -> None:
+        """Leave the last figures standing."""
         self.status("")
         self.live.stop()
 
@@ -68,14 +91,20 @@ class View:
         """What is going on within the step."""
         self.activity = Text(text, style="dim")
 
+    def pin(self, text: str) -> None:
+        """Show this below everything from now on."""
+        self.pinned = Text(text, style="yellow")
+
     def note(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(Text(text, style="yellow"))
+        self.console.print(Text(text, style="yellow"), soft_wrap=True)
 
     def record(self, record: Mapping[str, Any]) -> None:
         """A step's metrics."""
         self.last = {**self.last, **record}
         self.progress.update(self.task, completed=record["step"])
+        if record["step"] == self.first_step:  # the evaluation before the first step is none of them
+            self.started = time.monotonic()
         if not self.console.is_terminal:
             self.console.print(Text(self._line(record)), soft_wrap=True)
 
@@ -83,9 +112,7 @@ class View:
         """Something that was sampled; shown when the one before has had its time."""
         now = time.monotonic()
         if now - self.sample_time >= SAMPLE_EVERY_SECONDS:
-            lines = text.strip().splitlines()
-            shown = "\n".join(lines[:SAMPLE_LINES]) + ("\n…" if len(lines) > SAMPLE_LINES else "")
-            self.sample_shown, self.sample_title, self.sample_time = Text(shown), title, now
+            self.sample_shown, self.sample_title, self.sample_time = excerpt(text), title, now
 
     def _line(self, record: Mapping[str, Any]) -> str:
         step = record["step"]
@@ -94,7 +121,7 @@ class View:
         parts = [f"step {step}/{self.total}", figures, held_out]
         if step > self.first_step:
             left = (time.monotonic() - self.started) / (step - self.first_step) * (self.total - step)
-            parts.append(f"left {left // 60:.0f}:{left % 60:02.0f}")
+            parts.append(f"left {minutes(left)}")
         return "  ".join(part for part in parts if part)
 
     def _render(self) -> Group:
@@ -105,7 +132,7 @@ class View:
         table.add_row(*(Text(label, style="dim") for label, _ in shown))
         table.add_row(*(Text(number(self.last[key]), style="bold") for _, key in shown))
         parts: list[Any] = [self.progress, table]
-        if self.sample_shown.plain:
-            parts.append(Panel(self.sample_shown, title=Text(self.sample_title, style="dim"), title_align="left"))
-        parts.append(self.activity)
+        if self.sample_shown:
+            parts.append(Panel(Text(self.sample_shown), title=Text(self.sample_title, style="dim"), title_align="left"))
+        parts += [line for line in (self.activity, self.pinned) if line.plain]
         return Group(*parts)

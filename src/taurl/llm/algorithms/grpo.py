@@ -1,10 +1,9 @@
 """GRPO: group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300).
 
-Read `steps` first: it is the algorithm. The mathematics is called from `taurl.functional`.
+`steps`, `_update` and `_loss` are the algorithm, in this order; its mathematics is called from `taurl.functional`.
+P prompts with G completions each make N = P · G rows of at most L tokens.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -19,24 +18,26 @@ from taurl.functional.aggregation import token_weights, weighted_sum
 from taurl.functional.importance import sequence_ratios, token_ratios, truncated_weights
 from taurl.functional.kl import k3
 from taurl.functional.surrogates import clip_indicators, clipped_surrogate
+from taurl.llm.algorithms.figures import Tally, rollout_figures
 from taurl.llm.algorithms.grpo_config import GRPOConfig
+from taurl.llm.algorithms.setup import (
+    GIVEN,
+    choose_machine,
+    require_given_again,
+    separate,
+    write_final,
+)
 from taurl.llm.datasets import PromptOrder, columns_of
-from taurl.llm.evaluation import TrainerState, describe, evaluate, reward_metrics, score
+from taurl.llm.evaluation import Evaluation, TrainerState, describe, evaluate, reward_metrics, score
 from taurl.llm.generation import Sampling
 from taurl.llm.likelihood import completion_logprobs
 from taurl.llm.policies import Policy
 from taurl.llm.rewards import RewardSet, Scores
 from taurl.llm.rollouts import Part, Rollout
-from taurl.llm.tasks import PromptReader, Prompts, train_and_held_out
+from taurl.llm.tasks import PromptReader, train_and_held_out
 from taurl.runtime.config import read_config
 from taurl.runtime.errors import InputError
-from taurl.runtime.machine import (
-    choose_device,
-    choose_precision,
-    out_of_memory_names,
-    peak_memory_gb,
-    set_threads,
-)
+from taurl.runtime.machine import out_of_memory_names, peak_memory_gb
 from taurl.runtime.optimization import Optimizer, learning_rate
 from taurl.runtime.run import Callback, Record, Run, Step
 from taurl.runtime.seeding import seed_everything
@@ -70,18 +71,24 @@ class GRPO:
         self,
         model: str | PreTrainedModel | None = None,
         dataset: object = None,
-        rewards: Sequence[RewardFunction] = (),
+        rewards: RewardFunction | Sequence[RewardFunction] = (),
         config: GRPOConfig | None = None,
         *,
         eval_dataset: object = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[Callback] = (),
     ):
-        given = {"model": model, "dataset": dataset, "rewards": tuple(rewards) or None, "eval_dataset": eval_dataset}
-        config, objects = with_given(config or GRPOConfig(), given)
+        config, objects = separate(
+            config or GRPOConfig(),
+            model=model,
+            dataset=dataset,
+            rewards=rewards,
+            eval_dataset=eval_dataset,
+            tokenizer=tokenizer,
+        )
         run = Run.start(config, algorithm="grpo", headline=HEADLINE)
-        run.environment["given_from_python"] = sorted(objects)
-        self._set_up(run, objects, tokenizer, callbacks)
+        run.environment[GIVEN] = sorted(objects)
+        self._set_up(run, objects, callbacks)
 
     @classmethod
     def resume(
@@ -89,9 +96,9 @@ class GRPO:
         directory: str | Path,
         config: GRPOConfig | None = None,
         *,
-        model: PreTrainedModel | None = None,
+        model: str | PreTrainedModel | None = None,
         dataset: object = None,
-        rewards: Sequence[RewardFunction] = (),
+        rewards: RewardFunction | Sequence[RewardFunction] = (),
         eval_dataset: object = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[Callback] = (),
@@ -101,25 +108,21 @@ class GRPO:
         Args:
             config: changed settings, by default those of the run.
         """
-        directory = Path(directory)
-        config = config or read_config(directory, GRPOConfig)
-        run = Run.resume(directory, config, headline=HEADLINE)
-        given = {"model": model, "dataset": dataset, "rewards": tuple(rewards) or None, "eval_dataset": eval_dataset}
-        objects = {name: value for name, value in given.items() if value is not None}
-        for name in run.environment.get("given_from_python", []):
-            if name not in objects:
-                raise InputError(f"{directory}: its {name} came from Python as an object; resume from Python with it")
+        config, objects = separate(
+            config or read_config(Path(directory), GRPOConfig),
+            model=model,
+            dataset=dataset,
+            rewards=rewards,
+            eval_dataset=eval_dataset,
+            tokenizer=tokenizer,
+        )
+        run = Run.resume(Path(directory), config, headline=HEADLINE)
+        require_given_again(run, objects)
         trainer = cls.__new__(cls)
-        trainer._set_up(run, objects, tokenizer, callbacks)
+        trainer._set_up(run, objects, callbacks)
         return trainer
 
-    def _set_up(
-        self,
-        run: Run,
-        objects: dict[str, Any],
-        tokenizer: PreTrainedTokenizerBase | None,
-        callbacks: Sequence[Callback],
-    ) -> None:
+    def _set_up(self, run: Run, objects: dict[str, Any], callbacks: Sequence[Callback]) -> None:
         config = run.config
         assert isinstance(config, GRPOConfig)
         self.run, self.config, run.callbacks = run, config, callbacks
@@ -132,20 +135,22 @@ class GRPO:
             timeout=config.reward_timeout,
             worker_process=config.reward_process,
         )
-        self.device = choose_device(config.device)
-        self._choose(model)
+        self.device, dtype = choose_machine(run, keep_dtype=not isinstance(model, str))
         seed_everything(config.seed)
-        self.policy = Policy(
-            model,
-            tokenizer,
-            dtype=getattr(torch, run.chosen["precision"]) if run.chosen["precision"] else None,
-            device=self.device,
-            lora=(config.lora_rank, config.lora_alpha, config.lora_targets),
-            keep_reference=config.kl_coefficient > 0,
-            gradient_checkpointing=config.gradient_checkpointing,
-        )
-        self.train_prompts, self.held_out, dropped = train_and_held_out(
-            self._reader(),
+        with out_of_memory_names("the model's size (a smaller model, precision bfloat16, or lora_rank)"):
+            self.policy = Policy(
+                model,
+                objects.get("tokenizer"),
+                dtype=dtype,
+                device=self.device,
+                lora=(config.lora_rank, config.lora_alpha, config.lora_targets),
+                keep_reference=config.kl_coefficient > 0,
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+            self.optimizer = Optimizer(self.policy.model.named_parameters(), config)
+        self.generator = self.policy.generator(config.generator, config.slots)
+        self.prompts, self.held_out, dropped = train_and_held_out(
+            PromptReader.of(config, self.policy.tokenizer, self.policy.model),
             objects.get("dataset", config.dataset),
             objects.get("eval_dataset", config.eval_dataset),
             config.eval_rows,
@@ -153,125 +158,89 @@ class GRPO:
         )
         if dropped:
             run.view.note(f"{dropped} training rows left out: their prompts are among the held-out ones")
-        self.rewards.check_columns(columns_of(self.train_prompts.rows))
-        self.order = PromptOrder(len(self.train_prompts), config.seed)
-        self.generator = self.policy.generator(config.generator, config.slots)
-        self.optimizer = Optimizer(self.policy.model.named_parameters(), config)
-
-    def _choose(self, model: str | PreTrainedModel) -> None:
-        """Threads and precision: what the run chose where it began, so that resuming repeats it."""
-        chosen = self.run.chosen
-        chosen["threads"] = set_threads(self.config.threads or chosen.get("threads"))
-        if "precision" not in chosen:
-            keep = self.config.precision == "auto" and not isinstance(model, str)  # an object's dtype is its owner's
-            dtype = None if keep else choose_precision(self.config.precision, self.device)
-            chosen["precision"] = str(dtype).removeprefix("torch.") if dtype else ""
-        chosen["device"] = str(self.device)
-
-    def _reader(self) -> PromptReader:
-        config = self.config
-        return PromptReader(
-            tokenizer=self.policy.tokenizer,
-            context=self.policy.model.config.get_text_config().max_position_embeddings,
-            max_tokens=config.max_tokens,
-            arguments=config.dataset_args,
-            columns=config.columns,
-            answer_after=config.answer_after,
-            system_prompt=config.system_prompt,
-            prompt_format=config.prompt_format,
-            chat_template_kwargs=config.chat_template_kwargs,
-        )
+        self.rewards.check_columns(columns_of(self.prompts.rows))
+        self.order = PromptOrder(len(self.prompts), config.seed)
+        # Per-token figures are in float32, in float64 for a model in float64.
+        self.dtype = torch.promote_types(self.policy.model.dtype, torch.float32)
 
     def train(self) -> Self:
         """Run all steps that are left, and export the result to `final/`."""
         for _ in self.steps():
             pass
+        write_final(self.run, self.export)
         return self
 
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""
         config, run = self.config, self.run
-        run.begin(optimizer=self.optimizer)
-        steps = run.steps()
-        with out_of_memory_names("tokens_per_part or slots (or max_tokens, group_size, prompts_per_step)"):
-            if run.step == 0 and len(self.held_out):
-                run.log({"step": 0, **self.evaluate()})
-            for step in steps:
-                state = TrainerState(step.number - 1, config.steps)
-                batch = self.train_prompts.take(self._next_rows(step.number))
+        memory_settings = "tokens_per_part or slots (or max_tokens, group_size, prompts_per_step)"
+        with run.begin(optimizer=self.optimizer), out_of_memory_names(memory_settings):
+            if self._evaluation_due(run.step) and not self._evaluated(run.step):
+                run.log({"step": run.step, **self._evaluate(run.step)})
+            for step in run.steps():
+                indices = self.order.take((step.number - 1) * config.prompts_per_step, config.prompts_per_step)
+                batch = self.prompts.take(indices)
+                rows = [row for row in batch.rows for _ in range(config.group_size)]
                 with step.phase("sample", f"sampling {len(batch)} prompts × {config.group_size}"):
-                    rollout = self._sample(batch, step.number)
+                    rollout = self._sample(batch.ids, step.number)
                 with step.phase("reward", "scoring"):
-                    rows = [row for row in batch.rows for _ in range(config.group_size)]
+                    state = TrainerState(step.number - 1, config.steps)
                     scores = score(rows, rollout.completions, self.policy.tokenizer, self.rewards, state)
-                rewards = torch.from_numpy(scores.total).reshape(len(batch), config.group_size)
-                rollout.advantages = group_relative(rewards, scale=config.scale_rewards).flatten().float()
-                rollout.advantages = rollout.advantages.to(self.device)
-                self._mask_out(rollout, scores)
+                rewards = torch.from_numpy(scores.total).reshape(len(batch), config.group_size)  # NaN: none applies
+                advantages = group_relative(rewards, scale=config.scale_rewards)
+                rollout.advantages = advantages.flatten().to(self.device, self.dtype)
+                self._leave_out(rollout, scores)
                 with step.phase("update", "updating"):
-                    figures = self._update(rollout, rewards, step.number)
-                self._log_samples(step, rows, rollout, scores)
-                figures |= reward_metrics(self.rewards.names, scores) | self._describe(rollout, rewards, step)
-                if len(self.held_out) and self._evaluation_due(step.number):
-                    figures |= self.evaluate(step.number)
-                if step.number == config.steps:
-                    self._export_final()
-                yield step.finish(**figures)
+                    figures = self._update(rollout, has_variance(rewards), step.number)
+                self._log_samples(step, indices, rows, rollout, scores)
+                figures |= reward_metrics(self.rewards.names, scores) | rollout_figures(rollout, rewards, step.times)
+                yield self._finish(step, figures)
 
-    def _next_rows(self, step: int) -> list[int]:
-        count = self.config.prompts_per_step
-        return self.order.take((step - 1) * count, count)
-
-    def _sample(self, batch: Prompts, step: int) -> Rollout:
+    def _sample(self, prompts: list[list[int]], step: int) -> Rollout:
         config = self.config
         sampling = Sampling(config.max_tokens, temperature=config.temperature, stop=config.stop)
-        key = (config.seed, step)
-        groups = self.generator.generate(batch.ids, config.group_size, sampling, key=key)
-        return Rollout.of(batch.ids, groups, self.device)
+        groups = self.generator.generate(prompts, config.group_size, sampling, key=(config.seed, step))
+        return Rollout.of(prompts, groups, self.device)
 
-    def _mask_out(self, rollout: Rollout, scores: Scores) -> None:
-        """Leave completions out that no reward applies to, and by option those that hit the limit."""
+    def _leave_out(self, rollout: Rollout, scores: Scores) -> None:
+        """Train on no completion that no reward applies to and, by option, on none that hit the limit."""
         out = np.isnan(scores.total)
         if self.config.mask_truncated:
             out |= np.array([completion.finish == "length" for completion in rollout.completions])
         rollout.mask[torch.from_numpy(out).to(self.device)] = False
 
-    def _update(self, rollout: Rollout, rewards: Tensor, step: int) -> Record:
-        """One optimiser update a minibatch and epoch. Every denominator is taken before a part runs (promise 1)."""
+    def _update(self, rollout: Rollout, has_signal: Tensor, step: int) -> Record:
+        """One optimiser update for each minibatch of each epoch.
+
+        A group whose rewards do not differ (`has_signal`, bool [P]) has no policy gradient and is not forwarded, but
+        keeps its share of the denominators, which are taken before a part runs (promise 1).
+        """
         config = self.config
-        everything = list(range(len(rollout.completions)))
+        if config.kl_coefficient > 0 or config.entropy_coefficient > 0:
+            has_signal = torch.ones_like(has_signal)
+        forwarded = has_signal.repeat_interleave(config.group_size).nonzero().flatten().tolist()
         if config.epochs * config.minibatches > 1:
-            rollout.old_logprobs = self._logprobs(rollout, everything)
+            rollout.old_logprobs = self._logprobs(rollout, forwarded, self.policy.model)
         if config.kl_coefficient > 0:
             with self.policy.reference() as reference:
-                rollout.reference_logprobs = self._logprobs(rollout, everything, reference)
-        signal = has_variance(rewards).repeat_interleave(config.group_size).tolist()
-        if config.kl_coefficient > 0 or config.entropy_coefficient > 0:
-            signal = [True] * len(signal)
-        tally = Tally()
+                rollout.reference_logprobs = self._logprobs(rollout, forwarded, reference)
+        length = config.max_tokens if config.aggregation == "constant" else None
         rate = learning_rate(step, config)
+        tally = Tally()
         for epoch in range(config.epochs):
             for rows in rollout.minibatches(config.minibatches, key=(config.seed, step, epoch)):
-                weights = torch.zeros(rollout.mask.shape, device=self.device)
-                length = config.max_tokens if config.aggregation == "constant" else None
-                weights[rows] = token_weights(rollout.mask[rows], config.aggregation, length=length)
+                weights = torch.zeros_like(rollout.mask, dtype=self.dtype)
+                weights[rows] = token_weights(rollout.mask[rows], config.aggregation, length=length, dtype=self.dtype)
                 with self.optimizer.update(rate) as backward:
-                    for part in rollout.parts([row for row in rows if signal[row]], config.tokens_per_part):
-                        backward(self._loss(rollout, part, weights, tally))
-                tally.add_update(backward.loss, backward.grad_norm, backward.taken)
-        return {**tally.metrics(), "learning_rate": rate}
+                    for part in rollout.parts(sorted(set(rows) & set(forwarded)), config.tokens_per_part):
+                        backward(self._loss(rollout, part, part.of(weights), tally))
+                tally.updates.append(backward)
+        return {**tally.figures(), "learning_rate": rate}
 
-    def _loss(self, rollout: Rollout, part: Part, weights: Tensor, tally: "Tally") -> Tensor:
+    def _loss(self, rollout: Rollout, part: Part, weights: Tensor, tally: Tally) -> Tensor:
         """The part's share of the loss: clipped surrogate, corrected for the sampler, with KL and entropy terms."""
         config, mask = self.config, part.of(rollout.mask)
-        logprobs, entropies = completion_logprobs(
-            self.policy.model,
-            part.prompts,
-            part.prompt_of,
-            part.of(rollout.tokens),
-            mask,
-            temperature=config.temperature,
-        )
+        logprobs, entropies = self._forward(rollout, part, self.policy.model)
         # On a single update the old log-probabilities are the current ones, and the ratio is exactly 1.
         old = logprobs.detach() if rollout.old_logprobs is None else part.of(rollout.old_logprobs)
         sampler = part.of(rollout.sampler_logprobs)
@@ -282,141 +251,90 @@ class GRPO:
         if config.importance_cap is not None:
             losses = losses * truncated_weights(old, sampler, config.importance_cap)
         if rollout.reference_logprobs is not None:
-            divergence = k3(logprobs, part.of(rollout.reference_logprobs))
-            losses = losses + config.kl_coefficient * divergence
-            tally.add("kl", divergence, mask)
+            divergences = k3(logprobs, part.of(rollout.reference_logprobs))
+            losses = losses + config.kl_coefficient * divergences
+            tally.add(mask, {"kl": divergences})
         if config.entropy_coefficient > 0:
             losses = losses - config.entropy_coefficient * entropies
         low, high = clip_indicators(ratios, advantages, **clip)
-        tally.add("entropy", entropies, mask)
-        tally.add("clip_ratio/low_mean", low, mask)
-        tally.add("clip_ratio/high_mean", high, mask)
-        tally.add("sampling/logp_difference_mean", (old - sampler).abs(), mask)
-        return weighted_sum(losses, part.of(weights))
+        tally.add(mask, {"entropy": entropies, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high})
+        tally.add(mask, {"sampling/logp_difference_mean": (old - sampler).abs()})
+        return weighted_sum(losses, weights)
+
+    def _forward(self, rollout: Rollout, part: Part, model: Any) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies [n, l] of a part's tokens."""
+        return completion_logprobs(
+            model,
+            part.prompts,
+            part.prompt_of,
+            part.of(rollout.tokens),
+            part.of(rollout.mask),
+            temperature=self.config.temperature,
+        )
 
     @torch.no_grad()
-    def _logprobs(self, rollout: Rollout, rows: Sequence[int], model: Any = None) -> Tensor:
-        """Log-probabilities [N, L] of all rows, without gradient, under the policy or another model."""
-        found = torch.zeros(rollout.mask.shape, device=self.device)
+    def _logprobs(self, rollout: Rollout, rows: Sequence[int], model: Any) -> Tensor:
+        """Log-probabilities [N, L] of these rows under a model, without gradient; 0 elsewhere."""
+        found = torch.zeros_like(rollout.mask, dtype=self.dtype)
         for part in rollout.parts(rows, self.config.tokens_per_part):
-            logprobs, _ = completion_logprobs(
-                model or self.policy.model,
-                part.prompts,
-                part.prompt_of,
-                part.of(rollout.tokens),
-                part.of(rollout.mask),
-                temperature=self.config.temperature,
-            )
-            found[part.rows, : part.length] = logprobs.float()
+            found[part.rows, : part.length] = self._forward(rollout, part, model)[0].to(self.dtype)
         return found
 
-    def _describe(self, rollout: Rollout, rewards: Tensor, step: Step) -> Record:
-        lengths = [len(completion.tokens) for completion in rollout.completions]
-        spread = torch.where(rewards.isnan(), torch.nan, rewards)
-        return {
-            "reward_std": float(np.nanstd(spread.numpy(), axis=1, ddof=1).mean()),
-            "frac_reward_zero_std": 1 - float(has_variance(rewards).float().mean()),
-            "completions/mean_length": float(np.mean(lengths)),
-            "completions/max_length": max(lengths),
-            "completions/clipped_ratio": float(np.mean([c.finish == "length" for c in rollout.completions])),
-            "sampling/tokens_per_second": sum(lengths) / step.times["time/sample"],
-            "tokens_per_second": sum(lengths) / sum(step.times.values()),
-            "memory/peak_gb": peak_memory_gb(self.device),
-        }
+    def _finish(self, step: Step, figures: Record) -> Record:
+        """Evaluate where it is due, and close the step. An evaluation that fails does not undo the update."""
+        try:
+            if self._evaluation_due(step.number):
+                figures |= self._evaluate(step.number)
+        finally:
+            record = step.finish(**figures, **{"memory/peak_gb": peak_memory_gb(self.device)})
+        return record
 
-    def _log_samples(self, step: Step, rows: Sequence[Record], rollout: Rollout, scores: Scores) -> None:
-        """Keep some completions, from the start of the batch in whole groups."""
-        described = describe(rows, rollout.completions, self.policy.tokenizer, self.rewards.names, scores)
-        indices = self._next_rows(step.number)
-        samples = [
-            {
-                "step": step.number,
-                "kind": "train",
-                "row": indices[row // self.config.group_size],
-                **sample,
-                "advantage": float(rollout.advantages[row]),
-            }
-            for row, sample in enumerate(described[: self.config.samples_per_step])
-        ]
-        self.run.log_samples(samples)
-        if described:
-            shown = described[step.number % len(described)]
-            self.run.view.sample(
-                f"step {step.number}, reward {shown['reward']:.3g}", f"{shown['prompt']}\n→ {shown['completion']}"
-            )
+    def _log_samples(
+        self, step: Step, indices: Sequence[int], rows: Sequence[Record], rollout: Rollout, scores: Scores
+    ) -> None:
+        """Keep the step's first completions, and show one of them all."""
+        samples = describe(rows, rollout.completions, self.policy.tokenizer, self.rewards.names, scores)
+        kept = []
+        for place, sample in enumerate(samples[: self.config.samples_per_step]):
+            origin = {"step": step.number, "kind": "train", "row": indices[place // self.config.group_size]}
+            kept.append(origin | sample | {"advantage": float(rollout.advantages[place])})
+        self.run.log_samples(kept)
+        shown = samples[step.number % len(samples)]
+        title = f"step {step.number}, reward {shown['reward']:.3g}"
+        self.run.view.sample(title, f"{shown['prompt']}\n→ {shown['completion']}")
 
-    def _evaluation_due(self, step: int) -> bool:
-        every = self.config.eval_every
-        return step == self.config.steps or bool(every and step % every == 0)
+    def evaluate(self) -> dict[str, float]:
+        """Greedy scores of the policy on the held-out rows, by `eval/…` names."""
+        if not len(self.held_out):
+            raise InputError("there are no held-out rows to evaluate on: eval_rows is 0")
+        return self._answers(self.run.step).metrics
 
-    def evaluate(self, step: int = 0) -> Record:
-        """Greedy scores on the held-out rows, by `eval/…` names; the answers go to samples.jsonl."""
-        view = self.run.view
-
-        def progress(done: int, count: int) -> None:
-            view.status(f"evaluating on held-out rows: {done} of {count}")
-
-        sampling = Sampling(self.config.max_tokens, temperature=0, stop=self.config.stop)
-        state = TrainerState(step, self.config.steps)
-        found = evaluate(
-            self.generator,
-            self.policy.tokenizer,
-            self.held_out.rows,
-            self.held_out.ids,
-            self.rewards,
-            sampling,
-            state=state,
-            progress=progress,
-        )
+    def _evaluate(self, step: int) -> Record:
+        """The same within the run: the answers go to samples.jsonl."""
+        found = self._answers(step)
         self.run.log_samples(found.samples)
         return dict(found.metrics)
 
+    def _answers(self, step: int) -> Evaluation:
+        groups = self.generator.generate(
+            self.held_out.ids,
+            1,
+            Sampling(self.config.max_tokens, temperature=0, stop=self.config.stop),
+            progress=lambda done, count: self.run.view.status(f"evaluating on held-out rows: {done} of {count}"),
+        )
+        completions = [group[0] for group in groups]
+        state = TrainerState(step, self.config.steps)
+        return evaluate(self.held_out.rows, completions, self.policy.tokenizer, self.rewards, state)
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.config.eval_every
+        at = step in (0, self.config.steps) or bool(every and step % every == 0)
+        return at and len(self.held_out) > 0
+
+    def _evaluated(self, step: int) -> bool:
+        """Whether the run has scores of this step already; not where its evaluation failed, or was not due then."""
+        return any(record["step"] == step and "eval/reward" in record for record in self.run.records())
+
     def export(self, directory: str | Path) -> None:
-        """Write model and tokenizer to a folder that `transformers` loads."""
+        """Write model and tokenizer to a folder that `transformers` (with an adapter: `peft`) loads."""
         self.policy.export(Path(directory))
-
-    def _export_final(self) -> None:
-        final = self.run.directory / "final"
-        partial = final.with_name(".final.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        self.export(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-
-
-class Tally:
-    """Means over tokens of what the parts of a step report, and what its updates did."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
-        self.updates: list[tuple[float, float, bool]] = []
-
-    def add(self, name: str, values: Tensor, mask: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(values.detach()[mask].double().sum())
-        self.counts[name] = self.counts.get(name, 0) + int(mask.sum())
-
-    def add_update(self, loss: float, grad_norm: float, taken: bool) -> None:
-        self.updates.append((loss, grad_norm, taken))
-
-    def metrics(self) -> Record:
-        losses, norms, taken = zip(*self.updates, strict=True)
-        means = {name: total / max(1, self.counts[name]) for name, total in self.sums.items()}
-        return {
-            "loss": float(np.mean(losses)),
-            "grad_norm": float(np.mean(norms)),
-            "updates_skipped": len(taken) - sum(taken),
-            **means,
-        }
-
-
-def with_given(config: GRPOConfig, given: dict[str, Any]) -> tuple[GRPOConfig, dict[str, Any]]:
-    """Put names given as arguments into the config, and return what was given as objects apart."""
-    names: dict[str, Any] = {}
-    objects: dict[str, Any] = {}
-    for name, value in given.items():
-        if value is None:
-            continue
-        is_name = all(isinstance(item, str) for item in value) if name == "rewards" else isinstance(value, str)
-        (names if is_name else objects)[name] = value
-    return config.model_copy(update=names), objects

@@ -41,10 +41,10 @@ class GRPOConfig(TrainingConfig):
     reward_process: bool = Field(False, json_schema_extra=FREE)
     """Run the synchronous reward functions in a process of their own, so that reward_timeout can stop them."""
 
-    eval_dataset: str | None = Field(None, json_schema_extra=FREE)
-    """Held-out data; by default `eval_rows` rows are held out of `dataset`."""
+    eval_dataset: str | None = None
+    """Held-out data, of which the first `eval_rows` rows are used; by default they are held out of `dataset`."""
     eval_rows: int = Field(200, ge=0)
-    """Held-out rows, distinct by text and not trained on; 0 evaluates nothing."""
+    """Held-out rows: none of their prompts is trained on. 0 evaluates nothing."""
     eval_every: int = Field(0, ge=0, json_schema_extra=FREE)
     """Steps between greedy evaluations; 0 evaluates before and after."""
 
@@ -76,7 +76,7 @@ class GRPOConfig(TrainingConfig):
     entropy_coefficient: float = Field(0.0, ge=0)
     """Weight of the entropy bonus."""
     importance_cap: float | None = Field(2.0, gt=0)
-    """Truncates the weights that correct for sampler and trainer disagreeing; none switches the correction off."""
+    """Truncates the weights that correct for sampler and trainer disagreeing; None switches the correction off."""
     mask_truncated: bool = False
     """Leave completions that hit max_tokens out of the loss (DAPO's overlong filtering)."""
     minibatches: int = Field(1, ge=1)

@@ -1,10 +1,13 @@
 """Drawing tokens from logits by inverse transform, each draw keyed by where it stands."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from taurl.llm.generation.protocol import Sampling
+from taurl.runtime.errors import RunError
 
 
 def uniforms(key: tuple[int, int], prompt: int, completion: int, length: int) -> np.ndarray:
@@ -14,8 +17,7 @@ def uniforms(key: tuple[int, int], prompt: int, completion: int, length: int) ->
     completion has a stream of its own whatever is sampled beside it. Source: Salmon et al. 2011, "Parallel random
     numbers: as easy as 1, 2, 3".
     """
-    seed, step = key
-    generator = np.random.Philox(key=np.array([seed, step], np.uint64), counter=[0, 0, completion, prompt])
+    generator = np.random.Philox(key=np.array(key, np.uint64), counter=[0, 0, completion, prompt])
     return np.random.Generator(generator).random(length)
 
 
@@ -29,35 +31,53 @@ def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> tuple[Tensor, T
         logits: [R, V], any floating dtype; the softmax is in float32, or float64 for float64 logits.
         numbers: float64 [R], uniform in [0, 1).
     Returns: tokens int64 [R], logprobs float [R] (0 at temperature 0, where the draw is certain).
+    Raises: RunError if a row has logits that are NaN or +∞.
     """
+    softmax_dtype = torch.promote_types(logits.dtype, torch.float32)
     if sampling.temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, torch.zeros(len(tokens), device=logits.device)
-    scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature
+        tokens = logits.argmax(-1, keepdim=True)  # NaN counts as the largest
+        require_finite(logits.gather(-1, tokens))
+        return tokens[:, 0], logits.new_zeros(len(logits), dtype=softmax_dtype)
+    scores = logits.to(softmax_dtype)
+    scores = scores - scores.amax(-1, keepdim=True)
+    if sampling.temperature != 1:
+        scores /= sampling.temperature  # after the subtraction: even a tiny temperature overflows to −∞ only
     scores = truncate(scores, sampling)
-    scores -= scores.max(-1, keepdim=True).values
-    cumulative = scores.exp().cumsum(-1)
+    # A sum in parallel need not grow monotonically; in float64 that is too little to ever draw what was truncated.
+    cumulative = scores.exp().cumsum(-1, dtype=torch.float64 if scores.is_cuda else None)
     total = cumulative[:, -1:]
+    require_finite(total)
     # Rounding may lift the target to the total itself, where no token would exceed it.
     target = (numbers[:, None].to(total) * total).minimum(total.nextafter(torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulative, target, right=True)
     return tokens[:, 0], (scores.gather(-1, tokens) - total.log())[:, 0]
 
 
-def truncate(scores: Tensor, sampling: Sampling) -> Tensor:
-    """Scores [R, V] with −inf where top-k, top-p or min-p drop the token; the most likely token always stays.
+def require_finite(values: Tensor) -> None:
+    """Raise a RunError if the model computed something that cannot be drawn from."""
+    if not values.isfinite().all():
+        count = int((~values.isfinite()).sum())
+        raise RunError(
+            f"the model's logits are not finite in {count} of {len(values)} sequences: its weights have diverged or "
+            "are damaged, or overflow in this precision (float32 rules that out)"
+        )
 
-    Applied in that order, as `transformers` does; ties at the edge of top-k are all kept.
+
+def truncate(scores: Tensor, sampling: Sampling) -> Tensor:
+    """Scores [R, V] with −∞ where top-k, top-p or min-p drop the token; the most likely token always stays.
+
+    Applied in that order, each to what the one before left, as `transformers` does. Tokens that tie for the last place
+    of top-k are all kept; of those that tie for the last of top-p, the first in the vocabulary.
     """
     if 0 < sampling.top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[:, -1:], -torch.inf)
     if sampling.top_p < 1:
-        ordered, order = scores.sort(descending=True)
-        probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities  # of the tokens more likely than this one; 0 for the first
-        dropped = before >= sampling.top_p
-        scores = scores.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
+        ordered, order = scores.sort(descending=True, stable=True)
+        cumulative = ordered.softmax(-1).cumsum(-1)
+        before = torch.nn.functional.pad(cumulative[:, :-1], (1, 0))  # probability of all that are more likely
+        dropped = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p)
+        scores = scores.masked_fill(dropped, -torch.inf)
     if sampling.min_p > 0:
-        floor = scores.max(-1, keepdim=True).values + np.log(sampling.min_p)
+        floor = scores.amax(-1, keepdim=True) + math.log(sampling.min_p)
         scores = scores.masked_fill(scores < floor, -torch.inf)
     return scores

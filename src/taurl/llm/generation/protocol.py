@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from taurl.runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("stop", all(self.stop), "strings that are not empty"),
+            ("stop", not isinstance(self.stop, str) and all(self.stop), "a tuple of strings that are not empty"),
         )
         for name, fits, expected in bounds:
             if not fits:
@@ -81,8 +81,10 @@ class Generator(Protocol):
             prompts: P lists of token ids, each non-empty.
             count: completions a prompt (the group size G).
             sampling: how tokens are drawn.
-            key: (seed, step). The draw of (prompt, completion, position) depends on the key and those three alone,
-                not on what else is sampled beside it.
+            key: (seed, step), whole numbers of 0 or more. The uniform number behind each draw depends on the key, the
+                prompt's place in `prompts`, the completion's in its group and the token's in the completion, and on
+                nothing else: a prompt at the same place draws the same whatever stands beside it, up to the rounding
+                of its logits.
             on_token: called with (prompt, completion, token) as each token is drawn, for streaming.
             progress: called with (completions done, completions in all).
         Returns: P lists of G completions.
@@ -104,12 +106,18 @@ def ends(
     if tokenizer is None:
         raise InputError("stop strings need the sampler's `tokenizer`")
     longest = max(len(text.encode()) for text in stop)  # a token stands for at least one byte
-    tail = tokenizer.decode(list(tokens[-longest - 1 :]))
+    tail = tokenizer.decode(list(tokens[-longest - 1 :]), clean_up_tokenization_spaces=False)
     return any(text in tail for text in stop)
 
 
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens the model can see; None if its config does not say."""
+    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length
+
+
 def check_prompts(prompts: Sequence[Sequence[int]], sampling: Sampling, context: int | None) -> None:
-    """Refuse prompts that are empty or leave no room for max_tokens in the model's context."""
+    """Raise an InputError for prompts that are empty or leave no room for max_tokens in the model's context."""
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise InputError(f"prompt {index} is empty, expected at least one token")

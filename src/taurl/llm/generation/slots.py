@@ -16,17 +16,65 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.generation.cache import SlotCache
 from taurl.llm.generation.draw import draw, uniforms
-from taurl.llm.generation.protocol import Completion, Sampling, check_prompts, ends
-from taurl.llm.heads import body, output_head
+from taurl.llm.generation.protocol import Completion, Sampling, check_prompts, context_length, ends
+from taurl.llm.generation.slot_model import SlotModel
+from taurl.llm.heads import evaluating
 from taurl.runtime.errors import InputError
 
-COLUMN_STEP = 32  # attention sees a multiple of this many columns, so that kernels meet few distinct shapes
 PREFILL_TOKENS = 4096  # prompt tokens, padding included, that go through the model together
 
 
+class SlotSampler:
+    """Samples from a causal language model of `transformers`, in evaluation mode.
+
+    Args:
+        model: any model whose layers are full or sliding-window attention.
+        stop_token_ids: tokens that end a completion.
+        tokenizer: needed for stop strings only.
+        slots: sequences that decode together.
+    Raises: InputError for a model with other layers.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        stop_token_ids: Iterable[int] = (),
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        slots: int = 64,
+    ):
+        if slots < 1:
+            raise InputError(f"slots is {slots}, expected at least 1")
+        self.model, self.tokenizer, self.slots = model, tokenizer, slots
+        self.stop_token_ids = frozenset(stop_token_ids)
+        self.slot_model = SlotModel(model)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        count: int,
+        sampling: Sampling,
+        *,
+        key: tuple[int, int] = (0, 0),
+        on_token: Callable[[int, int, int], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """See `Generator.generate`. For one number of slots the result is the same bit for bit, else up to rounding."""
+        check_prompts(prompts, sampling, context_length(self.model))
+        batch = Batch(self, prompts, count, sampling, key, on_token)
+        with evaluating(self.model):
+            while batch.waiting or batch.running:
+                batch.fill()
+                batch.decode()
+                if progress:
+                    progress(len(batch.done), len(prompts) * count)
+        return [[batch.done[prompt, completion] for completion in range(count)] for prompt in range(len(prompts))]
+
+
 @dataclass
-class Running:
-    """A sequence in a slot."""
+class Draft:
+    """A completion in the making, and the uniform numbers of its draws."""
 
     prompt: int
     completion: int
@@ -43,176 +91,109 @@ class Running:
 
 @dataclass
 class Prefilled:
-    """Prompts that have been through the model: their keys and values, and the logits after their last token."""
+    """Prompts that have been through the model: the row of each, their keys and values, the logits that follow."""
 
     rows: dict[int, int]
     cache: SlotCache
     logits: Tensor
-    length: int
 
 
-class SlotSampler:
-    """Samples from a causal language model of `transformers`.
-
-    Args:
-        model: any model whose layers are full or sliding-window attention.
-        stop_token_ids: tokens that end a completion.
-        tokenizer: needed for stop strings only.
-        slots: sequences that decode together.
-    """
+class Batch:
+    """One call of `generate`: which completions wait, which run (draft i in row i of the cache), which are done."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        *,
-        stop_token_ids: Iterable[int] = (),
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        slots: int = 64,
-    ):
-        self.model, self.tokenizer, self.slots = model, tokenizer, slots
-        self.stop_token_ids = frozenset(stop_token_ids)
-        self.config = model.config.get_text_config()
-        self.window = getattr(self.config, "sliding_window", None)
-        kinds = getattr(self.config, "layer_types", None)
-        if kinds is None:  # models from before layer types: a window, where there is one, holds for every layer
-            kinds = ["sliding_attention" if self.window else "full_attention"]
-        self.layer_kinds = sorted(set(kinds))
-        if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
-            raise InputError(
-                f"the slot sampler knows full and sliding-window attention, but {type(model).__name__} has layers of "
-                f"kind {', '.join(sorted(unknown))}; use the generator 'transformers'"
-            )
-
-    @torch.inference_mode()
-    def generate(
-        self,
+        sampler: SlotSampler,
         prompts: Sequence[Sequence[int]],
         count: int,
         sampling: Sampling,
-        *,
-        key: tuple[int, int] = (0, 0),
-        on_token: Callable[[int, int, int], None] | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> list[list[Completion]]:
-        """See `Generator.generate`. For one number of slots the result is the same bit for bit, else up to rounding."""
-        check_prompts(prompts, sampling, self.config.max_position_embeddings)
-        self.body, self.head = body(self.model), output_head(self.model)
-        slots = min(self.slots, len(prompts) * count)
-        capacity = round_up(max(map(len, prompts), default=0) + sampling.max_tokens, COLUMN_STEP)
-        cache = SlotCache(self.config.num_hidden_layers, slots, capacity)
-        waiting = deque((prompt, completion) for prompt in range(len(prompts)) for completion in range(count))
-        running: list[Running] = []
-        prefilled: Prefilled | None = None
-        done: dict[tuple[int, int], Completion] = {}
-
-        def finish(sequences: list[Running], tokens: Tensor, logprobs: Tensor) -> list[bool]:
-            """Note each sequence's new token; which of them end with it."""
-            ended = []
-            for sequence, token, logprob in zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True):
-                sequence.tokens.append(token)
-                sequence.logprobs.append(logprob)
-                if on_token:
-                    on_token(sequence.prompt, sequence.completion, token)
-                stopped = ends(sequence.tokens, self.stop_token_ids, sampling.stop, self.tokenizer)
-                ended.append(stopped or len(sequence.tokens) == sampling.max_tokens)
-                if ended[-1]:
-                    done[sequence.prompt, sequence.completion] = Completion(
-                        sequence.tokens, sequence.logprobs, "stop" if stopped else "length"
-                    )
-            return ended
-
-        while waiting or running:
-            while waiting and len(running) < slots:
-                if prefilled is None or waiting[0][0] not in prefilled.rows:
-                    prefilled = self._prefill(prompts, chunk(waiting, prompts, slots - len(running)))
-                forks: list[Running] = []
-                while waiting and len(running) + len(forks) < slots and waiting[0][0] in prefilled.rows:
-                    prompt, completion = waiting.popleft()
-                    own = uniforms(key, prompt, completion, sampling.max_tokens)
-                    forks.append(Running(prompt, completion, len(prompts[prompt]), own))
-                source = torch.tensor([prefilled.rows[fork.prompt] for fork in forks], device=self.model.device)
-                ended = finish(forks, *draw(prefilled.logits[source], self._numbers(forks), sampling))
-                stay = [i for i, end in enumerate(ended) if not end]
-                if stay:
-                    rows = torch.arange(len(running), len(running) + len(stay), device=self.model.device)
-                    cache.copy_rows(prefilled.cache, source[stay], rows, prefilled.length)
-                    running += [forks[i] for i in stay]
-            if running:
-                logits = self._decode(cache, running)
-                ended = finish(running, *draw(logits, self._numbers(running), sampling))
-                running = self._compact(cache, running, ended)
-            if progress:
-                progress(len(done), len(prompts) * count)
-        return [[done[prompt, completion] for completion in range(count)] for prompt in range(len(prompts))]
-
-    def _numbers(self, sequences: list[Running]) -> Tensor:
-        """The uniform number of each sequence's next draw, float64 [R]."""
-        return torch.tensor([s.numbers[len(s.tokens)] for s in sequences], dtype=torch.float64).to(self.model.device)
-
-    def _prefill(self, prompts: Sequence[Sequence[int]], chosen: list[int]) -> Prefilled:
-        """Put the chosen prompts through the model, padded on the right, from column 0."""
-        lengths = torch.tensor([len(prompts[prompt]) for prompt in chosen])
-        length = int(lengths.max())
-        ids = torch.zeros(len(chosen), length, dtype=torch.long)
-        for row, prompt in enumerate(chosen):
-            ids[row, : len(prompts[prompt])] = torch.tensor(prompts[prompt])
-        cache = SlotCache(self.config.num_hidden_layers, len(chosen), length)
-        cache.place.view = length
-        positions = torch.arange(length, device=self.model.device).expand(len(chosen), -1)
-        hidden = self._forward(cache, ids.to(self.model.device), positions)
-        last = hidden[torch.arange(len(chosen)), lengths - 1]
-        return Prefilled({prompt: row for row, prompt in enumerate(chosen)}, cache, self.head(last), length)
-
-    def _decode(self, cache: SlotCache, running: list[Running]) -> Tensor:
-        """Put each running sequence's newest token through the model: logits [R, V] of the next."""
-        device = self.model.device
-        columns = torch.tensor([sequence.column for sequence in running])
-        cache.place.columns = columns.to(device)
-        cache.place.view = min(round_up(int(columns.max()) + 1, COLUMN_STEP), cache.place.capacity)
-        ids = torch.tensor([[sequence.tokens[-1]] for sequence in running]).to(device)
-        return self.head(self._forward(cache, ids, columns[:, None].to(device))[:, -1])
-
-    def _forward(self, cache: SlotCache, ids: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states [R, Q, d] of tokens [R, Q] at their positions, seeing the cache's columns up to their own."""
-        columns = torch.arange(cache.place.view, device=ids.device)
-        distance = positions[:, None, :, None] - columns  # [R, 1, Q, view]
-        masks = {"full_attention": distance >= 0}
-        if self.window:
-            masks["sliding_attention"] = masks["full_attention"] & (distance < self.window)
-        mask = masks[self.layer_kinds[0]] if len(self.layer_kinds) == 1 else masks
-        output = self.body(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        key: tuple[int, int],
+        on_token: Callable[[int, int, int], None] | None,
+    ):
+        self.sampler, self.prompts, self.sampling, self.on_token = sampler, prompts, sampling, on_token
+        self.model, self.device = sampler.slot_model, sampler.model.device
+        self.waiting = deque(
+            Draft(prompt, completion, len(ids), uniforms(key, prompt, completion, sampling.max_tokens))
+            for prompt, ids in enumerate(prompts)
+            for completion in range(count)
         )
-        hidden: Tensor = output.last_hidden_state
-        return hidden
+        self.running: list[Draft] = []
+        self.done: dict[tuple[int, int], Completion] = {}
+        self.prefilled: Prefilled | None = None
+        self.slots = min(sampler.slots, len(self.waiting))
+        self.cache = self.model.new_cache(self.slots, max(map(len, prompts), default=0) + sampling.max_tokens)
 
-    def _compact(self, cache: SlotCache, running: list[Running], ended: list[bool]) -> list[Running]:
-        """Keep the sequences that go on in rows 0, 1, …: the last ones move into the rows that came free."""
-        left = len(running) - sum(ended)
-        holes = [row for row in range(left) if ended[row]]
-        movers = [row for row in range(left, len(running)) if not ended[row]]
+    def fill(self) -> None:
+        """Start waiting completions until the slots are full: draw their first tokens after their prompts."""
+        while self.waiting and len(self.running) < self.slots:
+            prefilled = self._prefilled()
+            drafts: list[Draft] = []
+            while self.waiting and len(self.running) + len(drafts) < self.slots:
+                if self.waiting[0].prompt not in prefilled.rows:
+                    break
+                drafts.append(self.waiting.popleft())
+            source = torch.tensor([prefilled.rows[draft.prompt] for draft in drafts], device=self.device)
+            stay = self._draw(drafts, prefilled.logits[source])
+            first, last = len(self.running), len(self.running) + len(stay)
+            if stay:
+                rows = torch.arange(first, last, device=self.device)
+                self.cache.copy_rows(prefilled.cache, source[stay], rows, prefilled.cache.place.view)
+                self.running += [drafts[index] for index in stay]
+
+    def _prefilled(self) -> Prefilled:
+        """The next waiting prompt, prefilled, with others that the free slots can start on."""
+        if self.prefilled is None or self.waiting[0].prompt not in self.prefilled.rows:
+            chosen = self._next_prompts(self.slots - len(self.running))
+            cache, logits = self.model.prefill([self.prompts[prompt] for prompt in chosen])
+            self.prefilled = Prefilled({prompt: row for row, prompt in enumerate(chosen)}, cache, logits)
+        return self.prefilled
+
+    def _next_prompts(self, free: int) -> list[int]:
+        """The prompts of the next `free` waiting completions, as many as PREFILL_TOKENS allow, one at least."""
+        chosen: list[int] = []
+        longest = 0
+        for _, draft in zip(range(free), self.waiting, strict=False):
+            if chosen and draft.prompt == chosen[-1]:
+                continue
+            longest = max(longest, draft.prompt_length)
+            if chosen and longest * (len(chosen) + 1) > PREFILL_TOKENS:
+                break
+            chosen.append(draft.prompt)
+        return chosen
+
+    def decode(self) -> None:
+        """Give every running completion its next token, and free the rows of those that end with it."""
+        if self.running:
+            tokens = [draft.tokens[-1] for draft in self.running]
+            logits = self.model.decode(self.cache, tokens, [draft.column for draft in self.running])
+            self._compact(self._draw(self.running, logits))
+
+    def _draw(self, drafts: Sequence[Draft], logits: Tensor) -> list[int]:
+        """Draw each draft's next token and note those that are done; the indices of the others."""
+        numbers = torch.tensor([draft.numbers[len(draft.tokens)] for draft in drafts], dtype=torch.float64)
+        tokens, logprobs = draw(logits, numbers.to(self.device), self.sampling)
+        stay = []
+        for index, (draft, token, logprob) in enumerate(zip(drafts, tokens.tolist(), logprobs.tolist(), strict=True)):
+            draft.tokens.append(token)
+            draft.logprobs.append(logprob)
+            if self.on_token:
+                self.on_token(draft.prompt, draft.completion, token)
+            if ends(draft.tokens, self.sampler.stop_token_ids, self.sampling.stop, self.sampler.tokenizer):
+                self.done[draft.prompt, draft.completion] = Completion(draft.tokens, draft.logprobs, "stop")
+            elif len(draft.tokens) == self.sampling.max_tokens:
+                self.done[draft.prompt, draft.completion] = Completion(draft.tokens, draft.logprobs, "length")
+            else:
+                stay.append(index)
+        return stay
+
+    def _compact(self, stay: list[int]) -> None:
+        """Keep the running completions `stay` (ascending) in rows 0, 1, …: the last move to where others ended."""
+        left = len(stay)
+        holes = sorted(set(range(left)) - set(stay))
+        movers = [row for row in stay if row >= left]
         if holes:
-            device = self.model.device
-            cache.copy_rows(cache, torch.tensor(movers).to(device), torch.tensor(holes).to(device), cache.place.view)
-        kept = running[:left]
+            rows = torch.tensor([movers, holes], device=self.device)
+            self.cache.copy_rows(self.cache, rows[0], rows[1], self.cache.place.view)
         for hole, mover in zip(holes, movers, strict=True):
-            kept[hole] = running[mover]
-        return kept
-
-
-def chunk(waiting: Iterable[tuple[int, int]], prompts: Sequence[Sequence[int]], free: int) -> list[int]:
-    """The next prompts to prefill: those that the free slots can start on, as many as PREFILL_TOKENS allow."""
-    chosen: list[int] = []
-    longest = 0
-    for _, (prompt, _) in zip(range(free), waiting, strict=False):
-        if prompt in chosen:
-            continue
-        longest = max(longest, len(prompts[prompt]))
-        if chosen and longest * (len(chosen) + 1) > PREFILL_TOKENS:
-            break
-        chosen.append(prompt)
-    return chosen
-
-
-def round_up(number: int, step: int) -> int:
-    return -(-number // step) * step
+            self.running[hole] = self.running[mover]
+        del self.running[left:]

@@ -1,6 +1,7 @@
 """The slow generator: `model.generate`, as the yardstick for the fast one and for models that it does not know."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from transformers import (
 )
 
 from taurl.llm.generation.draw import draw, uniforms
-from taurl.llm.generation.protocol import Completion, Sampling, check_prompts, ends
-from taurl.llm.heads import causal_lm
+from taurl.llm.generation.protocol import Completion, Sampling, check_prompts, context_length, ends
+from taurl.llm.heads import causal_lm, evaluating
 
 
 class KeyedDraw(LogitsProcessor):
@@ -60,7 +61,7 @@ class TransformersSampler:
         progress: Callable[[int, int], None] | None = None,
     ) -> list[list[Completion]]:
         """See `Generator.generate`; `on_token` is called when a prompt's completions are all there."""
-        check_prompts(prompts, sampling, self.model.config.get_text_config().max_position_embeddings)
+        check_prompts(prompts, sampling, context_length(self.model))
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=sampling.max_tokens,
             do_sample=False,
@@ -68,26 +69,29 @@ class TransformersSampler:
             pad_token_id=0,
         )
         groups = []
-        for prompt, ids in enumerate(prompts):
-            numbers = np.stack([uniforms(key, prompt, completion, sampling.max_tokens) for completion in range(count)])
-            keyed = KeyedDraw(sampling, numbers)
-            copies = torch.tensor(ids, device=self.model.device).expand(count, -1)
-            model: Any = causal_lm(self.model)
-            output = model.generate(
-                copies,
-                attention_mask=torch.ones_like(copies),
-                generation_config=config,
-                logits_processor=LogitsProcessorList([keyed]),
-            )
-            rows, logprobs = output[:, len(ids) :].tolist(), torch.stack(keyed.logprobs, 1).tolist()
-            groups.append([self._cut(*row, sampling) for row in zip(rows, logprobs, strict=True)])
-            if on_token:
-                for completion, cut in enumerate(groups[-1]):
-                    for token in cut.tokens:
-                        on_token(prompt, completion, token)
-            if progress:
-                progress((prompt + 1) * count, len(prompts) * count)
+        with evaluating(self.model), generating_by(config, self.model):
+            for prompt, ids in enumerate(prompts):
+                numbers = [uniforms(key, prompt, completion, sampling.max_tokens) for completion in range(count)]
+                keyed = KeyedDraw(sampling, np.stack(numbers))
+                rows = self._generate(torch.tensor(ids, device=self.model.device).expand(count, -1), keyed)
+                logprobs = torch.stack(keyed.logprobs, 1).tolist()
+                groups.append([self._cut(*row, sampling) for row in zip(rows, logprobs, strict=True)])
+                if on_token:
+                    for completion, cut in enumerate(groups[-1]):
+                        for token in cut.tokens:
+                            on_token(prompt, completion, token)
+                if progress:
+                    progress((prompt + 1) * count, len(prompts) * count)
         return groups
+
+    def _generate(self, copies: Tensor, keyed: KeyedDraw) -> list[list[int]]:
+        """What `generate` puts after the prompt's copies [G, L]."""
+        model: Any = causal_lm(self.model)
+        output = model.generate(
+            copies, attention_mask=torch.ones_like(copies), logits_processor=LogitsProcessorList([keyed])
+        )
+        rows: list[list[int]] = output[:, copies.shape[1] :].tolist()
+        return rows
 
     def _cut(self, tokens: list[int], logprobs: list[float], sampling: Sampling) -> Completion:
         """Cut a row where it ends; `generate` pads it until the longest one does."""
@@ -95,3 +99,15 @@ class TransformersSampler:
             if ends(tokens[:length], self.stop_token_ids, sampling.stop, self.tokenizer):
                 return Completion(tokens[:length], logprobs[:length], "stop")
         return Completion(tokens, logprobs, "length")
+
+
+@contextmanager
+def generating_by(config: GenerationConfig, model: PreTrainedModel) -> Iterator[None]:
+    """Put a model's own generation config aside: it may hold penalties that its distribution knows nothing of."""
+    plain: Any = causal_lm(model)
+    own = plain.generation_config
+    plain.generation_config = config
+    try:
+        yield
+    finally:
+        plain.generation_config = own

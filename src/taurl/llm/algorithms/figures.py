@@ -1,0 +1,54 @@
+"""Figures of a step: what was sampled, and what its updates did."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor
+
+from taurl.functional.advantages import has_variance
+from taurl.llm.rollouts import Rollout
+from taurl.runtime.optimization import Update
+
+
+class Tally:
+    """What the updates of a step did, and means over the tokens that they trained on."""
+
+    def __init__(self) -> None:
+        self.updates: list[Update] = []
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, mask: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Count values [N, L] of one part where its mask holds."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach()[mask].double().sum())
+            self.counts[name] = self.counts.get(name, 0) + int(mask.sum())
+
+    def figures(self) -> dict[str, float]:
+        """Everything by metric name; what no part reported (all groups skipped) is not there."""
+        return {
+            "loss": float(np.mean([update.loss for update in self.updates])),
+            "grad_norm": float(np.mean([update.grad_norm for update in self.updates])),
+            "updates_skipped": sum(not update.taken for update in self.updates),
+            **{name: total / max(1, self.counts[name]) for name, total in self.sums.items()},
+        }
+
+
+def rollout_figures(rollout: Rollout, rewards: Tensor, times: Mapping[str, float]) -> dict[str, float]:
+    """Spread of the rewards [P, G] within their groups, lengths of the completions, and speed.
+
+    Args:
+        times: seconds of the step's phases, `time/sample` among them.
+    """
+    groups = [group[~np.isnan(group)] for group in rewards.numpy()]
+    spreads = [group.std(ddof=1) for group in groups if len(group) > 1]
+    lengths = [len(completion.tokens) for completion in rollout.completions]
+    return {
+        "reward_std": float(np.mean(spreads)) if spreads else 0.0,
+        "frac_reward_zero_std": 1 - float(has_variance(rewards).float().mean()),
+        "completions/mean_length": float(np.mean(lengths)),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": float(np.mean([c.finish == "length" for c in rollout.completions])),
+        "sampling/tokens_per_second": sum(lengths) / times["time/sample"],
+        "tokens_per_second": sum(lengths) / sum(times.values()),
+    }

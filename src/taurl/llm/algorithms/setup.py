@@ -1,0 +1,84 @@
+"""What surrounds an algorithm: objects given from Python, choices made on the machine, the result's folder."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+
+from taurl.runtime.config import TrainingConfig
+from taurl.runtime.errors import InputError, RunError, reason
+from taurl.runtime.machine import choose_device, choose_precision, set_threads
+from taurl.runtime.run import Run
+
+Config = TypeVar("Config", bound=TrainingConfig)
+
+GIVEN = "given_from_python"  # in environment.json: the names of what came as objects
+
+
+def separate(config: Config, **given: Any) -> tuple[Config, dict[str, Any]]:
+    """Put what was given by name into the config; return what was given as an object apart.
+
+    Args:
+        given: a name, an object, or None for what the config says; rewards may be one or several of either.
+    """
+    names: dict[str, Any] = {}
+    objects: dict[str, Any] = {}
+    for key, value in given.items():
+        if key == "rewards":
+            value = (value,) if isinstance(value, str) or callable(value) else tuple(value)
+            named = all(isinstance(item, str) for item in value)
+            value = value or None
+        else:
+            named = isinstance(value, str)
+        if value is not None:
+            (names if named else objects)[key] = value
+    return config.model_copy(update=names), objects
+
+
+def require_given_again(run: Run, objects: dict[str, Any]) -> None:
+    """Refuse to resume without an object that the run was started with, or with one that it was not."""
+    before = set(run.environment.get(GIVEN, []))
+    for key in sorted(before - set(objects)):
+        raise InputError(
+            f"{run.directory}: its {key} came from Python as an object; resume from Python and give it again"
+        )
+    for key in sorted(set(objects) - before):
+        raise InputError(
+            f"{run.directory}: its {key} did not come from Python as an object, and another one would alter the past; "
+            "leave it out"
+        )
+
+
+def choose_machine(run: Run, *, keep_dtype: bool) -> tuple[torch.device, torch.dtype | None]:
+    """Threads, device and dtype of the weights: what the run chose where it began, so that resuming repeats it.
+
+    Args:
+        keep_dtype: leave the weights as they are (None) unless the config names a precision.
+    """
+    config, chosen = run.config, run.chosen
+    chosen["threads"] = set_threads(config.threads or chosen.get("threads"))
+    device = choose_device(config.device)
+    if "precision" not in chosen:
+        keep = keep_dtype and config.precision == "auto"
+        chosen["precision"] = "" if keep else str(choose_precision(config.precision, device)).removeprefix("torch.")
+    chosen["device"] = str(device)
+    return device, getattr(torch, chosen["precision"]) if chosen["precision"] else None
+
+
+def write_final(run: Run, export: Callable[[Path], None]) -> None:
+    """Write the run's `final/`, whole or not at all. Raises: RunError when it cannot be written."""
+    final, partial = run.directory / "final", run.directory / ".final.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        export(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(
+            f"{final}: the model could not be written ({reason(error)}), but its checkpoint is whole: free space, "
+            f"then --resume {run.directory}"
+        ) from error

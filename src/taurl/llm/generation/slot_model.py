@@ -1,0 +1,110 @@
+"""A language model run over slots: prompts fill the columns from 0 on, then each row takes one token at a time."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from taurl.llm.generation.cache import SlotCache
+from taurl.llm.heads import body, causal_lm, check_head, output_head
+from taurl.runtime.errors import InputError
+
+COLUMN_STEP = 32  # attention sees a multiple of this many columns, so that kernels meet few distinct shapes
+
+
+class SlotModel:
+    """Forward passes of a causal language model of `transformers` over a `SlotCache`.
+
+    Args:
+        model: every layer full or sliding-window attention that goes by the mask it is given ("sdpa" or "eager").
+    Raises: InputError for any other model.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        require_known(model)
+        check_head(model)
+        self.model = model
+        self.config = model.config.get_text_config()
+        self.window = getattr(self.config, "sliding_window", None)
+        self.layer_kinds = layer_kinds(self.config)
+
+    def new_cache(self, slots: int, tokens: int) -> SlotCache:
+        """Storage for `slots` sequences of up to `tokens` tokens, prompt included."""
+        return SlotCache(self.config.num_hidden_layers, slots, round_up(tokens, COLUMN_STEP))
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[SlotCache, Tensor]:
+        """Put prompts through the model, padded on the right: their keys and values, and the logits [P, V] that follow.
+
+        Padding is harmless: no token sees a column after its own, and decoding writes over it column by column.
+        """
+        device, lengths = self.model.device, [len(prompt) for prompt in prompts]
+        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt)
+        cache = SlotCache(self.config.num_hidden_layers, *ids.shape)
+        cache.place.view = ids.shape[1]
+        positions = torch.arange(ids.shape[1], device=device).expand(len(prompts), -1)
+        hidden = self._forward(cache, ids.to(device), positions)
+        rows, last = torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1
+        return cache, output_head(self.model)(hidden[rows, last])
+
+    def decode(self, cache: SlotCache, tokens: Sequence[int], columns: Sequence[int]) -> Tensor:
+        """Put one token of each of the first R rows through the model, at its column: the logits [R, V] that follow."""
+        device = self.model.device
+        positions = torch.tensor(columns, device=device)
+        cache.place.decode_at(positions, view=round_up(max(columns) + 1, COLUMN_STEP))
+        hidden = self._forward(cache, torch.tensor(tokens, device=device)[:, None], positions[:, None])
+        return output_head(self.model)(hidden[:, -1])
+
+    def _forward(self, cache: SlotCache, ids: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states [R, Q, d] of tokens [R, Q] at their positions, each seeing the columns up to its own."""
+        own = positions[:, None, :, None]
+        columns = torch.arange(cache.place.view, device=ids.device)
+        masks = {"full_attention": columns <= own}  # bool [R, 1, Q, view]
+        if self.window:
+            masks["sliding_attention"] = masks["full_attention"] & (columns > own - self.window)
+        if self.config._attn_implementation == "eager":  # adds the mask to the scores
+            lowest = torch.finfo(self.model.dtype).min
+            masks = {kind: (~mask).to(self.model.dtype) * lowest for kind, mask in masks.items()}
+        output = body(self.model)(
+            input_ids=ids,
+            attention_mask=masks[self.layer_kinds[0]] if len(self.layer_kinds) == 1 else masks,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """The kinds of attention layers that a model's config names, sorted."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:  # models without layer types: a window, where there is one, holds for every layer
+        kinds = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+    return sorted(set(kinds))
+
+
+def require_known(model: PreTrainedModel) -> None:
+    """Raise an InputError unless the model's layers are attention that goes by a boolean mask and a cache."""
+    plain: Any = causal_lm(model)
+    config = plain.config.get_text_config()
+    name = type(plain).__name__
+    if unknown := set(layer_kinds(config)) - {"full_attention", "sliding_attention"}:
+        found = f"{name} has layers of kind {', '.join(sorted(unknown))}"
+    elif plain._is_stateful or not plain._supports_attention_backend:
+        found = f"{name} has layers of its own kind"
+    elif config._attn_implementation not in ("sdpa", "eager"):
+        found = f"{name} was loaded with attn_implementation={config._attn_implementation!r}, not 'sdpa' or 'eager'"
+    else:
+        return
+    raise InputError(
+        f"the slot sampler knows full and sliding-window attention, but {found}; use the generator 'transformers'"
+    )
+
+
+def round_up(number: int, step: int) -> int:
+    """The smallest multiple of `step` that is not below `number`."""
+    return -(-number // step) * step

@@ -1,0 +1,67 @@
+"""Which directory a run may have, with which settings it may go on there, and what it notes about its surroundings."""
+
+import json
+import shlex
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from taurl import __version__
+from taurl.runtime.config import TrainingConfig, free_on_resume
+from taurl.runtime.errors import InputError, reason
+from taurl.runtime.machine import describe_machine
+
+
+def refuse_taken(directory: Path) -> None:
+    """Raises: InputError when a new run cannot have this directory."""
+    try:
+        taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+        is_run = taken and (directory / "config.yaml").exists()
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be read ({reason(error)}); give another directory with out") from error
+    if taken:
+        found = "a file" if not directory.is_dir() else "a run; resume it" if is_run else "a directory with files in it"
+        raise InputError(f"{directory} exists already, {found}, or give another directory with out")
+
+
+def refuse_other_past(directory: Path, stored: TrainingConfig, config: TrainingConfig) -> None:
+    """Raises: InputError when resuming with this config would alter what the run has computed with the stored one."""
+    for name in config.changed_from(stored):
+        if not free_on_resume(type(config), name):
+            raise InputError(
+                f"{directory}: {name} was {getattr(stored, name)!r} and cannot become {getattr(config, name)!r} "
+                "on resume: it would alter steps already taken; start a new run for that"
+            )
+    if config.out not in (None, stored.out, directory):
+        raise InputError(f"{directory}: a resumed run stays where it is, but out is {config.out}; leave it out")
+    if config.steps != stored.steps and config.schedule != "constant":
+        raise InputError(
+            f"{directory}: steps was {stored.steps} and cannot become {config.steps}: the {config.schedule} schedule "
+            "spreads over all steps, so those already taken would have had another learning rate"
+        )
+
+
+def read_environment(directory: Path) -> dict[str, Any]:
+    """The facts noted when the run began; empty if they are missing."""
+    path = directory / "environment.json"
+    try:
+        return dict(json.loads(path.read_bytes())) if path.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read as a JSON object ({reason(error)})") from error
+
+
+def describe_environment(known: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a run already, with the time it began, and what runs it now: packages, machine, command."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **known,
+        "taurl": __version__,
+        **{name: version(name) for name in ("torch", "transformers", "numpy")},
+        **describe_machine(),
+        "threads": torch.get_num_threads(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }

@@ -1,0 +1,269 @@
+"""evaluate, generate, chat and report on a tiny model."""
+
+import io
+import json
+import os
+
+import pytest
+import torch
+from tiny_policy import tiny_tokenizer
+
+from taurl.cli import main
+from taurl.commands import chat
+from taurl.llm import inference
+from taurl.llm.generation import Sampling, SlotSampler
+from taurl.llm.models import load_model
+
+SETTINGS = ["--model", "model", "--threads", "1", "--precision", "float32", "--max-tokens", "6"]
+
+
+def evaluate(*words):
+    return ["llm", "evaluate", *SETTINGS, "--dataset", "rows.jsonl", *words]
+
+
+def generate(*words):
+    return ["llm", "generate", *SETTINGS, "--prompts", "rows.jsonl", *words]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def greedy(messages, max_tokens=6):
+    """The greedy answer of the model, by transformers itself."""
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    model = load_model("model", dtype=torch.float32)
+    output = model.generate(**ids, max_new_tokens=max_tokens, do_sample=False, eos_token_id=1, pad_token_id=0)
+    return tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+# --- evaluate
+
+
+def test_evaluate_scores_greedy_answers_and_writes_them(here, capsys):
+    assert main(evaluate("--rewards", "rewards.py:letter_a", "rewards.py:right", "--out", "out/answers.jsonl")) == 0
+    table = capsys.readouterr().out
+    assert "12 rows in" in table
+    answers = lines(here / "out/answers.jsonl")
+    assert [a["prompt"] for a in answers] == [row["prompt"] for row in lines(here / "rows.jsonl")]
+    assert [a["answer"] for a in answers] == [row["answer"] for row in lines(here / "rows.jsonl")]
+    for index in (0, 7):
+        assert answers[index]["completion"] == greedy([{"role": "user", "content": answers[index]["prompt"]}])
+    for answer in answers:
+        text = answer["completion"]
+        assert answer["rewards"]["letter_a"] == text.count("a") / max(1, len(text))
+        assert answer["reward"] == sum(answer["rewards"].values())
+    mean = sum(a["reward"] for a in answers) / 12
+    assert next(line for line in table.splitlines() if " reward " in line).split()[3] == f"{mean:.4g}"
+    assert [path.name for path in (here / "out").iterdir()] == ["answers.jsonl"]
+
+
+def test_evaluate_takes_the_first_rows_only(here):
+    assert main(evaluate("--rewards", "rewards.py:letter_a", "--rows", "3", "--out", "answers.jsonl")) == 0
+    assert len(lines(here / "answers.jsonl")) == 3
+
+
+def test_evaluate_draws_by_its_seed_at_a_temperature(here):
+    def answers(name, seed):
+        words = evaluate("--rewards", "rewards.py:letter_a", "--temperature", "1", "--seed", str(seed), "--out", name)
+        assert main(words) == 0
+        return [a["completion"] for a in lines(here / name)]
+
+    first = answers("a.jsonl", 1)
+    assert answers("b.jsonl", 1) == first
+    assert answers("c.jsonl", 2) != first
+
+
+def test_a_reward_that_fails_costs_no_answer(here, failing):
+    words = evaluate("--rewards", "rewards.py:division", "--out", "answers.jsonl")
+    line = failing(words, 2)
+    assert "reward function 'division' raised ZeroDivisionError" in line
+    assert line.endswith("; the answers are in answers.jsonl, without rewards")
+    answers = lines(here / "answers.jsonl")
+    assert len(answers) == 12
+    assert answers[0]["completion"] == greedy([{"role": "user", "content": "0+0?"}])
+    assert all("reward" not in answer for answer in answers)
+
+
+def test_an_interruption_keeps_the_batches_that_are_done(here, monkeypatch, capsys):
+    monkeypatch.setattr(inference, "BATCH", 4)
+    real, calls = SlotSampler.generate, []
+
+    def interrupted(self, prompts, *arguments, **keywords):
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, prompts, *arguments, **keywords)
+
+    monkeypatch.setattr(SlotSampler, "generate", interrupted)
+    assert main(generate("--out", "answers.jsonl")) == 130
+    assert calls == [4, 4, 4]
+    assert len(lines(here / "answers.jsonl")) == 8
+    assert capsys.readouterr().err.endswith("taurl: interrupted\n")
+
+
+# --- generate
+
+
+def test_generate_completes_every_row_and_keeps_its_columns(here, capsys):
+    assert main(generate("--out", "answers.jsonl")) == 0
+    assert capsys.readouterr().out == ""
+    rows, answers = lines(here / "rows.jsonl"), lines(here / "answers.jsonl")
+    assert [{k: v for k, v in a.items() if k != "completion"} for a in answers] == rows
+    assert answers[3]["completion"] == greedy([{"role": "user", "content": rows[3]["prompt"]}])
+
+
+def test_generate_writes_to_standard_output_in_the_form_of_the_prompts(here, capsys):
+    prompt = [{"role": "user", "content": "1+2?"}]
+    (here / "talk.jsonl").write_text(json.dumps({"prompt": prompt, "id": 7}) + "\n")
+    assert main(["llm", "generate", *SETTINGS, "--prompts", "talk.jsonl"]) == 0
+    (answer,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert answer == {"prompt": prompt, "id": 7, "completion": [{"role": "assistant", "content": greedy(prompt)}]}
+
+
+def test_generate_makes_several_that_do_not_depend_on_the_batches(here, monkeypatch):
+    words = generate("--count", "3", "--temperature", "1", "--slots", "5")
+    assert main([*words, "--out", "whole.jsonl"]) == 0
+    answers = lines(here / "whole.jsonl")
+    assert len(answers) == 36
+    assert [a["prompt"] for a in answers[:4]] == ["0+0?"] * 3 + ["1+1?"]
+    assert all(len({a["completion"] for a in answers[i : i + 3]}) == 3 for i in range(0, 36, 3))
+    completions = [a["completion"] for a in answers]
+    assert completions[:18] != completions[18:]
+
+
+def test_a_system_prompt_stands_before_the_prompt(here):
+    assert main(generate("--system-prompt", "be kind", "--out", "answers.jsonl")) == 0
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "4+1?"}]
+    assert lines(here / "answers.jsonl")[4]["completion"] == greedy(messages)
+
+
+def test_generate_takes_text_as_it_is_where_asked(here):
+    assert main(generate("--prompt-format", "text", "--out", "answers.jsonl")) == 0
+    model = load_model("model", dtype=torch.float32)
+    ids = tiny_tokenizer()("4+1?")["input_ids"]
+    ((completion,),) = SlotSampler(model, stop_token_ids=(1,)).generate([ids], 1, Sampling(6, temperature=0))
+    expected = tiny_tokenizer().decode(completion.tokens, skip_special_tokens=True)
+    assert lines(here / "answers.jsonl")[4]["completion"] == expected
+
+
+def test_generate_reads_what_a_data_set_may_be(here, capsys):
+    words = ["llm", "generate", *SETTINGS, "--prompts", "reasoning-gym:chain_sum", "--dataset-args", "size=2"]
+    assert main(words) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_values_that_json_does_not_know_are_written_as_text(here, capsys):
+    import datetime
+
+    import pyarrow
+    import pyarrow.parquet
+
+    day = datetime.date(2024, 5, 6)
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["1+1?"], "day": [day]}), here / "rows.parquet")
+    words = ["llm", "generate", *SETTINGS, "--prompts", "rows.parquet"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["day"] == "2024-05-06"
+    assert main([*words, "--out", "answers.jsonl"]) == 0
+    assert lines(here / "answers.jsonl")[0]["day"] == "2024-05-06"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["llm", "generate"], "no prompts given: name a .jsonl"),
+        (["llm", "generate", "--model", "model", "--prompts", "absent.jsonl"], "no such data file: 'absent.jsonl'"),
+        (["llm", "evaluate"], "no data set given: name one with --dataset"),
+        (["llm", "evaluate", "--dataset", "rows.jsonl"], "no reward function given"),
+        (evaluate("--rewards", "leter"), "no reward function 'leter' ships with taurl"),
+        (
+            evaluate("--rewards", "rewards.py:right", "--columns", "answer=solution"),
+            "'right' needs the column 'answer'",
+        ),
+        (["llm", "chat", "--model", "./absent"], "no such model folder: './absent'"),
+        (["llm", "generate", "--model", "./absent", "--prompts", "rows.jsonl"], "no such model folder: './absent'"),
+        (
+            ["llm", "evaluate", "--model", "./absent", "--dataset", "rows.jsonl", "--rewards", "last_number"],
+            "no such model",
+        ),
+        (generate("--out", "rows.jsonl"), "rows.jsonl exists already; give another file or remove it"),
+        (evaluate("--rewards", "last_number", "--out", "rows.jsonl"), "rows.jsonl exists already"),
+        (generate("--out", "rows.jsonl/x"), "rows.jsonl/x: cannot write there: "),
+        (["report", "absent"], "absent: found nothing there, expected a run directory"),
+        (["report", "model"], "model: no run directory"),
+        (["report"], "expected one run directory, found nothing; usage: taurl report RUN"),
+        (["report", "a", "b"], "expected one run directory, found a b"),
+    ],
+)
+def test_what_is_wrong_is_one_line(here, failing, words, message):
+    assert message in failing(words, 2)
+    assert {path.name for path in here.iterdir()} == {"model", "rows.jsonl", "rewards.py"}
+
+
+# --- chat
+
+
+@pytest.fixture
+def talk(here, monkeypatch, capsys):
+    def run(text, *words):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        code = main(["llm", "chat", *SETTINGS, "--temperature", "0", *words])
+        return code, capsys.readouterr()
+
+    return run
+
+
+def test_chat_answers_line_by_line_and_remembers(talk):
+    code, captured = talk("1+1?\n2+2?\n")
+    assert code == 0
+    first = greedy([{"role": "user", "content": "1+1?"}])
+    messages = [("user", "1+1?"), ("assistant", first), ("user", "2+2?")]
+    second = greedy([{"role": role, "content": content} for role, content in messages])
+    assert second != greedy([{"role": "user", "content": "2+2?"}])
+    assert captured.out == f"{first}\n{second}\n"
+    assert captured.err == ""
+
+
+def test_chat_ends_with_an_empty_line_and_takes_a_system_prompt(talk):
+    code, captured = talk("1+1?\n\n2+2?\n", "--system-prompt", "be kind")
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "1+1?"}]
+    assert (code, captured.out) == (0, f"{greedy(messages)}\n")
+
+
+def test_chat_forgets_the_oldest_turns_where_the_context_ends(talk, failing, monkeypatch):
+    code, captured = talk("".join(f"{'12345678 ' * 4}{i}\n" for i in range(4)))
+    assert code == 0
+    assert len(captured.out.splitlines()) == 4
+    assert "(the first 1 turns no longer fit in the context)" in captured.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("1" * 200 + "\n"))
+    line = failing(["llm", "chat", *SETTINGS], 2)
+    assert (
+        "the line has 203 tokens with its template; with max_tokens 6 that is more than the model's context of 128"
+        in line
+    )
+
+
+def test_chat_streams(here, monkeypatch, capsys):
+    """What is printed as the tokens come is the answer, piece by piece."""
+    pieces = []
+    monkeypatch.setattr(chat, "print", lambda text, end="\n", **kwargs: pieces.append(text + end), raising=False)
+    monkeypatch.setattr("sys.stdin", io.StringIO("1+1?\n"))
+    assert main(["llm", "chat", *SETTINGS, "--temperature", "0"]) == 0
+    assert len(pieces) > 3
+    assert "".join(pieces) == greedy([{"role": "user", "content": "1+1?"}]) + "\n"
+
+
+# --- report
+
+
+def test_report_is_made_again_from_the_run_directory_alone(here, words, capsys):
+    assert main(words(steps=1)) == 0
+    page = here / "run/report.html"
+    os.remove(page)
+    capsys.readouterr()
+    assert main(["report", "run"]) == 0
+    assert capsys.readouterr().out == "run/report.html\n"
+    assert "letter_a" in page.read_text()
+    assert main(["report", "--help"]) == 0
+    assert "usage: taurl report RUN" in capsys.readouterr().out

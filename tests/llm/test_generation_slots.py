@@ -1,0 +1,260 @@
+"""The slot sampler against `model.generate`, greedily; how completions end; what is refused."""
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, CONTEXT, checkpoint_activations, prompts_of, tiny_model
+from transformers import AutoModelForCausalLM, GPTNeoConfig, Llama4TextConfig, MambaConfig
+
+from taurl.llm.generation import Sampling, SlotSampler, TransformersSampler
+from taurl.llm.generation.cache import SlotCache
+from taurl.llm.generation.slots import Batch
+from taurl.llm.models import load_model, load_tokenizer
+from taurl.runtime.errors import InputError, RunError
+
+GREEDY = {"temperature": 0.0}
+
+
+def generate_alone(model, prompt, max_tokens, stop_token_ids=()):
+    """`model.generate` on one prompt: the greedy tokens, and the logits [L, V] that they were taken from."""
+    output = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        eos_token_id=list(stop_token_ids) or None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return output.sequences[0, len(prompt) :].tolist(), torch.cat(output.logits)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Logits by (prompt, completion, position), as the sampler draws from them."""
+    logits_of = {}
+    draw = Batch._draw
+
+    def spy(batch, drafts, logits):
+        for draft, row in zip(drafts, logits, strict=True):
+            logits_of[draft.prompt, draft.completion, len(draft.tokens)] = row.clone()
+        return draw(batch, drafts, logits)
+
+    monkeypatch.setattr(Batch, "_draw", spy)
+    return logits_of
+
+
+def stops_at_different_times(rows):
+    """Two tokens that end some of the rows, at different places."""
+    firsts = {}
+    for token in sorted({token for row in rows for token in row}):
+        places = [row.index(token) for row in rows if token in row]
+        if min(places) > 0:
+            firsts[token] = len(set(places)), -len(places)
+    return sorted(firsts, key=firsts.get)[-2:]
+
+
+@pytest.mark.parametrize("attention", [None, "eager"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_tokens_and_logits_equal_those_of_generate(architecture, attention, seen, monkeypatch):
+    model = tiny_model(architecture, attention=attention)
+    prompts = prompts_of([3, 40, 7, 20, 1])
+    stops = stops_at_different_times([generate_alone(model, prompt, 30)[0] for prompt in prompts])
+    moves = []
+    copy_rows = SlotCache.copy_rows
+    monkeypatch.setattr(SlotCache, "copy_rows", lambda *args: (moves.append(args[0] is args[1]), copy_rows(*args)))
+
+    groups = SlotSampler(model, stop_token_ids=stops, slots=3).generate(prompts, 2, Sampling(30, **GREEDY))
+
+    for index, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
+        expected, expected_logits = generate_alone(model, prompt, 30, stops)
+        assert len(group) == 2
+        for place, completion in enumerate(group):
+            assert completion.tokens == expected
+            assert completion.logprobs == [0.0] * len(expected)
+            assert completion.finish == ("stop" if expected[-1] in stops else "length")
+            logits = torch.stack([seen[index, place, position] for position in range(len(expected))])
+            torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=1e-4)
+    lengths = {len(group[0].tokens) for group in groups}
+    assert len(lengths) > 2
+    assert any(moves), "no row moved into a free one: the test lost its point"
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    model = load_model("smollm2-135m-instruct", dtype=torch.float32)
+    return model, load_tokenizer("smollm2-135m-instruct")
+
+
+def chat_prompts(tokenizer):
+    questions = [
+        "What is 2 + 3?",
+        "Name three colours of the rainbow, one a line.",
+        "Hi!",
+        "Write one short sentence about the sea and the people who live beside it.",
+    ]
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+        )
+        for question in questions
+    ]
+
+
+@pytest.mark.model
+def test_greedy_smollm2_equals_generate(smollm2):
+    model, tokenizer = smollm2
+    prompts = chat_prompts(tokenizer)
+    stops = [tokenizer.eos_token_id]
+    groups = SlotSampler(model, stop_token_ids=stops, slots=3).generate(prompts, 1, Sampling(16, **GREEDY))
+    assert [group[0].tokens for group in groups] == [generate_alone(model, prompt, 16, stops)[0] for prompt in prompts]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("sampler", [SlotSampler, TransformersSampler])
+def test_a_completion_ends_with_the_token_that_completes_a_stop_string(smollm2, sampler):
+    model, tokenizer = smollm2
+    prompt = chat_prompts(tokenizer)[3]
+    free = SlotSampler(model).generate([prompt], 1, Sampling(8, **GREEDY))[0][0].tokens
+    texts = [tokenizer.decode([token]) for token in free]
+    stop = texts[3][-2:] + texts[4][:2]  # neither token holds it alone
+    assert all(stop not in text for text in texts)
+    length = next(n for n in range(1, 9) if stop in tokenizer.decode(free[:n]))
+
+    generator = sampler(model, tokenizer=tokenizer)
+    found = generator.generate([prompt], 1, Sampling(8, stop=("never said", stop), **GREEDY))[0][0]
+
+    assert length == 5
+    assert found.tokens == free[:length]
+    assert found.finish == "stop"
+
+
+@pytest.fixture
+def llama():
+    return tiny_model("llama")
+
+
+def test_stop_strings_need_a_tokenizer(llama):
+    with pytest.raises(InputError, match="stop strings need the sampler's `tokenizer`"):
+        SlotSampler(llama).generate([[1, 2]], 1, Sampling(4, stop=("x",)))
+
+
+@pytest.mark.parametrize("sampler", [SlotSampler, TransformersSampler])
+def test_finish_says_why_a_completion_ended(llama, sampler):
+    prompt = prompts_of([7])[0]
+    tokens, _ = generate_alone(llama, prompt, 6)
+    assert tokens[5] not in tokens[:5], "another prompt, please"
+
+    def ending(max_tokens, stop):
+        generator = sampler(llama, stop_token_ids=[stop])
+        completion = generator.generate([prompt], 1, Sampling(max_tokens, **GREEDY))[0][0]
+        assert len(completion.logprobs) == len(completion.tokens)
+        return completion.tokens, completion.finish
+
+    assert ending(6, tokens[5]) == (tokens, "stop")  # at the limit, but it did end by itself
+    assert ending(5, tokens[5]) == (tokens[:5], "length")
+    assert ending(1, tokens[5]) == (tokens[:1], "length")
+    assert ending(1, tokens[0]) == (tokens[:1], "stop")
+
+
+def test_nothing_to_sample_is_nothing_sampled(llama):
+    assert SlotSampler(llama).generate([], 4, Sampling(3)) == []
+    assert SlotSampler(llama).generate([[1], [2]], 0, Sampling(3)) == [[], []]
+
+
+@pytest.mark.parametrize("sampler", [SlotSampler, TransformersSampler])
+def test_prompts_that_do_not_fit_are_named(llama, sampler):
+    generator = sampler(llama)
+    assert len(generator.generate([[7] * (CONTEXT - 4)], 1, Sampling(4, **GREEDY))[0][0].tokens) == 4
+    with pytest.raises(InputError, match=rf"prompt 1 has {CONTEXT - 3} tokens; with max_tokens 4 .* of {CONTEXT}"):
+        generator.generate([[1], [7] * (CONTEXT - 3)], 1, Sampling(4))
+    with pytest.raises(InputError, match="prompt 1 is empty"):
+        generator.generate([[1], []], 1, Sampling(4))
+
+
+@pytest.mark.parametrize(("sampler", "options"), [(SlotSampler, {"slots": 3}), (TransformersSampler, {})])
+def test_tokens_stream_in_order_and_progress_counts_completions(llama, sampler, options):
+    streamed, reported = {}, []
+    prompts = prompts_of([4, 9, 2])
+    groups = sampler(llama, stop_token_ids=range(10), **options).generate(
+        prompts,
+        2,
+        Sampling(12),
+        on_token=lambda prompt, completion, token: streamed.setdefault((prompt, completion), []).append(token),
+        progress=lambda done, count: reported.append((done, count)),
+    )
+    expected = {(p, c): completion.tokens for p, group in enumerate(groups) for c, completion in enumerate(group)}
+    assert streamed == expected
+    assert len({len(tokens) for tokens in expected.values()}) > 1
+    assert [done for done, _ in reported] == sorted(done for done, _ in reported)
+    assert reported[-1] == (6, 6)
+    assert {count for _, count in reported} == {6}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("sampler", [SlotSampler, TransformersSampler])
+def test_a_model_in_training_mode_samples_as_in_evaluation_mode_and_stays_in_it(architecture, sampler):
+    model = tiny_model(architecture)
+    prompts = prompts_of([4, 9])
+    expected = sampler(model).generate(prompts, 2, Sampling(8))
+    checkpoint_activations(model)  # drops the cache in training mode
+    frozen = next(module for module in model.modules() if isinstance(module, torch.nn.Embedding)).eval()
+    assert sampler(model).generate(prompts, 2, Sampling(8)) == expected
+    assert model.training
+    assert not frozen.training
+
+
+SMALL = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        (MambaConfig(**SMALL), "MambaForCausalLM has layers of"),
+        (
+            GPTNeoConfig(**SMALL | {"num_hidden_layers": 2}, num_heads=2, attention_types=[[["local"], 2]]),
+            "GPTNeoForCausalLM has layers of its own kind",
+        ),
+        (
+            Llama4TextConfig(
+                **SMALL | {"num_hidden_layers": 4},
+                intermediate_size=8,
+                intermediate_size_mlp=8,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                head_dim=4,
+                num_local_experts=1,
+            ),
+            "Llama4ForCausalLM has layers of kind chunked_attention",
+        ),
+    ],
+)
+def test_models_with_layers_that_the_sampler_does_not_know_are_refused(config, found):
+    with pytest.raises(InputError, match="use the generator 'transformers'") as caught:
+        SlotSampler(AutoModelForCausalLM.from_config(config))
+    assert found in one_line(caught)
+
+
+def test_an_attention_that_takes_no_mask_of_ours_is_refused(llama):
+    llama.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(InputError, match="attn_implementation='flash_attention_2', not 'sdpa' or 'eager'") as caught:
+        SlotSampler(llama)
+    one_line(caught)
+
+
+def test_no_slots_are_refused(llama):
+    with pytest.raises(InputError, match="slots is 0, expected at least 1"):
+        SlotSampler(llama, slots=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_has_diverged_is_named(llama, temperature):
+    sampler = SlotSampler(llama)
+    llama.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(RunError, match="logits are not finite"):
+        sampler.generate([[1, 2]], 1, Sampling(4, temperature=temperature))

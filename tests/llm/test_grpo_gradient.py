@@ -1,0 +1,359 @@
+"""One step of GRPO against the same algorithm written as plain loops over full forward passes, in float64."""
+
+import copy
+import math
+import statistics
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_policy import KeepFloat64, tiny_model, tiny_tokenizer
+
+from taurl.llm.algorithms import grpo as grpo_module
+from taurl.llm.algorithms.grpo import GRPO
+from taurl.llm.algorithms.grpo_config import GRPOConfig
+
+PROMPTS = ["1+1?", "what is 2+3?", "5+5?", "a b c d e f?", "9?"]
+GROUP = 4
+# What the reward function gives, by prompt: None does not apply, the third group has no variance, the fourth no reward.
+REWARDS = [[1.0, 0.0, 0.0, 0.5], [None, 2.0, -1.0, None], [0.3, 0.3, 0.3, 0.3], [None] * 4, [0.0, 0.0, 1.0, None]]
+# Draws of a given seed end with these often enough for completions of different lengths.
+STOP = ("a", "e", "3", "k", ".", "x", "5", "t")
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with KeepFloat64():
+        yield
+
+
+@dataclass
+class Sampled:
+    """What the naive implementation is given: the very tokens that were trained on."""
+
+    prompts: list[list[int]]
+    completions: list  # [P][G]
+
+
+class Mismatched:
+    """A sampler whose probabilities are not quite the trainer's."""
+
+    def __init__(self, generator):
+        self.generator, self.groups = generator, []
+
+    def generate(self, prompts, *arguments, **keywords):
+        shift = [0.3, -1.2, 0.05, 0.0, -0.4, 0.7]
+        self.prompts, self.groups = prompts, []
+        for group in self.generator.generate(prompts, *arguments, **keywords):
+            # float32 values, as they are kept
+            moved = [[float(np.float32(p + s)) for p, s in zip(c.logprobs, shift, strict=False)] for c in group]
+            self.groups.append([replace(c, logprobs=p) for c, p in zip(group, moved, strict=True)])
+        return self.groups
+
+
+def settings(tmp_path, **changes):
+    values = {
+        "out": tmp_path / "run",
+        "steps": 1,
+        "prompts_per_step": len(PROMPTS),
+        "group_size": GROUP,
+        "max_tokens": 6,
+        "eval_rows": 0,
+        "stop": STOP,
+        "threads": 1,
+        "max_grad_norm": 1e9,
+        "learning_rate": 1e-3,
+        "temperature": 0.8,
+        "tokens_per_part": 10_000,
+    }
+    return GRPOConfig(**(values | changes))
+
+
+def reward(prompts, completions, **kwargs):
+    places = [PROMPTS.index(prompt) for prompt in prompts]
+    return [REWARDS[place][index % GROUP] for index, place in enumerate(places)]
+
+
+def step(config, *, reward=reward, monkeypatch=None):
+    """The record of one step, the trainer after it, what was sampled, and how many parts went through the model."""
+    model = tiny_model(dtype=torch.float64)
+    trainer = GRPO(model, [{"prompt": p} for p in PROMPTS], reward, config, tokenizer=tiny_tokenizer())
+    trainer.generator = Mismatched(trainer.generator)
+    if config.kl_coefficient:
+        with trainer.policy.reference() as reference:
+            move(reference)
+    forwards = []
+    real = grpo_module.completion_logprobs
+    if monkeypatch:
+        monkeypatch.setattr(
+            grpo_module,
+            "completion_logprobs",
+            lambda *a, **k: (forwards.append(torch.is_grad_enabled()), real(*a, **k))[1],
+        )
+    (record,) = trainer.steps()
+    return record, trainer, in_order(trainer.generator.prompts, trainer.generator.groups), sum(forwards)
+
+
+def in_order(prompts, groups):
+    """What was sampled, in the order of PROMPTS; a step takes them in an order of its own."""
+    tokenizer = tiny_tokenizer()
+    messages = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    ids = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in messages]
+    assert sorted(ids) == sorted(prompts)
+    assert ids != prompts
+    return Sampled(ids, [groups[prompts.index(prompt)] for prompt in ids])
+
+
+def move(model):
+    """Other weights, so that a KL term has a gradient."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+
+
+def gradient(trainer):
+    """The gradient of a single update: AdamW's first moment after one step is a tenth of it."""
+    tensors = trainer.optimizer.tensors()
+    return {name.removeprefix("exp_avg/"): 10 * t for name, t in tensors.items() if name.startswith("exp_avg/")}
+
+
+def difference(one, other):
+    """Norm of the difference between two dictionaries of tensors, relative to the second."""
+    assert one.keys() == other.keys()
+    apart = sum(float((one[name] - other[name]).square().sum()) for name in one)
+    return math.sqrt(apart / sum(float(tensor.square().sum()) for tensor in other.values()))
+
+
+# --- the algorithm again, as loops
+
+
+def naive_advantages(rewards, how):
+    everything = [r for group in rewards for r in group if r is not None]
+    advantages = []
+    for group in rewards:
+        known = [r for r in group if r is not None]
+        for r in group:
+            if r is None or len(set(known)) < 2:
+                advantages.append(0.0)
+                continue
+            spread = {"group": known, "batch": everything}.get(how)
+            scale = 1.0 if spread is None else statistics.stdev(spread) + 1e-4
+            advantages.append((r - statistics.fmean(known)) / scale)
+    return advantages
+
+
+def naive_tokens(model, prompt, tokens, temperature):
+    """Log-probability and entropy of each token, from one full forward pass of one sequence."""
+    logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1] / temperature
+    log_probabilities = logits - logits.exp().sum(-1, keepdim=True).log()
+    chosen = [log_probabilities[i, token] for i, token in enumerate(tokens)]
+    entropies = [-(row.exp() * row).sum() for row in log_probabilities]
+    return chosen, entropies
+
+
+def naive_loss(model, reference, old, sampled, advantages, counted, config):
+    """The loss of the whole batch. `old` is None on a first update."""
+    rows = [(p, c) for p, group in zip(sampled.prompts, sampled.completions, strict=True) for c in group]
+    token_count = sum(len(c.tokens) for (_, c), count in zip(rows, counted, strict=True) if count)
+    total = torch.zeros((), dtype=torch.float64)
+    for row, (prompt, completion) in enumerate(rows):
+        if not counted[row]:
+            continue
+        logprobs, entropies = naive_tokens(model, prompt, completion.tokens, config.temperature)
+        before = [p.detach() for p in logprobs] if old is None else old[row]
+        if config.kl_coefficient:
+            with torch.no_grad():
+                base, _ = naive_tokens(reference, prompt, completion.tokens, config.temperature)
+        length = len(logprobs)
+        sequence_ratio = torch.exp(sum(p - b for p, b in zip(logprobs, before, strict=True)) / length)
+        for t in range(length):
+            ratio = sequence_ratio if config.ratio == "sequence" else torch.exp(logprobs[t] - before[t])
+            bounded = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
+            loss = -min(ratio * advantages[row], bounded * advantages[row])
+            if config.importance_cap is not None:
+                loss = loss * min(math.exp(before[t] - completion.logprobs[t]), config.importance_cap)
+            if config.kl_coefficient:
+                x = base[t] - logprobs[t]
+                loss = loss + config.kl_coefficient * (torch.exp(x) - x - 1)
+            loss = loss - config.entropy_coefficient * entropies[t]
+            share = {
+                "token": 1 / token_count,
+                "sequence": 1 / (sum(counted) * length),
+                "constant": 1 / (sum(counted) * config.max_tokens),
+            }
+            total = total + loss * share[config.aggregation]
+    return total
+
+
+def naive_step(sampled, config, rewards=REWARDS):
+    """Losses of the updates, the last gradient, and the weights after one step on this sample."""
+    model = tiny_model(dtype=torch.float64).eval()
+    reference = copy.deepcopy(model)
+    move(reference)
+    advantages = naive_advantages(rewards, config.scale_rewards)
+    counted = [r is not None for group in rewards for r in group]
+    if config.mask_truncated:
+        ended = [c.finish == "stop" for group in sampled.completions for c in group]
+        counted = [a and b for a, b in zip(counted, ended, strict=True)]
+    old = None
+    if config.epochs > 1:
+        pairs = [(p, c) for p, group in zip(sampled.prompts, sampled.completions, strict=True) for c in group]
+        with torch.no_grad():
+            old = [naive_tokens(model, p, c.tokens, config.temperature)[0] for p, c in pairs]
+    adam = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    losses = []
+    for _ in range(config.epochs):
+        adam.zero_grad()
+        loss = naive_loss(model, reference, old, sampled, advantages, counted, config)
+        loss.backward()
+        losses.append(float(loss))
+        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+        adam.step()
+    return losses, grads, dict(model.named_parameters())
+
+
+# --- tests
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("terms", [{}, {"kl_coefficient": 0.3, "entropy_coefficient": 0.1}])
+def test_the_gradient_is_that_of_plain_loops_however_it_is_cut(tmp_path, monkeypatch, aggregation, ratio, terms):
+    config = settings(tmp_path, aggregation=aggregation, ratio=ratio, **terms)
+    record, trainer, sampled, parts = step(config, monkeypatch=monkeypatch)
+    assert parts == 1
+    lengths = {len(c.tokens) for group in sampled.completions for c in group}
+    assert len(lengths) > 2
+    losses, expected, _ = naive_step(sampled, config)
+    assert record["loss"] == pytest.approx(losses[0], rel=1e-9)
+    whole = gradient(trainer)
+    assert difference(whole, expected) < 1e-9
+    seen = {parts}
+    for tokens in (120, 60, 20):
+        cut = settings(tmp_path / str(tokens), aggregation=aggregation, ratio=ratio, **terms, tokens_per_part=tokens)
+        record_cut, trainer_cut, _, parts = step(cut, monkeypatch=monkeypatch)
+        seen.add(parts)
+        assert record_cut["loss"] == pytest.approx(record["loss"], rel=1e-9)
+        assert difference(gradient(trainer_cut), whole) < 1e-9
+        for name in ("entropy", "sampling/logp_difference_mean"):
+            assert record_cut[name] == pytest.approx(record[name], rel=1e-9)
+    assert len(seen) > 2
+    assert max(seen) >= 6
+
+
+@pytest.mark.parametrize("scale", ["batch", "none"])
+def test_scales_of_the_rewards(tmp_path, scale):
+    config = settings(tmp_path, scale_rewards=scale)
+    record, trainer, sampled, _ = step(config)
+    losses, expected, _ = naive_step(sampled, config)
+    assert record["loss"] == pytest.approx(losses[0], rel=1e-9)
+    assert difference(gradient(trainer), expected) < 1e-9
+
+
+@pytest.mark.parametrize("importance_cap", [None, 1.1])
+def test_the_mismatch_with_the_sampler_is_weighed_up_to_the_cap(tmp_path, importance_cap):
+    config = settings(tmp_path, importance_cap=importance_cap)
+    record, trainer, sampled, _ = step(config)
+    _, expected, _ = naive_step(sampled, config)
+    assert difference(gradient(trainer), expected) < 1e-9
+    _, other, _ = naive_step(sampled, settings(tmp_path, importance_cap=2.0))
+    assert difference(gradient(trainer), other) > 0.01
+    # Its raw value is logged: the shifts of `Mismatched`, over the tokens of groups with a signal.
+    shift = [0.3, 1.2, 0.05, 0.0, 0.4, 0.7]
+    counted = [
+        shift[: len(c.tokens)]
+        for p in (0, 1, 4)
+        for g, c in enumerate(sampled.completions[p])
+        if REWARDS[p][g] is not None
+    ]
+    expected_mean = statistics.fmean(s for row in counted for s in row)
+    assert record["sampling/logp_difference_mean"] == pytest.approx(expected_mean, rel=1e-6)
+
+
+def test_truncated_completions_are_masked_by_option_and_keep_their_place_in_the_baseline(tmp_path):
+    config = settings(tmp_path, mask_truncated=True, aggregation="sequence")
+    record, trainer, sampled, _ = step(config)
+    finishes = [c.finish for group in sampled.completions for c in group]
+    assert {"stop", "length"} == set(finishes)
+    assert record["completions/clipped_ratio"] == finishes.count("length") / len(finishes)
+    losses, expected, _ = naive_step(sampled, config)
+    assert record["loss"] == pytest.approx(losses[0], rel=1e-9)
+    assert difference(gradient(trainer), expected) < 1e-9
+    _, unmasked, _ = naive_step(sampled, config.model_copy(update={"mask_truncated": False}))
+    assert difference(gradient(trainer), unmasked) > 0.01
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_several_updates_use_the_log_probabilities_from_before_the_first(tmp_path, ratio):
+    config = settings(
+        tmp_path, epochs=3, ratio=ratio, learning_rate=0.02, clip_low=0.1, clip_high=0.15, tokens_per_part=60
+    )
+    record, trainer, sampled, _ = step(config)
+    losses, _, weights = naive_step(sampled, config)
+    assert record["loss"] == pytest.approx(statistics.fmean(losses), rel=1e-8)
+    assert record["clip_ratio/low_mean"] > 0
+    assert record["clip_ratio/high_mean"] > 0
+    assert difference(dict(trainer.policy.model.named_parameters()), weights) < 1e-9
+
+
+def test_on_a_single_update_nothing_is_clipped_and_the_ratio_is_one(tmp_path):
+    """However tight the clip: the loss is then −Σ weight · advantage, without any ratio in it."""
+    config = settings(tmp_path, clip_low=0.0, clip_high=0.0, importance_cap=None)
+    record, _, sampled, _ = step(config)
+    assert record["clip_ratio/low_mean"] == record["clip_ratio/high_mean"] == 0
+    advantages = iter(naive_advantages(REWARDS, "group"))
+    rows = [
+        (next(advantages), len(c.tokens), r)
+        for group, rewards in zip(sampled.completions, REWARDS, strict=True)
+        for c, r in zip(group, rewards, strict=True)
+    ]
+    count = sum(length for _, length, r in rows if r is not None)
+    assert record["loss"] == pytest.approx(-sum(a * n for a, n, r in rows if r is not None) / count, rel=1e-12)
+
+
+def test_a_step_without_any_signal_moves_by_momentum_as_zeros_would(tmp_path):
+    """Skipping every group is the same as computing a gradient of zero."""
+
+    def second_step_flat(prompts, trainer_state, **kwargs):
+        return reward(prompts, None) if trainer_state.global_step == 0 else [1.0] * len(prompts)
+
+    config = settings(tmp_path, steps=2)
+    model = tiny_model(dtype=torch.float64)
+    trainer = GRPO(model, [{"prompt": p} for p in PROMPTS], second_step_flat, config, tokenizer=tiny_tokenizer())
+    steps = trainer.steps()
+    next(steps)
+    before = {name: t.clone() for name, t in trainer.optimizer.tensors().items()}
+    record = next(steps)
+    after = trainer.optimizer.tensors()
+    assert record["frac_reward_zero_std"] == 1
+    assert record["loss"] == record["grad_norm"] == 0
+    for name, tensor in before.items():
+        if name.startswith("exp_avg/"):
+            torch.testing.assert_close(after[name], 0.9 * tensor, rtol=1e-12, atol=0)
+
+
+def test_the_tokens_trained_on_are_the_ids_that_were_sampled(tmp_path, monkeypatch):
+    """Special tokens and unknown characters would not survive being decoded and encoded again."""
+    trained, scored = {}, []
+    real = grpo_module.completion_logprobs
+
+    def spy(model, prompts, prompt_of, tokens, mask, **keywords):
+        for place, row, kept in zip(prompt_of.tolist(), tokens, mask, strict=True):
+            trained.setdefault(tuple(prompts[place]), []).append(row[kept].tolist())
+        return real(model, prompts, prompt_of, tokens, mask, **keywords)
+
+    def keep(prompts, completion_ids, **kwargs):
+        scored.extend(completion_ids)
+        return [float(i) for i in range(len(prompts))]
+
+    monkeypatch.setattr(grpo_module, "completion_logprobs", spy)
+    _, _, sampled, _ = step(settings(tmp_path, tokens_per_part=50, stop=()), reward=keep)
+    expected = {
+        tuple(prompt): [c.tokens for c in group]
+        for prompt, group in zip(sampled.prompts, sampled.completions, strict=True)
+    }
+    assert {prompt: sorted(rows) for prompt, rows in trained.items()} == {p: sorted(r) for p, r in expected.items()}
+    assert sorted(scored) == sorted(tokens for rows in expected.values() for tokens in rows)
+    assert any(token < 5 for tokens in scored for token in tokens[:-1])  # special tokens in the middle

@@ -1,0 +1,391 @@
+"""GRPO from Python: what is trained, what is kept, what is refused."""
+
+import asyncio
+import json
+import math
+
+import datasets
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_policy import letter_a, save_tiny_policy, tiny_model, tiny_tokenizer
+
+from taurl.llm import GRPO, GRPOConfig
+from taurl.llm.models import load_model, load_tokenizer
+from taurl.runtime.errors import InputError, RunError
+
+ROWS = [{"prompt": f"{i}+{i % 3}?", "answer": str(i + i % 3)} for i in range(12)]
+TIMES = ("seconds", "time/", "tokens_per_second", "memory/")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return save_tiny_policy(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(**changes):
+        values = {
+            "out": tmp_path / "run",
+            "steps": 3,
+            "prompts_per_step": 2,
+            "group_size": 4,
+            "max_tokens": 6,
+            "eval_rows": 2,
+            "threads": 1,
+            "precision": "float32",
+            "learning_rate": 3e-3,
+        }
+        return GRPOConfig(**(values | changes))
+
+    return make
+
+
+def high_ids(completion_ids, **kwargs):
+    """A reward that differs within every group."""
+    return [sum(ids) / len(ids) for ids in completion_ids]
+
+
+def untimed(record):
+    return {k: v for k, v in record.items() if not any(part in k for part in TIMES)}
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- use from Python
+
+
+def test_ten_lines_with_a_model_object_a_dataset_and_plain_functions(tmp_path):
+    from taurl.llm import GRPO, GRPOConfig
+
+    def brevity(completions, **kwargs):  # as for TRL
+        return [-float(len(completion[0]["content"])) for completion in completions]
+
+    async def judge(prompts, completions, answer, trainer_state, log_metric, log_extra):
+        await asyncio.sleep(0)
+        log_metric("judge/steps_done", trainer_state.global_step)
+        log_extra("seen", [f"{p[-1]['content']} {a}" for p, a in zip(prompts, answer, strict=True)])
+        return [1.0 if c[0]["content"].startswith(a) else 0.0 for c, a in zip(completions, answer, strict=True)]
+
+    rows = datasets.Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": row["prompt"]}], "answer": row["answer"]} for row in ROWS]
+    )
+    records = []
+    config = GRPOConfig(
+        out=tmp_path / "run", steps=2, prompts_per_step=2, group_size=4, max_tokens=6, eval_rows=3, threads=1
+    )
+    model = tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = GRPO(model, rows, [brevity, judge], config, tokenizer=tiny_tokenizer(), callbacks=[records.append])
+    assert trainer.train() is trainer
+
+    assert trainer.policy.model is model  # trained in place
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [record["step"] for record in records] == [0, 1, 2]
+    assert [record["judge/steps_done"] for record in records[1:]] == [0, 1]
+    for record in records[1:]:
+        assert record["reward"] == pytest.approx(record["rewards/brevity/mean"] + record["rewards/judge/mean"])
+    assert {"eval/reward", "eval/rewards/judge/mean"} <= records[0].keys() & records[2].keys()
+    assert not any(key.startswith("eval/") for key in records[1])
+    sample = next(s for s in trainer.run.samples() if s["kind"] == "train")
+    assert sample["seen"] == f"{sample['prompt']} {sample['answer']}"
+    for name, tensor in load_file(tmp_path / "run" / "final" / "model.safetensors").items():
+        assert torch.equal(tensor, model.state_dict()[name])
+    assert load_tokenizer(tmp_path / "run" / "final").chat_template
+
+
+def test_evaluating_writes_nothing_and_needs_no_run(config, folder):
+    trainer = GRPO(str(folder), ROWS, letter_a, config(steps=1))
+    before = trainer.evaluate()
+    assert not trainer.run.directory.exists()
+    trainer.train()
+    written = lines(trainer.run.directory / "samples.jsonl")
+    first, last = lines(trainer.run.directory / "metrics.jsonl")
+    assert untimed({k: v for k, v in before.items() if "seconds" not in k}).items() <= first.items()
+    after = trainer.evaluate()
+    assert after["eval/reward"] == last["eval/reward"]
+    with pytest.raises(InputError, match="no held-out rows to evaluate on: eval_rows is 0"):
+        GRPO(str(folder), ROWS, letter_a, config(eval_rows=0, out=None)).evaluate()
+    assert lines(trainer.run.directory / "samples.jsonl") == written
+
+
+def test_a_step_trains_on_prompts_that_are_not_held_out_and_keeps_samples_in_whole_rows(config, folder):
+    trainer = GRPO(str(folder), ROWS, letter_a, config(steps=6, samples_per_step=3)).train()
+    samples = trainer.run.samples()
+    held_out = {s["prompt"] for s in samples if s["kind"] == "evaluation"}
+    trained = [s for s in samples if s["kind"] == "train"]
+    assert len(held_out) == 2
+    assert held_out | {trainer.prompts.rows[s["row"]]["prompt"] for s in trained} <= {row["prompt"] for row in ROWS}
+    assert held_out.isdisjoint(row["prompt"] for row in trainer.prompts.rows)
+    assert [s["step"] for s in trained] == [step for step in range(1, 7) for _ in range(3)]
+    for sample in trained:
+        assert sample["prompt"] == trainer.prompts.rows[sample["row"]]["prompt"]
+        assert sample["reward"] == sample["rewards"]["letter_a"] == letter_a([sample["completion"]])[0]
+
+
+# --- learning
+
+
+def test_it_learns_a_letter(config, folder):
+    settings = config(steps=25, prompts_per_step=4, group_size=8, learning_rate=1e-2, eval_rows=4)
+    records = GRPO(str(folder), ROWS, letter_a, settings).train().run.records()
+    rewards = [record["reward"] for record in records if "reward" in record]
+    assert sum(rewards[:3]) / 3 < 0.1
+    assert sum(rewards[-3:]) / 3 > 0.6
+    assert records[0]["eval/reward"] < 0.2 < 0.8 < records[-1]["eval/reward"]
+
+
+def test_the_entropy_bonus_and_the_kl_term_hold_the_policy_back(config, folder, tmp_path):
+    def final(**changes):
+        settings = config(steps=12, prompts_per_step=4, learning_rate=1e-2, eval_rows=0, **changes)
+        return GRPO(str(folder), ROWS, letter_a, settings).train().run.records()[-1]
+
+    free = final(out=tmp_path / "free")
+    assert final(out=tmp_path / "bonus", entropy_coefficient=1.0)["entropy"] > free["entropy"] + 0.3
+    near, far = (final(out=tmp_path / f"kl{c}", kl_coefficient=c)["kl"] for c in (3.0, 1e-6))
+    assert 0 < near < far / 3
+
+
+# --- the reference and LoRA
+
+
+def test_the_reference_is_the_starting_weights_also_after_a_resume(config, folder):
+    settings = config(kl_coefficient=0.1, save_every=1)
+    trainer = GRPO(str(folder), ROWS, high_ids, settings).train()
+    records = trainer.run.records()
+    assert records[1]["kl"] == 0  # before the first update
+    assert all(record["kl"] > 1e-4 for record in records[2:])
+    longer = trainer.config.model_copy(update={"steps": 4})
+    resumed = GRPO.resume(trainer.run.directory, longer, dataset=ROWS, rewards=high_ids).train()
+    start = load_file(folder / "model.safetensors")
+    with resumed.policy.reference() as reference:
+        for name, tensor in start.items():
+            assert torch.equal(reference.state_dict()[name], tensor)
+    assert resumed.run.records()[-1]["kl"] > 1e-4
+
+
+def test_lora_trains_the_adapter_alone_and_its_reference_is_the_base(config, folder):
+    settings = config(lora_rank=2, kl_coefficient=0.1, learning_rate=3e-2, lora_targets=("q_proj", "v_proj"))
+    trainer = GRPO(str(folder), ROWS, high_ids, settings).train()
+    start = load_file(folder / "model.safetensors")
+    state = trainer.policy.model.get_base_model().state_dict()
+    base = {name.replace(".base_layer", ""): t for name, t in state.items() if "lora_" not in name}
+    for name, tensor in start.items():
+        assert torch.equal(base[name], tensor)
+    stored = load_file(trainer.run.directory / "checkpoints" / "step-000003" / "optimizer.safetensors")
+    trained = {name.partition("/")[2] for name in stored if name.startswith("master/")}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    records = trainer.run.records()
+    assert records[1]["kl"] == 0 < records[2]["kl"]
+
+    ids = torch.tensor([[3, 32, 43, 33, 1, 4]])
+    plain = load_model(str(folder), dtype=torch.float32)
+    with torch.no_grad():
+        with trainer.policy.reference() as reference:
+            torch.testing.assert_close(reference(ids).logits, plain(ids).logits, rtol=0, atol=0)
+        adapted = trainer.policy.model(ids).logits
+        assert not torch.allclose(adapted, plain(ids).logits)
+        loaded = load_model(str(trainer.run.directory / "final"), dtype=torch.float32)
+        assert isinstance(loaded, PeftModel)
+        torch.testing.assert_close(loaded(ids).logits, adapted, rtol=0, atol=1e-6)
+
+
+def test_lora_resumes_exactly(config, folder, tmp_path):
+    settings = config(lora_rank=2, steps=4, save_every=2, learning_rate=3e-2)
+    whole = GRPO(str(folder), ROWS, letter_a, settings).train().run
+    first = GRPO(str(folder), ROWS, letter_a, settings.model_copy(update={"out": tmp_path / "cut"}))
+    steps = first.steps()
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    resumed = GRPO.resume(tmp_path / "cut", rewards=letter_a, dataset=ROWS).train().run
+    assert [untimed(r) for r in resumed.records()] == [untimed(r) for r in whole.records()]
+    final = "final/adapter_model.safetensors"
+    assert (resumed.directory / final).read_bytes() == (whole.directory / final).read_bytes()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_gradient_checkpointing_changes_nothing_but_rounding(config, folder, tmp_path, rank):
+    def run(on):
+        settings = config(out=tmp_path / f"run{on}", gradient_checkpointing=on, lora_rank=rank, eval_rows=2)
+        return [untimed(r) for r in GRPO(str(folder), ROWS, letter_a, settings).train().run.records()]
+
+    for without, with_it in zip(run(False), run(True), strict=True):
+        assert without.keys() == with_it.keys()
+        for name, value in without.items():
+            assert with_it[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+def test_the_slow_generator_draws_the_same(config, folder, tmp_path):
+    def rewards(generator):
+        settings = config(out=tmp_path / generator, generator=generator, steps=2)
+        return [
+            r.get("reward", r.get("eval/reward"))
+            for r in GRPO(str(folder), ROWS, letter_a, settings).train().run.records()
+        ]
+
+    assert rewards("slots") == rewards("transformers")
+
+
+# --- resuming
+
+
+def test_what_came_from_python_is_asked_for_again(config, folder):
+    def reward(completions, **kwargs):
+        return letter_a(completions)
+
+    run = GRPO(tiny_model(), ROWS, reward, config(), tokenizer=tiny_tokenizer()).train().run
+    changed = run.config.model_copy(update={"steps": 5})
+    given = {"model": tiny_model(), "dataset": ROWS, "rewards": [reward], "tokenizer": tiny_tokenizer()}
+    for name in given:
+        others = {key: value for key, value in given.items() if key != name}
+        with pytest.raises(InputError, match=f"its {name} came from Python as an object"):
+            GRPO.resume(run.directory, changed, **others)
+    resumed = GRPO.resume(run.directory, changed, **given).train().run
+    assert [r["step"] for r in resumed.records()] == [0, 1, 2, 3, 4, 5]
+    assert resumed.records()[:4] == run.records()[:4]
+
+
+def test_another_model_or_reward_on_resume_is_refused_by_name(config, folder):
+    run = GRPO(str(folder), ROWS, "last_number", config()).train().run
+    with pytest.raises(InputError, match=r"rewards was .*last_number.* cannot become .*math_verify"):
+        GRPO.resume(run.directory, dataset=ROWS, rewards="math_verify")
+    with pytest.raises(InputError, match=r"model was .* and cannot become 'smollm2-135m-instruct'"):
+        GRPO.resume(run.directory, dataset=ROWS, model="smollm2-135m-instruct")
+    with pytest.raises(InputError, match="its model did not come from Python"):
+        GRPO.resume(run.directory, dataset=ROWS, model=tiny_model())
+    with pytest.raises(
+        InputError, match="its eval_dataset did not come from Python"
+    ):  # it would alter what is trained on
+        GRPO.resume(run.directory, dataset=ROWS, eval_dataset=ROWS)
+
+
+# --- failures
+
+
+def failing_at(step, result):
+    def reward(completions, trainer_state, **kwargs):
+        if trainer_state.global_step >= step and len(completions) > 1:  # not in the calls that look for the row
+            return result(completions)
+        return letter_a(completions)
+
+    return reward
+
+
+def test_a_wrong_count_at_step_1_leaves_the_evaluation_before_it(config, folder):
+    def reward(completions, **kwargs):
+        return letter_a(completions)[:2]  # right for the two held-out rows
+
+    trainer = GRPO(str(folder), ROWS, reward, config())
+    with pytest.raises(InputError, match="reward function 'reward' returned 2 values for 8 completions"):
+        trainer.train()
+    (record,) = lines(trainer.run.directory / "metrics.jsonl")
+    assert "eval/reward" in record
+    assert len(lines(trainer.run.directory / "samples.jsonl")) == 2
+
+
+def test_a_reward_that_fails_later_costs_no_step_that_was_taken(config, folder, capfd):
+    broken = failing_at(2, lambda completions: letter_a(completions)[:-1])
+    settings = config(steps=4)
+    with pytest.raises(InputError, match="returned 7 values for 8 completions"):
+        GRPO(str(folder), ROWS, broken, settings).train()
+    assert f"go on with --resume {settings.out}" in "".join(capfd.readouterr().err.split("\n"))
+    resumed = GRPO.resume(settings.out, dataset=ROWS, rewards=letter_a).train().run
+    whole = GRPO(
+        str(folder), ROWS, letter_a, settings.model_copy(update={"out": settings.out.parent / "whole"})
+    ).train()
+    found, expected = ([untimed(r) for r in run.records()] for run in (resumed, whole.run))
+    assert json.dumps(found).replace("rewards/reward/", "rewards/letter_a/") == json.dumps(expected)
+
+
+def test_an_evaluation_that_fails_keeps_the_last_step_and_is_made_up_for(config, folder):
+    def reward(completions, trainer_state, **kwargs):
+        if trainer_state.global_step == 3:  # the evaluation after the third and last step
+            raise KeyError("no such row")
+        return letter_a(completions)
+
+    trainer = GRPO(str(folder), ROWS, reward, config())
+    with pytest.raises(InputError, match=r"'reward' raised KeyError: 'no such row'.*; row 0 of the batch of 2"):
+        trainer.train()
+    assert [record["step"] for record in trainer.run.records()] == [0, 1, 2, 3]
+    assert not (trainer.run.directory / "final").exists()
+    resumed = GRPO.resume(trainer.run.directory, dataset=ROWS, rewards=letter_a).train().run
+    last = resumed.records()[-1]
+    assert last["step"] == 3
+    assert "eval/reward" in last
+    assert "learning_rate" not in last
+    assert (resumed.directory / "final" / "model.safetensors").exists()
+
+
+def test_losses_that_are_not_finite_are_not_taken_and_stop_the_run(config, folder):
+    settings = config(steps=9, stop_after_non_finite=3, eval_rows=0)
+    trainer = GRPO(str(folder), ROWS, high_ids, settings)
+    trainer.policy.model.model.norm.weight.register_hook(lambda gradient: gradient * math.nan)
+    before = {name: tensor.clone() for name, tensor in trainer.policy.model.state_dict().items()}
+    with pytest.raises(RunError, match=r"gradient norm nan: not finite, 3 times in a row \(stop_after_non_finite\)"):
+        trainer.train()
+    for name, tensor in trainer.policy.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert [record["updates_skipped"] for record in trainer.run.records()] == [1, 1]
+    assert all(record["grad_norm"] is None for record in trainer.run.records())
+
+
+def test_rewards_beyond_float32_are_no_reason_to_stop(config, folder):
+    """Advantages are relative to their group, in float64: 1e200 is as good as 1, but not without a scale."""
+
+    def huge(completions, **kwargs):
+        return [1e200 * value for value in letter_a(completions)]
+
+    records = GRPO(str(folder), ROWS, huge, config(eval_rows=0)).train().run.records()
+    assert all(record["updates_skipped"] == 0 for record in records)
+    settings = config(out=config().out.parent / "raw", eval_rows=0, scale_rewards="none", stop_after_non_finite=1)
+    with pytest.raises(RunError, match=r"loss .*: not finite, 1 times in a row"):
+        GRPO(str(folder), ROWS, huge, settings).train()
+
+
+def test_rewards_that_apply_to_nothing_train_nothing(config, folder):
+    def never(completions, **kwargs):
+        return [None] * len(completions)
+
+    trainer = GRPO(str(folder), ROWS, never, config()).train()
+    start = load_file(folder / "model.safetensors")
+    for name, tensor in start.items():
+        assert torch.equal(trainer.policy.model.state_dict()[name], tensor)
+    assert all(record["reward"] is None for record in trainer.run.records()[1:])
+    assert all("kl" not in record for record in trainer.run.records())
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        ([], {}, "the data set is empty"),
+        ([{"question": "1"}], {}, "no column 'prompt'; the data has question"),
+        (ROWS[:2], {}, "eval_rows is 2: cannot hold out 2 of 2 rows"),
+        (
+            [*ROWS, {"prompt": "1" * 200}],
+            {},
+            "row 13 of the data: its prompt has 203 tokens; with max_tokens 6 that is ",
+        ),
+        ([*ROWS, {"prompt": 5}], {}, r"row 13 of the data: the prompt is 5 \(int\)"),
+        (ROWS, {"lora_rank": 2, "lora_targets": ("nothing",)}, r"lora_targets is \('nothing',\): .*nothing"),
+        (ROWS, {"eval_dataset": "absent.jsonl"}, "no such data file: 'absent.jsonl'"),
+    ],
+)
+def test_bad_data_and_settings_are_named_before_anything_is_written(config, folder, rows, changes, message):
+    with pytest.raises(InputError, match=message) as caught:
+        GRPO(str(folder), rows, letter_a, config(**changes))
+    assert "\n" not in str(caught.value)
+    assert not config().out.exists()
+
+
+def test_a_held_out_set_of_its_own_takes_its_prompts_out_of_training(config, folder, capfd):
+    trainer = GRPO(str(folder), ROWS, letter_a, config(), eval_dataset=[ROWS[3], {"prompt": "x"}, ROWS[5]])
+    assert [row["prompt"] for row in trainer.held_out.rows] == [ROWS[3]["prompt"], "x"]  # the first eval_rows
+    assert ROWS[3]["prompt"] not in [row["prompt"] for row in trainer.prompts.rows]
+    assert ROWS[5]["prompt"] in [row["prompt"] for row in trainer.prompts.rows]
+    assert "1 training rows left out" in capfd.readouterr().err

@@ -1,0 +1,84 @@
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tiny_models import ARCHITECTURES, prompts_of, tiny_model
+
+from taurl.llm.heads import body, causal_lm, check_head, evaluating, output_head
+from taurl.runtime.errors import InputError
+
+IDS = torch.tensor(prompts_of([9, 9]))
+
+
+def lora(model, **options):
+    """The model in a peft wrapper, with an adapter that does something."""
+    torch.manual_seed(0)
+    wrapped = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", **options)).eval()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return wrapped
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_head_of_body_equals_the_models_logits(architecture, adapter):
+    model = tiny_model(architecture)
+    plain = model(IDS).logits
+    if adapter:
+        model = lora(model, target_modules="all-linear")
+    logits = model(input_ids=IDS).logits
+    assert torch.equal(logits, plain) != adapter
+    hidden = body(model)(input_ids=IDS).last_hidden_state
+    torch.testing.assert_close(output_head(model)(hidden), logits)
+    check_head(model)
+
+
+def test_a_bias_belongs_to_the_head():
+    model = tiny_model("llama")
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(101))
+    with torch.no_grad():
+        torch.testing.assert_close(output_head(model)(body(model)(IDS).last_hidden_state), model(IDS).logits)
+
+
+def test_the_head_is_the_models_own_weight():
+    model = tiny_model("gpt2")
+    assert output_head(model).weight is model.transformer.wte.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "value"), [("logit_scale", 1.2), ("logits_scaling", 1.2), ("final_logit_softcapping", 5.0)]
+)
+def test_a_head_that_is_not_what_the_config_seems_to_say_is_refused(dtype, name, value):
+    model = tiny_model("llama", dtype)
+    check_head(model)
+    setattr(model.config, name, value)  # means nothing to Llama
+    with pytest.raises(InputError, match="LlamaForCausalLM does more to its logits") as caught:
+        check_head(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_on_the_head_is_refused():
+    with pytest.raises(InputError, match="output head of LlamaForCausalLM is Linear, expected a plain linear layer"):
+        output_head(lora(tiny_model("llama"), target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(InputError, match="expected a plain linear layer"):
+        output_head(lora(tiny_model("llama"), target_modules=["q_proj"], modules_to_save=["lm_head"]))
+
+
+def test_an_adapter_outside_the_layers_is_refused():
+    model = get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(InputError, match="adapter of type PROMPT_TUNING, expected one within its layers"):
+        causal_lm(model)
+
+
+def test_evaluating_puts_every_module_back_as_it_was():
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(1, 1)))
+    model[1][0].eval()
+    before = [module.training for module in model.modules()]
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == before
+    with pytest.raises(ZeroDivisionError), evaluating(model):
+        _ = 1 / 0
+    assert [module.training for module in model.modules()] == before

@@ -1,0 +1,164 @@
+"""Log-probabilities on a shared prompt against one plain forward pass a row, values and gradients."""
+
+import pytest
+import torch
+from test_heads import lora
+from tiny_models import ARCHITECTURES, checkpoint_activations, in_double, logits_one_by_one, prompts_of, tiny_model
+from transformers import AutoModelForCausalLM, MambaConfig, OpenAIGPTConfig
+
+from taurl.llm.likelihood import checkpoints_activations, completion_logprobs
+from taurl.runtime.errors import InputError
+
+PROMPTS = prompts_of([5, 13, 2])
+PROMPT_OF = [0, 1, 1, 2, 2, 2]
+COMPLETIONS = prompts_of([7, 1, 10, 4, 3, 1], seed=1)
+
+
+def padded(completions, filler):
+    """Tokens and mask [N, L]."""
+    shape = len(completions), max(map(len, completions))
+    tokens, mask = torch.full(shape, filler), torch.zeros(shape, dtype=torch.bool)
+    for row, completion in enumerate(completions):
+        tokens[row, : len(completion)] = torch.tensor(completion)
+        mask[row, : len(completion)] = True
+    return tokens, mask
+
+
+def one_by_one(model, prompts, prompt_of, completions, temperature):
+    """Logprobs and entropies [N, L], each row forwarded alone through the model's own logits."""
+    tokens, mask = padded(completions, 0)
+    logprobs, entropies = (torch.zeros(tokens.shape, dtype=model.dtype) for _ in range(2))
+    sequences = [prompts[prompt] + completion for prompt, completion in zip(prompt_of, completions, strict=True)]
+    for row, logits in enumerate(logits_one_by_one(model, sequences)):
+        length = len(completions[row])
+        log_probabilities = (logits[-length - 1 : -1] / temperature).log_softmax(-1)
+        logprobs[row, :length] = log_probabilities[range(length), completions[row]]
+        entropies[row, :length] = -(log_probabilities.exp() * log_probabilities).sum(-1)
+    return logprobs, entropies, mask
+
+
+def gradients(model, logprobs, entropies):
+    """Gradient to each trained weight of a random weighted sum."""
+    weights = torch.randn(2, *logprobs.shape, generator=torch.Generator().manual_seed(2), dtype=logprobs.dtype)
+    model.zero_grad()
+    (weights[0] * logprobs + weights[1] * entropies).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(found, expected, tolerance=1e-9):
+    """The largest difference, relative to the largest value, stays below the tolerance."""
+    assert found.shape == expected.shape
+    assert (found - expected).detach().abs().max() < tolerance * expected.detach().abs().max()
+
+
+def assert_same_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    # A key's bias adds the same to all scores of a query and has no gradient but rounding: measure by the largest.
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        difference = float((found[name] - gradient).abs().max())
+        assert difference < 1e-9 * max(float(gradient.abs().max()), 1e-3 * largest), name
+
+
+def compare(model, prompts, prompt_of, completions, temperature=0.7):
+    expected = one_by_one(model, prompts, prompt_of, completions, temperature)
+    expected_gradients = gradients(model, *expected[:2])
+    tokens, mask = padded(completions, filler=77)
+    found = completion_logprobs(model, prompts, torch.tensor(prompt_of), tokens, mask, temperature=temperature)
+    for values, others in zip(found, expected[:2], strict=True):
+        assert values.dtype == torch.float64
+        assert_close(values, others)
+        assert (values[~mask] == 0).all()
+    assert_same_gradients(gradients(model, *found), expected_gradients)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@in_double
+def test_values_and_gradients_equal_those_of_one_plain_pass_a_row(architecture):
+    compare(tiny_model(architecture, torch.float64), PROMPTS, PROMPT_OF, COMPLETIONS)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
+@in_double
+def test_prompts_of_one_length_need_no_padding(architecture):
+    compare(tiny_model(architecture, torch.float64), prompts_of([9, 9]), [0, 0, 1], COMPLETIONS[:3], 1.0)
+
+
+@in_double
+def test_completions_of_one_token_need_the_prompts_only():
+    compare(tiny_model("mistral", torch.float64), PROMPTS, [0, 1, 2, 2], [[4], [5], [6], [7]])
+
+
+@in_double
+def test_prompts_in_any_order_and_one_that_nothing_continues():
+    compare(tiny_model("qwen3", torch.float64), PROMPTS, [2, 0, 2, 0], COMPLETIONS[:4])
+
+
+@in_double
+def test_a_head_with_a_bias_under_a_scale():
+    model = tiny_model("cohere", torch.float64)
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(101, dtype=torch.float64))
+    compare(model, PROMPTS, PROMPT_OF, COMPLETIONS)
+
+
+@in_double
+def test_under_an_adapter_only_the_adapter_has_a_gradient():
+    model = lora(tiny_model("llama", torch.float64), target_modules="all-linear").double()
+    compare(model, PROMPTS, PROMPT_OF, COMPLETIONS)
+    assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
+@in_double
+def test_gradient_checkpointing_leaves_values_and_gradients_unchanged(architecture):
+    model = tiny_model(architecture, torch.float64)
+    checkpoint_activations(model)
+    assert checkpoints_activations(model)
+    compare(model, PROMPTS, PROMPT_OF, COMPLETIONS)
+    model.eval()
+    assert not checkpoints_activations(model)  # nothing is dropped in evaluation mode: the prompt is shared again
+    compare(model, PROMPTS, PROMPT_OF, COMPLETIONS)
+
+
+@in_double
+def test_only_masked_tokens_count():
+    model = tiny_model("llama", torch.float64)
+    tokens, mask = padded(COMPLETIONS, 0)
+    whole = completion_logprobs(model, PROMPTS, torch.tensor(PROMPT_OF), tokens, mask)
+    holes = mask.clone()
+    holes[0, 2] = holes[2, 5:] = holes[3] = False
+    found = completion_logprobs(model, PROMPTS, torch.tensor(PROMPT_OF), tokens, holes)
+    for values, others in zip(found, whole, strict=True):
+        assert_close(values, others * holes)
+    nothing, _ = completion_logprobs(model, PROMPTS, torch.tensor(PROMPT_OF), tokens, torch.zeros_like(mask))
+    assert (nothing == 0).all()
+    nothing.sum().backward()
+
+
+def test_bfloat16_gives_float32_near_the_float32_models():
+    tokens, mask = padded(COMPLETIONS, 0)
+    half = tiny_model("llama", torch.bfloat16)
+    exact = tiny_model("llama").to(torch.bfloat16).float()
+    found, expected = (
+        completion_logprobs(model, PROMPTS, torch.tensor(PROMPT_OF), tokens, mask)[0] for model in (half, exact)
+    )
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0.15, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        (MambaConfig(vocab_size=101, hidden_size=8, num_hidden_layers=1), "MambaForCausalLM has recurrent layers"),
+        (
+            OpenAIGPTConfig(vocab_size=101, n_embd=8, n_head=2, n_layer=1),
+            "OpenAIGPTLMHeadModel kept 0 of 13 prompt tokens in its cache",
+        ),
+    ],
+)
+def test_a_model_that_keeps_no_keys_and_values_is_refused(config, found):
+    model = AutoModelForCausalLM.from_config(config)
+    tokens, mask = padded(COMPLETIONS, 0)
+    with pytest.raises(InputError, match=found) as caught:
+        completion_logprobs(model, PROMPTS, torch.tensor(PROMPT_OF), tokens, mask)
+    assert "\n" not in str(caught.value)

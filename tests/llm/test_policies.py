@@ -1,0 +1,96 @@
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_policy import save_tiny_policy, tiny_model, tiny_tokenizer
+
+from taurl.llm.models import load_model
+from taurl.llm.policies import Policy, base_name, switch_off_dropout
+from taurl.runtime.errors import InputError
+
+IDS = torch.tensor([[3, 32, 43, 33, 1, 4]])
+
+
+def test_dropout_is_off_even_in_training_mode():
+    model = tiny_model(attention_dropout=0.5)
+    policy = Policy(model, tiny_tokenizer(), gradient_checkpointing=True)
+    assert policy.model.training  # transformers checkpoints activations in training mode only
+    with torch.no_grad():
+        assert torch.equal(policy.model(IDS).logits, policy.model(IDS).logits)
+        expected = tiny_model()(IDS).logits
+    torch.testing.assert_close(policy.model(IDS).logits, expected)
+
+
+def test_dropout_modules_and_attributes_are_found():
+    block = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.3))
+    block.dropout = 0.1
+    switch_off_dropout(block)
+    assert block[1].p == block.dropout == 0.0
+
+
+def test_a_model_object_is_trained_in_place_in_its_own_dtype_unless_one_is_given():
+    model = tiny_model(dtype=torch.bfloat16)
+    assert Policy(model, tiny_tokenizer()).model is model
+    assert model.dtype == torch.bfloat16
+    assert Policy(model, tiny_tokenizer(), dtype=torch.float32).model.dtype == torch.float32
+
+
+def test_the_tokenizer_of_a_model_object_is_found_by_its_name(tmp_path):
+    folder = save_tiny_policy(tmp_path / "tiny")
+    model = load_model(str(folder), dtype=torch.float32)
+    assert Policy(model).tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    with pytest.raises(InputError, match="does not know its name; give its tokenizer"):
+        Policy(tiny_model())
+
+
+def test_nothing_to_train_and_an_adapter_on_an_adapter_are_refused():
+    frozen = tiny_model().requires_grad_(False)
+    with pytest.raises(InputError, match="has no weights to train: all are frozen"):
+        Policy(frozen, tiny_tokenizer())
+    adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(InputError, match="has an adapter already"):
+        Policy(adapted, tiny_tokenizer(), lora=(2, 4, "all-linear"))
+
+
+def test_the_reference_keeps_the_starting_weights_and_only_where_it_is_asked_for():
+    policy = Policy(tiny_model(), tiny_tokenizer(), keep_reference=True)
+    with torch.no_grad():
+        before = policy.model(IDS).logits
+        policy.model.model.norm.weight.mul_(2)
+        with policy.reference() as reference:
+            assert torch.equal(reference(IDS).logits, before)
+        assert not torch.equal(policy.model(IDS).logits, before)
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+    with pytest.raises(AssertionError, match="keep_reference"), Policy(tiny_model(), tiny_tokenizer()).reference():
+        pass
+
+
+def test_an_adapter_names_its_base_so_that_it_is_found_again(tmp_path, monkeypatch):
+    save_tiny_policy(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    policy = Policy("tiny", lora=(2, 4, "all-linear"))
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+        expected = policy.model(IDS).logits
+    policy.export(tmp_path / "adapter")
+    named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(tmp_path / "tiny")
+    monkeypatch.chdir("/")
+    loaded = load_model(str(tmp_path / "adapter"), dtype=torch.float32)
+    torch.testing.assert_close(loaded(IDS).logits, expected)
+    assert base_name("owner/name", "/somewhere/snapshots/12ab") == "owner/name"
+    assert base_name("smollm2-135m-instruct", "/somewhere/cached") == "/somewhere/cached"
+    assert base_name("", "") == ""
+
+
+def test_an_exported_folder_loads_as_the_same_model(tmp_path, capfd):
+    policy = Policy(tiny_model(), tiny_tokenizer())
+    policy.export(tmp_path / "out")
+    assert capfd.readouterr().err == ""  # no progress bars
+    loaded = load_model(str(tmp_path / "out"), dtype=torch.float32)
+    for name, tensor in policy.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert not list(tmp_path.glob("out/*.bin"))

@@ -1,0 +1,148 @@
+import itertools
+import random
+
+import pytest
+import torch
+from test_likelihood import assert_same_gradients
+from tiny_models import checkpoint_activations, in_double, prompts_of, tiny_model
+
+from taurl.llm.generation import Completion
+from taurl.llm.likelihood import completion_logprobs
+from taurl.llm.rollouts import Rollout
+
+
+def rollout_of(prompt_lengths, completion_lengths):
+    """Random prompts and completions; completion_lengths holds a list a prompt."""
+    numbers = itertools.count(1)
+    groups = [
+        [
+            Completion(tokens, [-float(next(numbers)) for _ in tokens], "stop")
+            for tokens in prompts_of(lengths, seed=row)
+        ]
+        for row, lengths in enumerate(completion_lengths)
+    ]
+    return Rollout.of(prompts_of(prompt_lengths), groups, torch.device("cpu"))
+
+
+@pytest.fixture
+def rollout():
+    return rollout_of([5, 12, 3, 7], [[4, 9], [1, 2], [6, 6], [12, 3]])
+
+
+def test_of_pads_on_the_right(rollout):
+    assert rollout.tokens.shape == rollout.mask.shape == rollout.sampler_logprobs.shape == (8, 12)
+    assert rollout.group_size == 2
+    assert rollout.mask.sum(1).tolist() == [4, 9, 1, 2, 6, 6, 12, 3]
+    for row, completion in enumerate(rollout.completions):
+        length = len(completion.tokens)
+        assert rollout.tokens[row, :length].tolist() == completion.tokens
+        assert rollout.sampler_logprobs[row, :length].tolist() == completion.logprobs
+        assert rollout.mask[row, :length].all()
+        assert not rollout.sampler_logprobs[row, length:].any()
+    assert rollout.advantages.tolist() == [0.0] * 8
+
+
+def cost(rollout, part):
+    """Tokens that go through the model, padding included."""
+    return len(part.prompts) * max(map(len, part.prompts)) + len(part.rows) * part.length
+
+
+def group_cost(rollout, rows):
+    lengths = [int(rollout.mask[row].nonzero().max()) + 1 for row in rows]
+    return len(rollout.prompts[rows[0] // rollout.group_size]) + len(rows) * max(lengths)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_parts_hold_each_row_once_within_the_budget_and_groups_together(seed):
+    draw = random.Random(seed)
+    groups, size = draw.randint(1, 9), draw.randint(2, 6)
+    rollout = rollout_of(
+        [draw.randint(1, 30) for _ in range(groups)],
+        [[draw.randint(1, 25) for _ in range(size)] for _ in range(groups)],
+    )
+    out = [row for row in range(groups * size) if draw.random() < 0.2]
+    rollout.mask[out] = False
+    rows = [row for row in range(groups * size) if draw.random() < 0.8]
+    wanted = [row for row in rows if row not in out]
+    for budget in (1, 20, 60, 150, 400, 10**6):
+        parts = list(rollout.parts(rows, budget))
+        assert sorted(row for part in parts for row in part.rows.tolist()) == wanted
+        for part in parts:
+            assert cost(rollout, part) <= budget or len(part.rows) == 1
+            assert part.length == part.of(rollout.mask).sum(1).max()
+            for row, place in zip(part.rows.tolist(), part.prompt_of.tolist(), strict=True):
+                assert part.prompts[place] is rollout.prompts[row // size]
+            assert set(part.prompt_of.tolist()) == set(range(len(part.prompts)))
+        for group in range(groups):
+            members = [row for row in wanted if row // size == group]
+            if members and group_cost(rollout, members) <= budget:
+                assert sum(bool(set(members) & set(part.rows.tolist())) for part in parts) == 1
+        if budget == 10**6:
+            assert len(parts) == bool(wanted)
+
+
+def test_parts_are_packed_and_not_one_group_each(rollout):
+    # Prompts of 5, 12, 3, 7 tokens; longest completions 9, 2, 6, 12.
+    # By length: group 1 (12 + 2 · 2), 2 (3 + 2 · 6), 0 (5 + 2 · 9), 3 (7 + 2 · 12).
+    assert [sorted(part.rows.tolist()) for part in rollout.parts(range(8), 48)] == [[2, 3, 4, 5], [0, 1], [6, 7]]
+    assert [cost(rollout, part) for part in rollout.parts(range(8), 48)] == [2 * 12 + 4 * 6, 23, 31]
+    assert [sorted(part.rows.tolist()) for part in rollout.parts(range(8), 47)] == [[2, 3], [0, 1, 4, 5], [6, 7]]
+    assert [part.rows.tolist() for part in rollout.parts([6, 7], 30)] == [[6], [7]]
+
+
+def test_a_part_is_as_long_as_what_is_trained_on(rollout):
+    rollout.mask[6, 5:] = False
+    (part,) = rollout.parts([6, 7], 1000)
+    assert part.length == 5
+    assert part.of(rollout.tokens).shape == (2, 5)
+    assert torch.equal(part.of(rollout.advantages + torch.arange(8)), torch.tensor([6.0, 7.0]))
+
+
+def test_nothing_to_train_on_is_no_part(rollout):
+    rollout.mask[:] = False
+    assert list(rollout.parts(range(8), 100)) == []
+    assert list(rollout.parts([], 100)) == []
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@in_double
+def test_loss_and_gradient_do_not_depend_on_the_parts(rollout, architecture, checkpoint):
+    model = tiny_model(architecture, torch.float64)
+    if checkpoint:
+        checkpoint_activations(model)
+    rollout.mask[3] = False
+    weights = torch.randn(2, *rollout.mask.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    counts, losses, gradients = [], [], []
+    for budget in (10**6, 60, 31, 1):
+        model.zero_grad()
+        loss, count = 0.0, 0
+        for part in rollout.parts(range(8), budget):
+            logprobs, entropies = completion_logprobs(
+                model, part.prompts, part.prompt_of, part.of(rollout.tokens), part.of(rollout.mask), temperature=0.8
+            )
+            share = (part.of(weights[0]) * logprobs + part.of(weights[1]) * entropies).sum()
+            share.backward()
+            loss, count = loss + share.item(), count + 1
+        counts.append(count)
+        losses.append(loss)
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    assert counts == [1, 3, 4, 7]
+    for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
+        assert loss == pytest.approx(losses[0], rel=1e-9)
+        assert_same_gradients(gradient, gradients[0])
+
+
+def test_minibatches_hold_every_group_once_and_depend_on_the_key_only():
+    rollout = rollout_of([3] * 7, [[2, 2, 2]] * 7)
+    for count in (1, 2, 3, 7):
+        batches = rollout.minibatches(count, key=(5, 1, 0))
+        assert len(batches) == count
+        assert sorted(row for rows in batches for row in rows) == list(range(21))
+        assert all(len({row // 3 for row in rows}) * 3 == len(rows) for rows in batches)
+        assert max(map(len, batches)) - min(map(len, batches)) <= 3
+        torch.manual_seed(count)
+        assert rollout.minibatches(count, key=(5, 1, 0)) == batches
+    assert rollout.minibatches(1, key=(5, 1, 0)) == [list(range(21))]
+    orders = [rollout.minibatches(2, key=key) for key in ((5, 1, 0), (6, 1, 0), (5, 2, 0), (5, 1, 1))]
+    assert all(one != other for one, other in itertools.combinations(orders, 2))

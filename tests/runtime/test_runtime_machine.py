@@ -1,0 +1,143 @@
+"""Devices, precision, threads, the allocator, and running out of memory."""
+
+import ctypes
+import os
+import platform
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from counting_algorithm import Child
+
+from taurl.runtime.errors import InputError, RunError
+from taurl.runtime.machine import (
+    choose_device,
+    choose_precision,
+    describe_machine,
+    keep_freed_memory,
+    matrix_product_seconds,
+    out_of_memory_names,
+    peak_memory_gb,
+    set_threads,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_device():
+    assert choose_device("cpu") == CPU
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:99", "cpu:x"])
+def test_a_device_that_is_not_there_is_one_line(name):
+    with pytest.raises(InputError) as error:
+        choose_device(name)
+    assert str(error.value).startswith(f"device is {name!r}, which is not usable here (")
+    assert str(error.value).endswith("); give auto, cpu, cuda or cuda:N")
+    assert "\n" not in str(error.value)
+
+
+def test_precision():
+    assert choose_precision("float32", CPU) == torch.float32
+    assert choose_precision("bfloat16", CPU) == torch.bfloat16
+    chosen = choose_precision("auto", CPU)
+    assert chosen in (torch.float32, torch.bfloat16)
+
+
+def test_auto_takes_the_faster_matrix_product(monkeypatch):
+    for faster in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(
+            "taurl.runtime.machine.matrix_product_seconds", lambda dtype, device, faster=faster: dtype != faster
+        )
+        assert choose_precision("auto", CPU) == faster
+
+
+def test_a_matrix_product_takes_time():
+    assert 0 < matrix_product_seconds(torch.float32, CPU, size=64) < 1
+
+
+def test_threads():
+    before = torch.get_num_threads()
+    try:
+        assert set_threads(2) == torch.get_num_threads() == 2
+        assert set_threads(None) == torch.get_num_threads() == len(os.sched_getaffinity(0))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_description_and_peak_memory():
+    facts = describe_machine()
+    assert facts["python"] == platform.python_version()
+    assert facts["cpu"]
+    assert all("\n" not in value for value in facts.values())
+    status = dict(line.split(":\t") for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
+    assert peak_memory_gb(CPU) == pytest.approx(int(status["VmHWM"].split()[0]) * 1024 / 1e9, rel=0.05)
+
+
+def faults_of_large_tensors():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(10_000_000).sum().item()  # 40 MB: more than glibc learns to keep by itself
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def freed_memory_is_kept():
+    torch.set_num_threads(1)
+    faults = [faults_of_large_tensors()]
+    accepted = keep_freed_memory()
+    faults_of_large_tensors()  # the block is faulted in once more
+    faults.append(faults_of_large_tensors())
+    print(accepted, *faults)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_freed_memory_is_kept():
+    code, said = Child(freed_memory_is_kept).wait()
+    accepted, before, after = said.split()
+    assert (code, accepted) == (0, "True")
+    assert int(after) * 10 < int(before)  # 97,000 before in pages of 4 kB, 200 in huge ones
+
+
+def test_a_c_library_without_mallopt(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert keep_freed_memory() is False
+
+
+def run_out_of_memory():
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize() + 2**28
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    with out_of_memory_names("tokens_per_part or slots"):
+        torch.empty(2**30)
+
+
+def run_out_of_python_memory():
+    with out_of_memory_names("slots"):
+        bytearray(2**62)
+
+
+@pytest.mark.parametrize(
+    ("function", "settings"), [(run_out_of_memory, "tokens_per_part or slots"), (run_out_of_python_memory, "slots")]
+)
+def test_out_of_memory_names_the_settings_to_lower(function, settings):
+    assert Child(function).wait() == (1, f"taurl: out of memory: lower {settings}\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), RunError),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), RunError),
+        (RuntimeError("std::bad_alloc"), RunError),
+        (RuntimeError("shapes cannot be multiplied"), RuntimeError),
+        (RunError("disk full"), RunError),
+        (ValueError("out of memory"), ValueError),
+    ],
+)
+def test_only_failed_allocations_are_taken_for_one(error, expected):
+    with pytest.raises(expected) as caught, out_of_memory_names("slots"):
+        raise error
+    assert type(caught.value) is expected
+    assert (caught.value is error) == ("lower slots" not in str(caught.value))
