@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny_policy import letter_a, save_tiny_policy, tiny_model, tiny_tokenizer
 
 from taurl.llm import GRPO, GRPOConfig
+from taurl.llm.algorithms import setup
 from taurl.llm.models import load_model, load_tokenizer
 from taurl.runtime.errors import InputError, RunError
 
@@ -121,6 +122,9 @@ def test_a_step_trains_on_prompts_that_are_not_held_out_and_keeps_samples_in_who
     assert len(held_out) == 2
     assert held_out | {trainer.prompts.rows[s["row"]]["prompt"] for s in trained} <= {row["prompt"] for row in ROWS}
     assert held_out.isdisjoint(row["prompt"] for row in trainer.prompts.rows)
+    for prompts in (trainer.prompts, trainer.held_out):
+        for row, ids in zip(prompts.rows, prompts.ids, strict=True):
+            assert tiny_tokenizer().decode(ids) == f"<user>{row['prompt']}<end><assistant>"
     assert [s["step"] for s in trained] == [step for step in range(1, 7) for _ in range(3)]
     for sample in trained:
         assert sample["prompt"] == trainer.prompts.rows[sample["row"]]["prompt"]
@@ -249,6 +253,17 @@ def test_what_came_from_python_is_asked_for_again(config, folder):
     resumed = GRPO.resume(run.directory, changed, **given).train().run
     assert [r["step"] for r in resumed.records()] == [0, 1, 2, 3, 4, 5]
     assert resumed.records()[:4] == run.records()[:4]
+
+
+def test_a_resumed_run_keeps_the_precision_that_was_chosen(config, folder, monkeypatch):
+    """Where it was measured: another measurement might have another winner."""
+    chosen = torch.bfloat16
+    monkeypatch.setattr(setup, "choose_precision", lambda name, device: chosen)
+    trainer = GRPO(str(folder), ROWS, letter_a, config(precision="auto")).train()
+    chosen = torch.float32
+    longer = trainer.config.model_copy(update={"steps": 4})
+    resumed = GRPO.resume(trainer.run.directory, longer, dataset=ROWS, rewards=letter_a)
+    assert trainer.policy.model.dtype == resumed.policy.model.dtype == torch.bfloat16
 
 
 def test_another_model_or_reward_on_resume_is_refused_by_name(config, folder):
