@@ -151,7 +151,9 @@ def check_prompts(rows: Rows) -> None:
         raise InputError("the data set is empty")
     available = columns_of(rows)
     if "prompt" not in available:
-        raise InputError(f"no column 'prompt'; the data has {', '.join(available)}; rename one: {available[0]}=prompt")
+        raise InputError(
+            f"no column 'prompt'; the data has {', '.join(available)}; rename one with columns: {available[0]}=prompt"
+        )
     for number, row in enumerate(rows, start=1):
         if problem := prompt_problem(row["prompt"]):
             raise InputError(f"row {number} of the data: {problem}")

@@ -90,9 +90,7 @@ def _fetch_from_hub(name: str) -> str:
         ) from error
 
 
-def load_model(
-    name_or_path: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu", attention: str = "sdpa"
-) -> PreTrainedModel:
+def load_model(name_or_path: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
     """Load a causal language model in eval mode.
 
     For a folder that peft wrote, the base model it names with its adapter on top: a `PeftModel`, which answers to
@@ -103,13 +101,12 @@ def load_model(
     """
     path = resolve_model(str(name_or_path))
     if is_adapter(path):
-        return _load_adapter(path, dtype=dtype, device=device, attention=attention)
+        return _load_adapter(path, dtype=dtype, device=device)
     with quiet_transformers():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=dtype,
-                attn_implementation=attention,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,

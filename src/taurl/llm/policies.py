@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.chat import stop_token_ids
 from taurl.llm.generation import Generator, SlotSampler, TransformersSampler
+from taurl.llm.heads import check_head
 from taurl.llm.hub import quiet_transformers
 from taurl.llm.models import load_model, load_tokenizer
 from taurl.runtime.errors import InputError
@@ -58,11 +59,12 @@ class Policy:
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise InputError(f"model {name!r} has no weights to train: all are frozen (an adapter loads frozen)")
         switch_off_dropout(self.model)
+        check_head(self.model)
         self._reference = None
         if keep_reference and not self.has_adapter:
             self._reference = copy.deepcopy(self.model).requires_grad_(False)
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            self.model.activation_checkpointing_enable()
             if self.has_adapter:
                 self.model.enable_input_require_grads()
             self.model.train()  # transformers checkpoints in training mode only; dropout is off either way

@@ -66,17 +66,18 @@ class Rollout:
             for chosen in np.array_split(groups, count)
         ]
 
-    def parts(self, rows: Sequence[int], tokens_per_part: int) -> Iterator["Part"]:
+    def parts(self, rows: Sequence[int], tokens_per_part: int, *, share_prompts: bool = True) -> Iterator["Part"]:
         """Cut rows into parts of at most `tokens_per_part` tokens, padding and prompts included (one row at least).
 
         Groups of similar length stand together, and a group is split only where it does not fit in one part. A row
-        without a token to train on is in no part.
+        without a token to train on is in no part. Where prompts are not shared (gradient checkpointing), each row
+        brings a copy of its own.
         """
         lengths = self._lengths()
         groups: dict[int, list[int]] = {}
         for row in rows:
             if lengths[row]:
-                groups.setdefault(row // self.group_size, []).append(row)
+                groups.setdefault(row // self.group_size if share_prompts else row, []).append(row)
         chosen: list[int] = []
         prompts = prompt_length = length = 0
         for members in sorted(groups.values(), key=lambda members: max(lengths[row] for row in members)):

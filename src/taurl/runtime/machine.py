@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -31,6 +31,16 @@ def keep_freed_memory() -> bool:
         return False
     accepted = [mallopt(parameter, value) == 1 for parameter, value in KEEP_FREED_MEMORY]  # one refused, set the rest
     return all(accepted)
+
+
+def give_back_free_memory() -> None:
+    """Give the holes in glibc's heap back to the kernel, some 0.1 s for a few GB.
+
+    A process that keeps freed memory grows as blocks of ever other sizes leave holes between them; giving them back
+    every few steps holds it to what one step needs. Does nothing on a C library without malloc_trim.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def set_threads(threads: int | None) -> int:

@@ -77,6 +77,8 @@ class Optimizer:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        # Kept for good: taken afresh in each backward pass they come to lie between activations, and the heap grows.
+        self._gradients = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         self.non_finite_in_a_row = 0
         self.changes = 0
 
@@ -84,10 +86,15 @@ class Optimizer:
     def update(self, rate: float) -> Iterator[Update]:
         """One optimiser step: the body gives each part's loss to the Update; leaving it clips and steps.
 
+        Without any part the gradient is zero, and AdamW still moves by its momentum: a part that was left out for want
+        of a signal changes nothing.
+
         Raises: RunError when loss or gradient was not finite `stop_after_non_finite` times in a row.
         """
         update = Update()
-        self._clear_gradients()  # what others left there is no part of this update
+        self._detach_gradients()  # what others left there is no part of this update
+        for name, master in self.masters.items():
+            master.grad = self._gradients[name].zero_()
         # Only while it lasts: hooks that stay on a model would take the gradients from its next optimiser.
         hooks = [
             parameter.register_post_accumulate_grad_hook(moving_into(self.masters[name]))  # type: ignore[no-untyped-call]
@@ -100,15 +107,10 @@ class Optimizer:
         finally:
             for hook in hooks:
                 hook.remove()
-            self._clear_gradients()
+            self._detach_gradients()
 
     def _finish(self, update: Update, rate: float) -> None:
         masters = list(self.masters.values())
-        if all(master.grad is None for master in masters):
-            # No part had a signal, so the gradient is zero. AdamW still moves by its momentum, as it would have if the
-            # parts had been computed and not left out.
-            for master in masters:
-                master.grad = torch.zeros_like(master)
         update.grad_norm = float(nn.utils.clip_grad_norm_(masters, self.config.max_grad_norm))
         update.taken = math.isfinite(update.loss) and math.isfinite(update.grad_norm)
         if not update.taken:
@@ -137,7 +139,7 @@ class Optimizer:
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
 
-    def _clear_gradients(self) -> None:
+    def _detach_gradients(self) -> None:
         for tensor in (*self.parameters.values(), *self.masters.values()):
             tensor.grad = None
 
@@ -183,12 +185,8 @@ def moving_into(master: Tensor) -> Callable[[Tensor], None]:
     """A hook that adds a parameter's fresh gradient to its master's."""
 
     def move(parameter: Tensor) -> None:
-        if parameter.grad is None:
-            return
-        if master.grad is None:
-            master.grad = parameter.grad.float()
-        else:
+        if parameter.grad is not None and master.grad is not None:
             master.grad += parameter.grad
-        parameter.grad = None
+            parameter.grad = None
 
     return move

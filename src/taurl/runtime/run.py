@@ -23,11 +23,14 @@ from taurl.runtime.config import TrainingConfig, read_config
 from taurl.runtime.directory import describe_environment, read_environment, refuse_other_past, refuse_taken
 from taurl.runtime.errors import InputError, Interrupted, RunError, reason
 from taurl.runtime.files import write_whole
+from taurl.runtime.machine import give_back_free_memory
 from taurl.runtime.seeding import random_states, restore_random_states
 from taurl.runtime.signals import StopSignals
 from taurl.runtime.terminal import View
 
 Record = dict[str, Any]
+
+STEPS_BETWEEN_TRIMS = 8  # each costs what the next step needs to fault its memory in again
 Callback = Callable[[Record], None]
 
 
@@ -296,6 +299,8 @@ class Step:
         run.step = self.number
         run._mark()
         run.log(record)
+        if self.number % STEPS_BETWEEN_TRIMS == 0:
+            give_back_free_memory()
         every = run.config.save_every
         if run.step == run.config.steps or run.stop_signals.received or (every and run.step % every == 0):
             run.save()

@@ -27,6 +27,11 @@ def number(value: Any) -> str:
     return f"{value:.3g}"
 
 
+def is_score(name: str) -> bool:
+    """Whether a metric is the mean of a reward function on held-out rows."""
+    return name.startswith("eval/rewards/") and name.endswith("/mean")
+
+
 def minutes(seconds: float) -> str:
     whole = round(seconds)
     return f"{whole // 60}:{whole % 60:02d}"
@@ -63,7 +68,7 @@ class View:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TimeRemainingColumn(),
             console=self.console,
             speed_estimate_period=SPEED_SECONDS,
         )
@@ -117,7 +122,7 @@ class View:
     def _line(self, record: Mapping[str, Any]) -> str:
         step = record["step"]
         figures = "  ".join(f"{label} {number(record[key])}" for label, key in self.headline.items() if key in record)
-        held_out = "  ".join(f"{key} {number(record[key])}" for key in record if key.startswith("eval/rewards"))
+        held_out = "  ".join(f"{key} {number(record[key])}" for key in record if is_score(key))
         parts = [f"step {step}/{self.total}", figures, held_out]
         if step > self.first_step:
             left = (time.monotonic() - self.started) / (step - self.first_step) * (self.total - step)

@@ -232,7 +232,7 @@ class GRPO:
                 weights = torch.zeros_like(rollout.mask, dtype=self.dtype)
                 weights[rows] = token_weights(rollout.mask[rows], config.aggregation, length=length, dtype=self.dtype)
                 with self.optimizer.update(rate) as backward:
-                    for part in rollout.parts(sorted(set(rows) & set(forwarded)), config.tokens_per_part):
+                    for part in self._parts(rollout, sorted(set(rows) & set(forwarded))):
                         backward(self._loss(rollout, part, part.of(weights), tally))
                 tally.updates.append(backward)
         return {**tally.figures(), "learning_rate": rate}
@@ -261,6 +261,10 @@ class GRPO:
         tally.add(mask, {"sampling/logp_difference_mean": (old - sampler).abs()})
         return weighted_sum(losses, weights)
 
+    def _parts(self, rollout: Rollout, rows: Sequence[int]) -> Iterator[Part]:
+        shared = not self.config.gradient_checkpointing
+        return rollout.parts(rows, self.config.tokens_per_part, share_prompts=shared)
+
     def _forward(self, rollout: Rollout, part: Part, model: Any) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [n, l] of a part's tokens."""
         return completion_logprobs(
@@ -276,7 +280,7 @@ class GRPO:
     def _logprobs(self, rollout: Rollout, rows: Sequence[int], model: Any) -> Tensor:
         """Log-probabilities [N, L] of these rows under a model, without gradient; 0 elsewhere."""
         found = torch.zeros_like(rollout.mask, dtype=self.dtype)
-        for part in rollout.parts(rows, self.config.tokens_per_part):
+        for part in self._parts(rollout, rows):
             found[part.rows, : part.length] = self._forward(rollout, part, model)[0].to(self.dtype)
         return found
 
