@@ -3,7 +3,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import datasets
 import pyarrow
@@ -12,8 +11,6 @@ import pytest
 
 from taurl.llm.datasets import PromptOrder, as_rows, check_prompts, distinct_from, load_rows, prepare_rows, split
 from taurl.runtime.errors import InputError
-
-GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "test.jsonl"
 
 
 def refuses(call, *parts):
@@ -142,13 +139,16 @@ def test_files_that_are_missing_empty_or_of_another_kind(tmp_path):
     refuses(lambda: load_rows(written(tmp_path / "a.json", "[]"), arguments={"size": 3}), "takes no arguments (size")
 
 
-@pytest.mark.skipif(not GSM8K.exists(), reason="needs the shared copy of GSM8K")
-def test_gsm8k_answers_are_numbers():
-    rows = load_rows(str(GSM8K), columns={"question": "prompt"}, answer_after="####")
-    check_prompts(rows)
-    assert len(rows) == 1319
-    assert rows[0]["answer"] == "18"
-    assert all(row["answer"].lstrip("-").replace(".", "", 1).isdigit() for row in rows)
+def test_answers_after_a_marker_are_numbers_alone(tmp_path):
+    rows = [
+        {"question": "How many in all?", "answer": "48 / 2 = <<48/2=24>>24 in May.\n48 + 24 = 72\n#### 72"},
+        {"question": "How much is left?", "answer": "She has 1,200 - 3,400 dollars.\n#### -2,200"},
+        {"question": "What is half of it?", "answer": "#### is a marker too\n#### 0.5 "},
+    ]
+    file = written(tmp_path / "gsm8k.jsonl", "\n".join(map(json.dumps, rows)))
+    read = load_rows(file, columns={"question": "prompt"}, answer_after="####")
+    check_prompts(read)
+    assert [row["answer"] for row in read] == ["72", "-2200", "0.5"]
 
 
 # The hub and Python objects -------------------------------------------------------------------------------------------

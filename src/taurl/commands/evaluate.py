@@ -21,10 +21,14 @@ def main(words: Sequence[str]) -> int:
 
     from taurl.llm.rewards import RewardSet
 
-    rewards = RewardSet(config.rewards, config.reward_weights)  # a misspelt one is found before torch is imported
+    rewards = RewardSet(  # a misspelt one is found before torch is imported
+        config.rewards,
+        config.reward_weights,
+        timeout=config.reward_timeout,
+        worker_process=config.reward_process,
+    )
 
-    from taurl.llm.datasets import columns_of
-    from taurl.llm.evaluation import described, evaluate
+    from taurl.llm.evaluation import described, evaluate, reward_columns
     from taurl.llm.generation import Completion
     from taurl.llm.inference import Model
     from taurl.llm.tasks import PromptReader
@@ -32,7 +36,7 @@ def main(words: Sequence[str]) -> int:
 
     model = Model(config)
     prompts = PromptReader.of(config, model.tokenizer, model.model).read(config.dataset, limit=config.rows)
-    rewards.check_columns(columns_of(prompts.rows))
+    rewards.check_columns(reward_columns(prompts.rows))
     start = time.monotonic()
     completions: list[Completion] = []
     for groups in answers(model, prompts.ids):
@@ -50,6 +54,7 @@ def main(words: Sequence[str]) -> int:
         rewards.close()
     if config.out is not None:
         scored = config.out.with_name(f".{config.out.name}.partial")
+        scored.unlink(missing_ok=True)
         append_lines(scored, found.samples)
         os.replace(scored, config.out)
     show(found.metrics, len(prompts), time.monotonic() - start)

@@ -191,6 +191,14 @@ def split(rows: Rows, held_out: int, seed: int) -> tuple[Rows, Rows, int]:
     return train, [rows[index] for index in sorted(chosen.values())], len(rows) - len(train) - held_out
 
 
+def distinct_rows(rows: Rows) -> Rows:
+    """The first row of each prompt text, in order."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(_key(row), row)
+    return list(first.values())
+
+
 def distinct_from(train: Rows, held_out: Rows) -> tuple[Rows, int]:
     """Training rows whose prompt text does not occur in `held_out`, and how many were left out.
 

@@ -48,6 +48,11 @@ def evaluate(
     return Evaluation(metrics, samples)
 
 
+def reward_columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The columns that reach the reward functions by their own names."""
+    return sorted({name for row in rows for name in row} - {"prompt", "completion", "prompts", "completions"})
+
+
 def score(
     rows: Sequence[dict[str, Any]],
     completions: Sequence[Completion],
@@ -57,12 +62,11 @@ def score(
 ) -> Scores:
     """Rewards of one completion a row."""
     texts = [decode(tokenizer, completion.tokens) for completion in completions]
-    names = {name for row in rows for name in row} - {"prompt", "completion", "prompts", "completions"}
     return rewards(
         prompts=[row["prompt"] for row in rows],
         completions=[as_completion(row["prompt"], text) for row, text in zip(rows, texts, strict=True)],
         completion_ids=[completion.tokens for completion in completions],
-        columns={name: [row.get(name) for row in rows] for name in sorted(names)},
+        columns={name: [row.get(name) for row in rows] for name in reward_columns(rows)},
         trainer_state=state,
     )
 
@@ -82,7 +86,7 @@ def reward_metrics(names: Sequence[str], scores: Scores) -> dict[str, float]:
         metrics[f"rewards/{name}/mean"] = mean(values)
         metrics[f"rewards/{name}/std"] = float(np.std(values[~np.isnan(values)])) if not np.isnan(values).all() else 0.0
         metrics[f"rewards/{name}/seconds"] = scores.seconds[name]
-    return metrics | scores.metrics
+    return scores.metrics | metrics  # a name that the run has already stays the run's
 
 
 def mean(values: np.ndarray) -> float:

@@ -32,7 +32,7 @@ class InferenceConfig(BaseModel):
     or raw text (text)."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the chat template."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Of sampling."""
     slots: int = Field(64, ge=1)
     """Sequences that are sampled together."""
@@ -68,6 +68,10 @@ class EvaluateConfig(DataConfig):
     """Reward functions: module:function, file.py:function, or the name of a shipped one."""
     reward_weights: tuple[float, ...] | None = None
     """One weight a reward function."""
+    reward_timeout: float | None = Field(None, gt=0)
+    """Seconds one call of a reward function may take: async ones, and all of them with reward_process."""
+    reward_process: bool = False
+    """Run the synchronous reward functions in a process of their own, so that reward_timeout can stop them."""
     out: Path | None = None
     """Write every answer with its rewards to this .jsonl file."""
 

@@ -1,14 +1,17 @@
 """The data of an online run: training prompts in order, held-out prompts, all as token ids."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.chat import PromptFormat, encode_prompt
-from taurl.llm.datasets import Rows, check_prompts, distinct_from, load_rows, prepare_rows, split
+from taurl.llm.datasets import Rows, check_prompts, distinct_from, distinct_rows, load_rows, prepare_rows, split
+from taurl.llm.reasoning_tasks import PREFIX
 from taurl.runtime.errors import InputError
 
 
@@ -47,8 +50,10 @@ class PromptReader:
             chat_template_kwargs=settings.chat_template_kwargs,
         )
 
-    def read(self, source: object, limit: int | None = None) -> "Prompts":
+    def read(self, source: object, limit: int | None = None, *, distinct: bool = False) -> "Prompts":
         """The first `limit` rows of a data set given by name or as an object, with their prompts as token ids.
+
+        With `distinct`, rows whose text came before are passed over.
 
         Raises: InputError, which names source and row, for what cannot be read or leaves no room for max_tokens.
         """
@@ -56,12 +61,11 @@ class PromptReader:
             raise InputError("no data set given: name one with dataset (for example reasoning-gym:chain_sum)")
         with named(source):
             if isinstance(source, str):
-                arguments = self.arguments if source.startswith("reasoning-gym:") else {}
-                rows = load_rows(source, arguments=arguments, columns=self.columns, answer_after=self.answer_after)
+                rows = load_rows(source, arguments=self.arguments, columns=self.columns, answer_after=self.answer_after)
             else:
                 rows = prepare_rows(source, columns=self.columns, answer_after=self.answer_after)
             check_prompts(rows)
-            rows = rows[:limit]
+            rows = (distinct_rows(rows) if distinct else rows)[:limit]
             return Prompts(rows, [self._encode(row, index) for index, row in enumerate(rows)])
 
     def _encode(self, row: Mapping[str, Any], index: int) -> list[int]:
@@ -106,6 +110,11 @@ class Prompts:
         """The rows at these places."""
         return Prompts([self.rows[index] for index in indices], [self.ids[index] for index in indices])
 
+    def fingerprint(self) -> str:
+        """A hash of the rows and their token ids: other data, other order or another template give another."""
+        text = json.dumps([self.rows, self.ids], default=str, sort_keys=True)
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
     def of(self, rows: Rows) -> "Prompts":
         """Some of the rows, which are found by identity: `split` and `distinct_from` hand on the rows themselves."""
         place = {id(row): index for index, row in enumerate(self.rows)}
@@ -117,11 +126,14 @@ def train_and_held_out(
 ) -> tuple[Prompts, Prompts, int]:
     """Training and held-out prompts that share no text, and how many training rows were dropped for that.
 
-    Without `eval_dataset` the held-out rows are taken out of `dataset`; with it, its first `eval_rows` are used.
+    Without `eval_dataset` the held-out rows are taken out of `dataset`; with it, its first `eval_rows`
+    distinct ones are used.
     """
     prompts = reader.read(dataset)
     if eval_dataset is not None:
-        held_out = reader.read(eval_dataset, limit=eval_rows)
+        file = isinstance(eval_dataset, str) and not eval_dataset.startswith(PREFIX)
+        own = replace(reader, arguments={}) if file else reader  # the arguments are the task's
+        held_out = own.read(eval_dataset, limit=eval_rows, distinct=True)
         train, dropped = distinct_from(prompts.rows, held_out.rows)
         return prompts.of(train), held_out, dropped
     try:

@@ -173,7 +173,7 @@ def _wall_time(run: RunRecord) -> Tile | None:
     seconds = round(max(value for _, value in points))
     hours, minutes = seconds // 3600, seconds // 60 % 60
     parts = [f"{hours} h"] * (hours > 0) + [f"{minutes} min"] * (seconds >= 60) + [f"{seconds % 60} s"] * (hours == 0)
-    return Tile("Wall time", " ".join(parts), "all sessions of the run")
+    return Tile("Wall time", " ".join(parts), "all parts of the run")
 
 
 def _peak_memory(run: RunRecord) -> Tile | None:

@@ -61,13 +61,16 @@ def read_run(run_directory: Path) -> RunRecord:
         raise InputError(
             f"{run_directory}: no run directory, none of {', '.join(RUN_FILES)} is there; give the --out of a run"
         )
-    run = RunRecord(run_directory.resolve().name, finished=(run_directory / "final").is_dir())
+    run = RunRecord(run_directory.resolve().name, finished=False)
     for name in RUN_FILES:
         if not (run_directory / name).is_file():
             run.notices.append(f"{name} is missing, so the parts of this page that come from it are left out.")
     run.config = _read_mapping(run_directory / "config.yaml", run.notices)
     run.environment = _read_mapping(run_directory / "environment.json", run.notices)
     run.metrics = _read_metrics(run_directory / "metrics.jsonl", run.notices)
+    # A run that was given more steps still has the `final/` of the fewer ones.
+    steps, last = run.config.get("steps"), max(run.metrics, default=0)
+    run.finished = (run_directory / "final").is_dir() and (not isinstance(steps, int) or last >= steps)
     run.samples = read_samples(run_directory / "samples.jsonl", run.notices)
     run.pictures = _read_pictures(run_directory / "artifacts", run.notices)
     return run

@@ -52,7 +52,7 @@ class TrainingConfig(BaseModel):
     threads: int | None = Field(None, ge=1)
     """CPU threads; default: the cores this process may use."""
 
-    save_every: int = Field(0, ge=0, json_schema_extra=FREE)
+    save_every: int = Field(50, ge=0, json_schema_extra=FREE)
     """Steps between checkpoints; 0 saves at the end and when interrupted."""
     keep_checkpoints: int = Field(2, ge=1, json_schema_extra=FREE)
     """How many of the newest checkpoints stay."""

@@ -30,7 +30,7 @@ from taurl.runtime.terminal import View
 
 Record = dict[str, Any]
 
-STEPS_BETWEEN_TRIMS = 8  # each costs what the next step needs to fault its memory in again
+STEPS_BETWEEN_TRIMS = 3  # each costs what the next step needs to fault its memory in again
 Callback = Callable[[Record], None]
 
 

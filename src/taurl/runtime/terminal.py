@@ -99,6 +99,8 @@ class View:
     def pin(self, text: str) -> None:
         """Show this below everything from now on."""
         self.pinned = Text(text, style="yellow")
+        if not self.console.is_terminal:
+            self.note(text)
 
     def note(self, text: str) -> None:
         """A line that stays."""

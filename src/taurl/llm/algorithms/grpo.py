@@ -23,12 +23,14 @@ from taurl.llm.algorithms.grpo_config import GRPOConfig
 from taurl.llm.algorithms.setup import (
     GIVEN,
     choose_machine,
+    repeat_data,
     require_given_again,
     separate,
+    with_whole_paths,
     write_final,
 )
-from taurl.llm.datasets import PromptOrder, columns_of
-from taurl.llm.evaluation import Evaluation, TrainerState, describe, evaluate, reward_metrics, score
+from taurl.llm.datasets import PromptOrder
+from taurl.llm.evaluation import Evaluation, TrainerState, describe, evaluate, reward_columns, reward_metrics, score
 from taurl.llm.generation import Sampling
 from taurl.llm.likelihood import completion_logprobs
 from taurl.llm.policies import Policy
@@ -86,7 +88,7 @@ class GRPO:
             eval_dataset=eval_dataset,
             tokenizer=tokenizer,
         )
-        run = Run.start(config, algorithm="grpo", headline=HEADLINE)
+        run = Run.start(with_whole_paths(config), algorithm="grpo", headline=HEADLINE)
         run.environment[GIVEN] = sorted(objects)
         self._set_up(run, objects, callbacks)
 
@@ -116,7 +118,7 @@ class GRPO:
             eval_dataset=eval_dataset,
             tokenizer=tokenizer,
         )
-        run = Run.resume(Path(directory), config, headline=HEADLINE)
+        run = Run.resume(Path(directory), with_whole_paths(config), headline=HEADLINE)
         require_given_again(run, objects)
         trainer = cls.__new__(cls)
         trainer._set_up(run, objects, callbacks)
@@ -158,7 +160,10 @@ class GRPO:
         )
         if dropped:
             run.view.note(f"{dropped} training rows left out: their prompts are among the held-out ones")
-        self.rewards.check_columns(columns_of(self.prompts.rows))
+        for rows in (self.prompts.rows, self.held_out.rows):
+            if rows:
+                self.rewards.check_columns(reward_columns(rows))
+        repeat_data(run, self.prompts.fingerprint() + self.held_out.fingerprint())
         self.order = PromptOrder(len(self.prompts), config.seed)
         # Per-token figures are in float32, in float64 for a model in float64.
         self.dtype = torch.promote_types(self.policy.model.dtype, torch.float32)
@@ -192,8 +197,13 @@ class GRPO:
                 self._leave_out(rollout, scores)
                 with step.phase("update", "updating"):
                     figures = self._update(rollout, has_variance(rewards), step.number)
+                if skipped := figures["updates_skipped"]:
+                    loss, norm = figures["loss"], figures["grad_norm"]
+                    at = f"step {step.number}: {skipped} of its updates not taken"
+                    run.view.note(f"{at}: loss {loss:g}, gradient norm {norm:g}")
                 self._log_samples(step, indices, rows, rollout, scores)
-                figures |= reward_metrics(self.rewards.names, scores) | rollout_figures(rollout, rewards, step.times)
+                figures = reward_metrics(self.rewards.names, scores) | figures
+                figures |= rollout_figures(rollout, rewards, step.times)
                 yield self._finish(step, figures)
 
     def _sample(self, prompts: list[list[int]], step: int) -> Rollout:

@@ -60,12 +60,39 @@ def choose_machine(run: Run, *, keep_dtype: bool) -> tuple[torch.device, torch.d
     """
     config, chosen = run.config, run.chosen
     chosen["threads"] = set_threads(config.threads or chosen.get("threads"))
-    device = choose_device(config.device)
+    device = choose_device(config.device if config.device != "auto" else chosen.get("device", "auto"))
     if "precision" not in chosen:
         keep = keep_dtype and config.precision == "auto"
         chosen["precision"] = "" if keep else str(choose_precision(config.precision, device)).removeprefix("torch.")
     chosen["device"] = str(device)
     return device, getattr(torch, chosen["precision"]) if chosen["precision"] else None
+
+
+def with_whole_paths(config: Config) -> Config:
+    """Paths that the config names relative to this folder made absolute, so that a run resumes from any folder."""
+    whole: dict[str, Any] = {}
+    for name in ("model", "dataset", "eval_dataset"):
+        value = getattr(config, name, None)
+        if value is not None and Path(value).exists():
+            whole[name] = str(Path(value).resolve())
+    rewards = getattr(config, "rewards", ())
+    whole["rewards"] = tuple(whole_spec(spec) for spec in rewards)
+    return config.model_copy(update=whole)
+
+
+def whole_spec(spec: str) -> str:
+    """A reward given as `file.py:function`, with the whole path of its file."""
+    file, colon, function = spec.partition(".py:")
+    return f"{Path(file).resolve()}{colon}{function}" if colon else spec
+
+
+def repeat_data(run: Run, fingerprint: str) -> None:
+    """Note the data's fingerprint where the run begins; InputError where it resumes with other data."""
+    if run.chosen.setdefault("data", fingerprint) != fingerprint:
+        raise InputError(
+            f"{run.directory}: the data is not what the run began with (other rows or order, another template, or a task "
+            "whose rows differ from process to process: set PYTHONHASHSEED); resume with the same data"
+        )
 
 
 def write_final(run: Run, export: Callable[[Path], None]) -> None:

@@ -160,7 +160,7 @@ class RewardSet:
                 return failure
             except TimeoutError:
                 assert limit.expired()  # one that the function raised itself would have come as a RewardFailure
-                return RewardFailure(f"took longer than timeout={self.timeout:g} seconds; raise `timeout`")
+                return RewardFailure(f"took longer than timeout={self.timeout:g} seconds; raise reward_timeout")
 
         async def together() -> list[Result | RewardFailure]:
             return await asyncio.gather(*map(one, indices))

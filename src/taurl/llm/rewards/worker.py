@@ -77,7 +77,8 @@ class Worker:
             self._connection.send_bytes(packed)
             if not self._connection.poll(timeout):
                 raise RewardFailure(
-                    f"took longer than timeout={timeout:g} seconds and was stopped; raise `timeout` or make it faster"
+                    f"took longer than timeout={timeout:g} seconds and was stopped; "
+                    "raise reward_timeout or make it faster"
                 )
             answer, text = pickle.loads(self._connection.recv_bytes())
         except (EOFError, OSError) as error:
