@@ -90,8 +90,8 @@ def repeat_data(run: Run, fingerprint: str) -> None:
     """Note the data's fingerprint where the run begins; InputError where it resumes with other data."""
     if run.chosen.setdefault("data", fingerprint) != fingerprint:
         raise InputError(
-            f"{run.directory}: the data is not what the run began with (other rows or order, another template, or a task "
-            "whose rows differ from process to process: set PYTHONHASHSEED); resume with the same data"
+            f"{run.directory}: the data is not what the run began with (other rows or order, another template, or a "
+            "task whose rows differ from process to process: set PYTHONHASHSEED); resume with the same data"
         )
 
 
