@@ -11,14 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.chat import PromptFormat, encode_prompt
 from taurl.llm.datasets import Rows, check_prompts, distinct_from, distinct_rows, load_rows, prepare_rows, split
+from taurl.llm.generation.protocol import context_length
 from taurl.llm.reasoning_tasks import PREFIX
 from taurl.runtime.errors import InputError
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """The most tokens that prompt and completion may have together, where the model says it."""
-    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return length
 
 
 @dataclass(frozen=True)
