@@ -37,7 +37,7 @@ def give_back_free_memory() -> None:
     """Give the holes in glibc's heap back to the kernel, some 0.1 s for a few GB.
 
     A process that keeps freed memory grows as blocks of ever other sizes leave holes between them; giving them back
-    every few steps holds it to what one step needs. Does nothing on a C library without malloc_trim.
+    every few steps takes off a good part of that. Does nothing on a C library without malloc_trim.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
