@@ -1,10 +1,10 @@
-# taurl: make demo | test | lint | bench | clean
+# taurl: make demo | test | lint | docs | bench | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint docs bench clean
 
 install: $(INSTALLED)
 
@@ -26,9 +26,16 @@ lint: $(INSTALLED)
 test: lint
 	$(BIN)/python -m pytest
 
+# MathJax comes from a package of Jupyter's whose own requirements, a server, are not wanted.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps jupyter-server-mathjax
+	$(BIN)/mkdocs build --strict
+
 bench: $(INSTALLED)
+	$(BIN)/python benchmarks/functional_agreement.py
 	$(BIN)/python benchmarks/sampling.py --prompts 32
 	$(BIN)/python benchmarks/sampling.py --prompts 64
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache dist
+	rm -rf $(VENV) site .hypothesis .mypy_cache .ruff_cache .pytest_cache dist

@@ -41,7 +41,7 @@ def test_functional_needs_torch_only():
             if isinstance(node, ast.Import):
                 assert {alias.name.split(".")[0] for alias in node.names} <= {"torch", "math"}, file
             if isinstance(node, ast.ImportFrom):
-                roots = {"torch", "taurl", "typing", "collections", "dataclasses", "math"}
+                roots = {"torch", "taurl", "typing", "collections", "dataclasses", "functools", "math"}
                 assert (node.module or "").split(".")[0] in roots, file
 
 

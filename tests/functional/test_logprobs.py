@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from taurl.functional import logprobs as module
 from taurl.functional.logprobs import chosen_logprobs
 
-OPTIONS = [{}, {"temperature": 0.7}, {"softcap": 2.0}, {"temperature": 1.6, "softcap": 1.5}]
+OPTIONS = [{}, {"temperature": 0.7}, {"temperature": 2.5}, {"softcap": 2.0}, {"temperature": 1.6, "softcap": 1.5}]
 
 
 def example(rows=11, size=4, vocabulary=13, dtype=torch.float64) -> dict[str, Tensor]:
@@ -56,6 +56,38 @@ def test_values_equal_a_loop(options):
         probabilities = [math.exp(z) / total for z in logits]
         assert logprobs[row].item() == pytest.approx(math.log(probabilities[token]), rel=1e-12)
         assert entropy[row].item() == pytest.approx(-math.fsum(p * math.log(p) for p in probabilities), rel=1e-12)
+
+
+def test_temperature_by_hand():
+    """Logits (ln 3, 0): p = (3/4, 1/4); at temperature ½ they count twice, p = (9/10, 1/10), at 2 half, √3 : 1."""
+    hidden, weight = torch.tensor([[math.log(3)]] * 2), torch.tensor([[1.0], [0.0]])
+    root = math.sqrt(3) / (1 + math.sqrt(3))
+    for temperature, p in [(1.0, 0.75), (0.5, 0.9), (2.0, root)]:
+        logprobs, entropy = chosen_logprobs(
+            hidden.double(), weight.double(), torch.tensor([0, 1]), temperature=temperature
+        )
+        assert logprobs.tolist() == pytest.approx([math.log(p), math.log(1 - p)], rel=1e-7)
+        assert entropy.tolist() == pytest.approx([-p * math.log(p) - (1 - p) * math.log(1 - p)] * 2, rel=1e-7)
+
+
+def test_temperature_divides_the_logits_of_both_outputs_and_their_gradients():
+    inputs, temperature = example(), 0.3
+    cooler = {name: inputs[name].detach() / temperature for name in ("hidden", "bias")}
+    cooler |= {"weight": inputs["weight"].detach().clone()}
+    cooler = {name: tensor.requires_grad_() for name, tensor in cooler.items()} | {"tokens": inputs["tokens"]}
+    found = chosen_logprobs(**inputs, temperature=temperature, rows_per_chunk=4)
+    torch.testing.assert_close(found, chosen_logprobs(**cooler), rtol=1e-12, atol=1e-13)
+    found, expected = gradients(chosen_logprobs, inputs, temperature=temperature), gradients(chosen_logprobs, cooler)
+    for name, share in {"hidden": 1 / temperature, "weight": 1, "bias": 1 / temperature}.items():
+        torch.testing.assert_close(found[name], share * expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_entropy_grows_with_the_temperature_up_to_that_of_all_tokens_alike():
+    inputs = example()
+    rising = torch.stack([chosen_logprobs(**inputs, temperature=t)[1] for t in (0.05, 0.3, 1.0, 4.0, 1e6)])
+    assert (rising.diff(dim=0) > 0).all()
+    assert (rising[0] < math.log(2)).all()
+    torch.testing.assert_close(rising[-1], torch.full_like(rising[-1], math.log(13)))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -123,6 +155,13 @@ def test_extreme_logits_stay_finite():
     (logprobs + entropy).sum().backward()
     assert hidden.grad.isfinite().all()
     assert weight.grad.isfinite().all()
+
+
+def test_the_gradient_has_no_gradient_of_its_own():
+    inputs = example()
+    loss = sum(output.sum() for output in chosen_logprobs(**inputs))
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(loss, inputs["hidden"], create_graph=True)
 
 
 def test_no_rows():

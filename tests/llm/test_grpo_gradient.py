@@ -153,6 +153,44 @@ def naive_tokens(model, prompt, tokens, temperature):
     return chosen, entropies
 
 
+AGGREGATION = {
+    "grpo": "sequence",
+    "dr_grpo": "constant",
+    "dapo": "token",
+    "bnpo": "token",
+    "cispo": "token",
+    "sapo": "sequence",
+    "luspo": "sum",
+    "vespo": "token",
+}
+
+
+def naive_kl(estimator, x):
+    e = math.exp(-x) if isinstance(x, float) else torch.exp(-x)
+    return {"k1": x, "k2": x * x / 2, "k3": e - 1 + x}[estimator]
+
+
+def naive_surrogate(config, t, logprobs, before, sampler, advantage):
+    """The loss of token t, sampled by `sampler` and seen by `before` at the beginning of the step."""
+    if config.loss_type == "vespo":
+        weight = math.exp(sum(float(p) - s for p, s in zip(logprobs, sampler, strict=True)))
+        power, decay = (2.0, 3.0) if advantage >= 0 else (3.0, 2.0)
+        return -(weight**power) * math.exp(decay * (1 - weight)) * advantage * logprobs[t]
+    ratio = torch.exp(logprobs[t] - before[t])
+    if config.ratio == "sequence" or (config.ratio is None and config.loss_type == "luspo"):
+        ratio = torch.exp(sum(p - b for p, b in zip(logprobs, before, strict=True)) / len(logprobs))
+    if config.loss_type == "cispo":
+        loss = -min(float(ratio), 1 + config.clip_high) * advantage * logprobs[t]
+    elif config.loss_type == "sapo":
+        temperature = 1.0 if advantage > 0 else 1.05
+        loss = -4 / temperature * torch.sigmoid(temperature * (ratio - 1)) * advantage
+    else:
+        loss = -min(ratio * advantage, min(max(ratio, 1 - config.clip_low), 1 + config.clip_high) * advantage)
+    if config.importance_cap is not None:
+        loss = loss * min(math.exp(before[t] - sampler[t]), config.importance_cap)
+    return loss
+
+
 def naive_loss(model, reference, old, sampled, advantages, counted, config):
     """The loss of the whole batch. `old` is None on a first update."""
     rows = [(p, c) for p, group in zip(sampled.prompts, sampled.completions, strict=True) for c in group]
@@ -167,23 +205,32 @@ def naive_loss(model, reference, old, sampled, advantages, counted, config):
             with torch.no_grad():
                 base, _ = naive_tokens(reference, prompt, completion.tokens, config.temperature)
         length = len(logprobs)
-        sequence_ratio = torch.exp(sum(p - b for p, b in zip(logprobs, before, strict=True)) / length)
         for t in range(length):
-            ratio = sequence_ratio if config.ratio == "sequence" else torch.exp(logprobs[t] - before[t])
-            bounded = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
-            loss = -min(ratio * advantages[row], bounded * advantages[row])
-            if config.importance_cap is not None:
-                loss = loss * min(math.exp(before[t] - completion.logprobs[t]), config.importance_cap)
-            if config.kl_coefficient:
-                x = base[t] - logprobs[t]
-                loss = loss + config.kl_coefficient * (torch.exp(x) - x - 1)
+            advantage = advantages[row]
+            if config.kl_coefficient and config.kl_place == "reward":
+                x = [float(p - b) for p, b in zip(logprobs, base, strict=True)]
+                after = [naive_kl(config.kl_estimator, x[s]) for s in range(t, length)]
+                whole = naive_kl(config.kl_estimator, sum(x))
+                advantage -= config.kl_coefficient * (sum(after) if config.kl_level == "token" else whole)
+            loss = naive_surrogate(config, t, logprobs, before, completion.logprobs, advantage)
+            if config.kl_coefficient and config.kl_place != "reward":
+                apart = [p - b for p, b in zip(logprobs, base, strict=True)]
+                if config.kl_level == "token":
+                    estimate, upto = naive_kl(config.kl_estimator, apart[t]), t + 1
+                else:
+                    estimate, upto = naive_kl(config.kl_estimator, sum(apart)) / length, length
+                if config.kl_place == "weighted_loss":
+                    weight = torch.exp(sum(logprobs[s] - before[s] for s in range(upto)))
+                    estimate = estimate * (weight.detach() if config.kl_estimator == "k2" else weight)
+                loss = loss + config.kl_coefficient * estimate
             loss = loss - config.entropy_coefficient * entropies[t]
             share = {
                 "token": 1 / token_count,
                 "sequence": 1 / (sum(counted) * length),
+                "sum": 1 / sum(counted),
                 "constant": 1 / (sum(counted) * config.max_tokens),
             }
-            total = total + loss * share[config.aggregation]
+            total = total + loss * share[AGGREGATION[config.loss_type]]
     return total
 
 
@@ -217,11 +264,21 @@ def naive_step(sampled, config, rewards=REWARDS):
 # --- tests
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
-@pytest.mark.parametrize("terms", [{}, {"kl_coefficient": 0.3, "entropy_coefficient": 0.1}])
-def test_the_gradient_is_that_of_plain_loops_however_it_is_cut(tmp_path, monkeypatch, aggregation, ratio, terms):
-    config = settings(tmp_path, aggregation=aggregation, ratio=ratio, **terms)
+KL = {"kl_coefficient": 0.3}
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        *[{"loss_type": loss_type, **({} if i % 2 else KL)} for i, loss_type in enumerate(AGGREGATION)],
+        {"loss_type": "grpo", "ratio": "sequence"},
+        {"loss_type": "dr_grpo", "ratio": "sequence", **KL, "entropy_coefficient": 0.1},
+        {"entropy_coefficient": 0.1},
+    ],
+    ids=lambda terms: "-".join(map(str, terms.values())),
+)
+def test_the_gradient_is_that_of_plain_loops_however_it_is_cut(tmp_path, monkeypatch, terms):
+    config = settings(tmp_path, **terms)
     record, trainer, sampled, parts = step(config, monkeypatch=monkeypatch)
     assert parts == 1
     lengths = {len(c.tokens) for group in sampled.completions for c in group}
@@ -232,7 +289,7 @@ def test_the_gradient_is_that_of_plain_loops_however_it_is_cut(tmp_path, monkeyp
     assert difference(whole, expected) < 1e-9
     seen = {parts}
     for tokens in (120, 60, 20):
-        cut = settings(tmp_path / str(tokens), aggregation=aggregation, ratio=ratio, **terms, tokens_per_part=tokens)
+        cut = settings(tmp_path / str(tokens), **terms, tokens_per_part=tokens)
         record_cut, trainer_cut, _, parts = step(cut, monkeypatch=monkeypatch)
         seen.add(parts)
         assert record_cut["loss"] == pytest.approx(record["loss"], rel=1e-9)
@@ -241,6 +298,18 @@ def test_the_gradient_is_that_of_plain_loops_however_it_is_cut(tmp_path, monkeyp
             assert record_cut[name] == pytest.approx(record[name], rel=1e-9)
     assert len(seen) > 2
     assert max(seen) >= 6
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("place", ["reward", "loss", "weighted_loss"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_each_estimator_of_the_divergence_in_each_place(tmp_path, estimator, place, level):
+    divergence = {"kl_estimator": estimator, "kl_place": place, "kl_level": level, "kl_coefficient": 0.3}
+    config = settings(tmp_path, loss_type="dr_grpo", **divergence, tokens_per_part=60)
+    record, trainer, sampled, _ = step(config)
+    losses, expected, _ = naive_step(sampled, config)
+    assert record["loss"] == pytest.approx(losses[0], rel=1e-9)
+    assert difference(gradient(trainer), expected) < 1e-9
 
 
 @pytest.mark.parametrize("scale", ["batch", "none"])
@@ -273,7 +342,7 @@ def test_the_mismatch_with_the_sampler_is_weighed_up_to_the_cap(tmp_path, import
 
 
 def test_truncated_completions_are_masked_by_option_and_keep_their_place_in_the_baseline(tmp_path):
-    config = settings(tmp_path, mask_truncated=True, aggregation="sequence")
+    config = settings(tmp_path, mask_truncated=True, loss_type="grpo")
     record, trainer, sampled, _ = step(config)
     finishes = [c.finish for group in sampled.completions for c in group]
     assert {"stop", "length"} == set(finishes)

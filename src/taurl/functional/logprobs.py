@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from taurl.functional._inputs import at_least_float32
 
@@ -55,7 +54,7 @@ def chosen_logprobs(
             on it beyond rounding.
     Returns: logprobs, entropy, both [N]; float32, or float64 for float64.
     Raises: ValueError if shapes or dtypes do not fit or a number is not positive; torch's own error for a token
-        outside the vocabulary.
+        outside the vocabulary; RuntimeError from a backward pass with `create_graph`.
     Source: soft-capping: Gemma Team 2024, arXiv:2408.00118, section 2.
     """
     _require_fitting(hidden, weight, tokens, bias)
@@ -102,8 +101,11 @@ class _ChosenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Not `once_differentiable`: where the incoming gradients are constants, as in any Fisher or Hessian product, it
+        # would give a constant, and the product would come out wrong without a word.
+        if torch.is_grad_enabled():
+            raise RuntimeError("the gradient of chosen_logprobs cannot be differentiated again: create_graph is set")
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 7
         hidden, weight, bias, tokens, normalisers, entropy = ctx.saved_tensors

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from taurl.llm.hub import one_line
-from taurl.runtime.errors import InputError
+from taurl.runtime.errors import InputError, one_line
 
 Row = dict[str, Any]
 

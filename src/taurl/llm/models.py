@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm import embedded
-from taurl.llm.hub import hub_problem, one_line, quiet_transformers
-from taurl.runtime.errors import InputError
+from taurl.llm.hub import hub_problem, quiet_transformers
+from taurl.runtime.errors import InputError, one_line
 
 MODEL_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".json")
 HOW_TO_NAME = f"give a folder, '{embedded.NAME}' or a hub name (owner/name)"

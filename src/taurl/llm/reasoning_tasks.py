@@ -13,8 +13,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from taurl.llm.hub import one_line
-from taurl.runtime.errors import InputError
+from taurl.runtime.errors import InputError, one_line
 
 PREFIX = "reasoning-gym:"
 DEFAULT_SIZE = 5000

@@ -17,10 +17,26 @@ Config = TypeVar("Config", bound=BaseModel)
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
-class TrainingConfig(BaseModel):
-    """The settings that every training run has."""
+class Settings(BaseModel):
+    """A group of settings: unknown names are refused, and a field's docstring is its help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class MachineSettings(Settings):
+    """What a model runs on."""
+
+    device: str = "auto"
+    """Where the model lives: cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and activations (in training, masters and optimiser stay float32); auto measures which matrix
+    product is faster here, once."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; default: the cores this process may use."""
+
+
+class TrainingConfig(MachineSettings):
+    """The settings that every training run has."""
 
     out: Path | None = Field(None, json_schema_extra=FREE)
     """Run directory; must not exist yet. Default: runs/ALGORITHM-DATE-TIME."""
@@ -43,14 +59,6 @@ class TrainingConfig(BaseModel):
     """The gradient is scaled down to this norm where it exceeds it."""
     stop_after_non_finite: int = Field(3, ge=1, json_schema_extra=FREE)
     """An update whose loss or gradient is not finite is not taken; this many in a row stop the run."""
-
-    device: str = "auto"
-    """Where the model lives: cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Weights and activations of the forward pass (masters and optimiser stay float32); auto measures which
-    matrix product is faster here, once."""
-    threads: int | None = Field(None, ge=1)
-    """CPU threads; default: the cores this process may use."""
 
     save_every: int = Field(50, ge=0, json_schema_extra=FREE)
     """Steps between checkpoints; 0 saves at the end and when interrupted."""

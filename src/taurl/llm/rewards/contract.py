@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-from taurl.llm.rewards.specs import line_in, one_line, shorten
+from taurl.llm.rewards.specs import explain, line_in
+from taurl.runtime.errors import shorten
 
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """What every reward function can have, whatever the columns of the rows are."""
@@ -122,7 +123,7 @@ def failure_of(error: Exception, function: Callable[..., Any]) -> RewardFailure:
     code = getattr(inspect.unwrap(function), "__code__", None) or getattr(type(function).__call__, "__code__", None)
     line = line_in(error, code.co_filename) if code else None
     place = f" at {code.co_filename}:{line}" if code and line else ""
-    return RewardFailure(f"raised {one_line(error)}{place}", kind=type(error).__name__)
+    return RewardFailure(f"raised {explain(error)}{place}", kind=type(error).__name__)
 
 
 def _checked_value(value: Any, row: int) -> float:

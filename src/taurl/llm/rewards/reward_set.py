@@ -19,10 +19,10 @@ from taurl.llm.rewards.contract import (
     required_columns,
     select,
 )
-from taurl.llm.rewards.specs import Spec, callable_name, load, parse, shorten
+from taurl.llm.rewards.specs import Spec, callable_name, load, parse
 from taurl.llm.rewards.text import content_of, text_of
 from taurl.llm.rewards.worker import Worker
-from taurl.runtime.errors import InputError
+from taurl.runtime.errors import InputError, shorten
 
 EXCERPT = 80  # characters of a prompt or completion that an error shows
 

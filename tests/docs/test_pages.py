@@ -1,0 +1,81 @@
+"""The pages say what is in the code: every function has its place on the road, and every link has its function."""
+
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from taurl.functional.kl import KL_GRADIENTS
+from taurl.functional.loss_types import LOSS_TYPES
+from taurl.llm.algorithms.grpo_config import GRPOConfig
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+FUNCTIONAL = [file.stem for file in (ROOT / "src/taurl/functional").glob("[a-z]*.py")]
+LINK = re.compile(r"\[`(\w+)`\]\[taurl\.functional\.(\w+)\.(\w+)\]")
+
+
+def public_functions(module: str) -> set[str]:
+    tree = ast.parse((ROOT / f"src/taurl/functional/{module}.py").read_text())
+    return {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")}
+
+
+def test_every_function_stands_on_the_road_from_q_learning_to_grpo():
+    linked = {(module, name) for _, module, name in LINK.findall((DOCS / "mathematics.md").read_text())}
+    assert linked == {(module, name) for module in FUNCTIONAL for name in public_functions(module)}
+
+
+def test_a_link_is_named_as_what_it_leads_to():
+    for shown, _, name in LINK.findall((DOCS / "mathematics.md").read_text()):
+        assert shown == name
+
+
+def test_the_reference_has_every_module():
+    listed = re.findall(r"::: taurl\.functional\.(\w+)", (DOCS / "reference.md").read_text())
+    assert sorted(listed) == sorted(FUNCTIONAL)
+
+
+def test_the_table_of_loss_types_is_that_of_the_code():
+    page = (DOCS / "mathematics.md").read_text()
+    for name, definition in LOSS_TYPES.items():
+        (row,) = re.findall(rf"^\| `{name}` \|.*$", page, re.MULTILINE)
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[1] == definition.surrogate
+        assert cells[3] == (definition.ratio or "trajectory")
+        assert cells[4] == definition.meaning
+
+
+@pytest.mark.parametrize(("estimator", "level"), sorted({(e, level) for e, _, level in KL_GRADIENTS}))
+def test_the_table_of_gradients_is_that_of_the_code(estimator, level):
+    """The page rounds the exact expressions to words; these are the words' meanings."""
+    (row,) = re.findall(rf"^\| {estimator}, {level} \|.*$", (DOCS / "mathematics.md").read_text(), re.MULTILINE)
+    for place, words in zip(("reward", "loss", "weighted_loss"), row.strip("|").split("|")[1:], strict=True):
+        exact, words = KL_GRADIENTS[estimator, place, level], words.strip()
+        assert ("hardly pulls" in words) == ("hardly pulls" in exact)
+        assert words.startswith("0") == exact.startswith("0")
+        if words.startswith("∇KL") and "but for" not in words:
+            assert exact.startswith("∇KL(π‖π_ref)")
+        assert ("mathrm{ref}} \\Vert" in words) == exact.startswith("∇KL(π_ref‖π)")
+
+
+def test_the_help_says_which_gradient_each_place_gives():
+    help_text = GRPOConfig.model_fields["kl_place"].description
+    for words in ("In the reward", "As a loss", "weighted by the", "k1 gives ∇KL", "k1 gives 0", "∇KL(π_ref‖π)"):
+        assert words in " ".join(help_text.split())
+
+
+def test_every_setting_named_in_the_pages_exists():
+    for page in DOCS.glob("*.md"):
+        for option in re.findall(r"`--([a-z-]+)", page.read_text()):
+            assert option.replace("-", "_") in GRPOConfig.model_fields, f"{page.name}: --{option}"
+
+
+def test_every_docstring_says_what_goes_in():
+    for module in FUNCTIONAL:
+        loaded = importlib.import_module(f"taurl.functional.{module}")
+        for name in public_functions(module):
+            text = inspect.getdoc(getattr(loaded, name)) or ""
+            assert "Args" in text or "as `" in text, f"{module}.{name}"
