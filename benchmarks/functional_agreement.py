@@ -2,7 +2,7 @@
 
     python benchmarks/functional_agreement.py [--peers FOLDER] [--write]
 
-The first call makes a virtual environment for the peers (some minutes, about 1.5 GB; pip's own configuration says from
+The first call makes a virtual environment for the peers (a minute or more, 1.5 GB; pip's own configuration says from
 where), later ones use it. It is no part of taurl's. `--write` puts the table into RESULTS.md, in place of the last one.
 The exit status is 1 if any row comes out otherwise than expected.
 """
@@ -28,7 +28,7 @@ def environment(folder: Path) -> Path:
     if not complete.exists() or complete.read_text().split() != PACKAGES:
         venv.create(folder, with_pip=True)
         constraints = HERE.parent / "constraints.txt"
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES, "-c", constraints], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-qq", *PACKAGES, "-c", constraints], check=True)
         complete.write_text("\n".join(PACKAGES))
     return python
 
@@ -39,7 +39,9 @@ def table(python: Path) -> tuple[str, bool]:
     quiet = {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     variables = {**os.environ, "PYTHONPATH": paths, "PYTHONUTF8": "1", **quiet}
     command = [python, "-W", "ignore", "-m", "agreement"]
-    run = subprocess.run(command, env=variables, stdout=subprocess.PIPE, encoding="utf-8")
+    run = subprocess.run(command, env=variables, capture_output=True, encoding="utf-8")
+    if run.returncode:
+        print(run.stderr, file=sys.stderr)  # else it holds the peers' progress bars and warnings
     return run.stdout, run.returncode == 0
 
 

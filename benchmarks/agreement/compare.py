@@ -17,7 +17,7 @@ class Row(NamedTuple):
     gradient: float | None  # None: it has none
     expected: str  # "same", "float32" or "differs"
     why: str
-    judged: tuple[float, float] | None  # distance of taurl and of the peer from the third computation
+    judged: tuple[float, float] | None = None  # distance of taurl and of the peer from the third computation
 
     @property
     def verdict(self) -> str:

@@ -66,7 +66,9 @@ def build(trainer: type, config: type, columns: dict[str, list], options: dict, 
         given["model"] = LlamaForCausalLM.from_pretrained(tiny_model())
     else:
         given["model"] = tiny_model()
-    return trainer(args=arguments, train_dataset=Dataset.from_dict(columns), **given)
+    built = trainer(args=arguments, train_dataset=Dataset.from_dict(columns), **given)
+    built.model.train()  # as in training: TRL divides by the number of micro-batches only there
+    return built
 
 
 def sampling_trainer(method: str, options: dict, reward_functions: Sequence[Callable] | None = None):
@@ -77,7 +79,7 @@ def sampling_trainer(method: str, options: dict, reward_functions: Sequence[Call
 
 
 def scores_of(column: list[float]) -> Callable[..., list[float | None]]:
-    """A reward function of TRL's kind: these scores, whatever was said; NaN as None, which is TRL's 'not applicable'."""
+    """A reward function of TRL's kind: these scores, whatever was said; None, TRL's "not applicable", for NaN."""
 
     def scores(completions: list, **_: object) -> list[float | None]:
         return [None if math.isnan(score) else score for score in column]
@@ -169,9 +171,15 @@ def dpo_loss(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor, **optio
 
 
 def kto_loss(
-    logprobs: Tensor, reference_logprobs: Tensor, mismatched: tuple[Tensor, Tensor], desirable: Tensor, mask: Tensor,
-    *, parts: Sequence[slice] = (slice(None),), **options: object,
-) -> Tensor:  # fmt: skip
+    logprobs: Tensor,
+    reference_logprobs: Tensor,
+    mismatched: tuple[Tensor, Tensor],
+    desirable: Tensor,
+    mask: Tensor,
+    *,
+    parts: Sequence[slice] = (slice(None),),
+    **options: object,
+) -> Tensor:
     """TRL's KTO loss; of micro-batches of equal size their mean."""
     columns = {"prompt": ["a", "a"], "completion": ["b", "c"], "label": [True, False]}
     trainer = build(KTOTrainer, KTOConfig, columns, options)
@@ -186,7 +194,7 @@ def kto_loss(
     return total
 
 
-def reference_free_loss(method: str, logits: Tensor, tokens: Tensor, mask: Tensor, **options: object) -> Tensor:
+def reference_free_loss(logits: Tensor, method: str, tokens: Tensor, mask: Tensor, **options: object) -> Tensor:
     """TRL's CPO (and SimPO) or ORPO loss of logits [2N, L + 1, V], the chosen ones first; a prompt of one token."""
     kinds = {"cpo": (CPOTrainer, CPOConfig), "orpo": (ORPOTrainer, ORPOConfig)}
     trainer = build(*kinds[method], {"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}, options)
@@ -210,7 +218,7 @@ def reward_loss(rewards: Tensor, margins: Tensor | None = None, **options: objec
 
 
 class Scripted(gymnasium.Env):
-    """Random observations, rewards, ends and time limits; `log` keeps (reward, terminated, truncated, what followed)."""
+    """Random observations, rewards, ends and time limits; `log` keeps reward, terminated, truncated, what followed."""
 
     observation_space = gymnasium.spaces.Box(-10, 10, (3,))
     action_space = gymnasium.spaces.Discrete(2)
@@ -228,11 +236,16 @@ class Scripted(gymnasium.Env):
         return self.log[-1][3], reward, terminated, truncated, {}
 
 
-def ppo_rollout(*, discount: float, trace_decay: float, steps: int = 64, environments: int = 4, **options: object):
-    """Stable-Baselines3's PPO after collecting one rollout, and what its environments logged."""
+def ppo_rollout(*, discount: float, trace_decay: float, steps: int = 64, environments: int = 4) -> tuple[PPO, list]:
+    """Stable-Baselines3's PPO after collecting one rollout, and what its environments logged.
+
+    Its learning rate is 0, its gradients are not clipped, an update is one pass over the whole rollout.
+    """
     scripts = [Scripted(seed) for seed in range(environments)]
-    options = {"n_steps": steps, "gamma": discount, "gae_lambda": trace_decay, "device": "cpu", **options}
-    ppo = PPO("MlpPolicy", DummyVecEnv([lambda script=script: script for script in scripts]), seed=0, **options)
+    update = {"learning_rate": 0.0, "max_grad_norm": 1e9, "vf_coef": 1.0, "n_epochs": 1}
+    sizes = {"n_steps": steps, "batch_size": steps * environments, "gamma": discount, "gae_lambda": trace_decay}
+    surroundings = DummyVecEnv([lambda script=script: script for script in scripts])
+    ppo = PPO("MlpPolicy", surroundings, seed=0, device="cpu", **sizes, **update)
     _, callback = ppo._setup_learn(steps * environments)
     ppo.collect_rollouts(ppo.env, callback, ppo.rollout_buffer, steps)
     return ppo, [script.log for script in scripts]
@@ -242,11 +255,13 @@ def gae_in_float64(buffer: RolloutBuffer, last_values: Tensor, dones: np.ndarray
     """The buffer's own recurrence on its own numbers, in arrays of float64: advantages and returns [T, B]."""
     for name in ("rewards", "values", "advantages", "returns", "episode_starts"):
         setattr(buffer, name, getattr(buffer, name).astype(np.float64))
-    buffer.compute_returns_and_advantage(last_values.double(), dones.astype(np.float64))
+    buffer.compute_returns_and_advantage(last_values.double(), dones)
     return torch.from_numpy(buffer.advantages), torch.from_numpy(buffer.returns)
 
 
-def ppo_value_step(ppo: PPO) -> tuple[float, float]:
-    """One update over the whole rollout: the value loss it logs, and its gradient by the critic's last bias."""
+def ppo_value_loss(ppo: PPO, clip: float | None) -> tuple[Tensor, Tensor]:
+    """The value loss that an update logs, and its gradient by the critic's last bias, a shift of all values."""
+    ppo.clip_range_vf = None if clip is None else lambda _: clip
     ppo.train()
-    return ppo.logger.name_to_value["train/value_loss"], ppo.policy.value_net.bias.grad.item()
+    numbers = ppo.logger.name_to_value["train/value_loss"], ppo.policy.value_net.bias.grad.item()
+    return tuple(torch.tensor(number, dtype=torch.float64) for number in numbers)

@@ -44,7 +44,7 @@ def test_the_table_of_loss_types_is_that_of_the_code():
         (row,) = re.findall(rf"^\| `{name}` \|.*$", page, re.MULTILINE)
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells[1] == definition.surrogate
-        assert cells[3] == (definition.ratio or "trajectory")
+        assert cells[3] == (definition.ratio_level or "trajectory")
         assert cells[4] == definition.meaning
 
 

@@ -162,13 +162,21 @@ def test_divergences_replace_the_log_ratio(name, divergence):
             "alpha_divergence": (1 - u**-0.25) / 0.25,
         }[divergence]
 
-    options = {"beta": 0.3, "label_smoothing": smoothing(name), "divergence": divergence, "alpha": 0.25}
+    options = {"beta": 0.3, "label_smoothing": smoothing(name), "divergence": divergence}
+    options |= {"alpha": 0.25} if divergence == "alpha_divergence" else {}
     result = dpo_loss(name, pi_w, pi_l, ref_w, ref_l, **options, **lengths)
     for n in range(ROWS):
         w, r = score((pi_w - ref_w)[n].item()), score((pi_l - ref_l)[n].item())
         both = lengths["chosen_lengths"][n].item(), lengths["rejected_lengths"][n].item()
         assert result[n].item() == pytest.approx(by_definition(name, w, r, both, 0.3, smoothing(name)), rel=1e-10)
-    reverse = dpo_loss(name, pi_w, pi_l, ref_w, ref_l, **{**options, "divergence": "reverse_kl"}, **lengths)
+    reverse = dpo_loss(
+        name,
+        *(pi_w, pi_l, ref_w, ref_l),
+        beta=0.3,
+        label_smoothing=smoothing(name),
+        divergence="reverse_kl",
+        **lengths,
+    )
     plain = dpo_loss(name, pi_w, pi_l, ref_w, ref_l, beta=0.3, label_smoothing=smoothing(name), **lengths)
     assert torch.equal(reverse, plain)
     assert not torch.allclose(result, plain)
@@ -381,6 +389,10 @@ def test_bad_input_is_named():
         ("'sft' needs chosen_lengths", {"sigmoid": 1.0, "sft": 1.0}, good, {}),
         (r"lengths \[2\]", "ipo", good, {**lengths, "chosen_lengths": torch.ones(2)}),
         ("temperature is 0", "discopop", good, {"discopop_temperature": 0}),
+        (r"discopop_temperature is 0\.1, but only 'discopop'", "sigmoid", good, {"discopop_temperature": 0.1}),
+        (r"alpha is 0\.3, but divergence 'reverse_kl'", "sigmoid", good, {"alpha": 0.3}),
+        (r"alpha is 0\.3, but divergence 'forward_kl'", "hinge", good, {"alpha": 0.3, "divergence": "forward_kl"}),
+        (r"alpha is 1\.3, expected", "hinge", good, {"alpha": 1.3, "divergence": "alpha_divergence"}),
     ]:
         with pytest.raises(ValueError, match=match) as error:
             dpo_loss(name, *arguments, **options)

@@ -308,7 +308,7 @@ def test_gaussian_of_close_narrow_and_wide_policies():
         assert diagonal_gaussian_kl(zero, log_std, zero, log_std).item() == 0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.floats(-20, 20), min_size=8, max_size=8))
 def test_exact_divergences_are_at_least_0_and_0_for_equals(numbers):
     values = torch.tensor(numbers, dtype=torch.float64)

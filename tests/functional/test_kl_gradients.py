@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from taurl.functional.kl import KL_GRADIENT_CONDITIONS, KL_GRADIENTS, kl_loss, kl_penalty
+from taurl.functional.importance import LARGEST_LOG_RATIO
+from taurl.functional.kl import KL_GRADIENT_CONDITIONS, KL_GRADIENTS, kl_loss, kl_penalty, kl_ratios
 
 END, VOCABULARY, LONGEST = 0, 3, 3
 
@@ -141,7 +142,7 @@ def whole_ratios(logits: Logits, sampler: Logits) -> Tensor:
     return (probabilities(logits) / probabilities(sampler))[:, None].expand_as(MASK)
 
 
-def penalised(
+def penalized(
     policy: Logits, reference: Logits, *, estimator: str = "k1", level: str = "token", weights: Tensor | None = None
 ) -> Tensor:
     """Gradient of −Σ_t A_t log π with the advantages −penalty, expected over sequences of π, or as weighted."""
@@ -175,10 +176,13 @@ def as_loss(
 def obtained(key: tuple[str, str, str], policy: Logits, reference: Logits, sampler: Logits) -> Tensor:
     estimator, place, level = key
     if place == "reward":
-        return penalised(policy, reference, estimator=estimator, level=level)
+        return penalized(policy, reference, estimator=estimator, level=level)
     if place == "loss":
         return as_loss(policy, reference, estimator=estimator, level=level)
-    ratios = prefix_ratios if level == "token" else whole_ratios
+
+    def ratios(logits: Logits, sampler: Logits) -> Tensor:
+        return kl_ratios(logprobs_of(logits), logprobs_of(sampler), MASK, level=level)
+
     return as_loss(policy, reference, estimator=estimator, level=level, sampler=sampler, ratios=ratios)
 
 
@@ -204,6 +208,43 @@ def test_every_row_of_the_table(key):
     assert_equal(obtained(key, POLICY, REFERENCE, SAMPLER), EXPECTED[key](POLICY, REFERENCE, SAMPLER))
 
 
+@pytest.mark.parametrize(("level", "reference"), [("token", prefix_ratios), ("sequence", whole_ratios)])
+def test_kl_ratios_are_products_of_probabilities_in_value_and_gradient(level, reference):
+    """Padding holds NaN on both sides of `kl_ratios`."""
+
+    def weighed(ratios: Tensor) -> Tensor:
+        return (torch.arange(1.0, ratios.numel() + 1).reshape(ratios.shape) * torch.where(MASK, ratios, 0.0)).sum()
+
+    def found(logits: Logits) -> Tensor:
+        return kl_ratios(logprobs_of(logits), logprobs_of(SAMPLER), MASK, level=level)
+
+    assert found(POLICY).isfinite().all()
+    torch.testing.assert_close(found(POLICY)[MASK], reference(POLICY, SAMPLER)[MASK], rtol=1e-12, atol=0)
+    expected = gradient_at(POLICY, lambda logits: weighed(reference(logits, SAMPLER)))
+    assert_equal(gradient_at(POLICY, lambda logits: weighed(found(logits))), expected)
+    assert expected.abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_kl_ratios_of_masked_rows_and_beyond_their_bound(level):
+    sampler = torch.tensor([[math.nan] * 3, [-50.0, -50.0, math.nan], [0.0, -1.0, 0.0]])
+    logprobs = torch.tensor([[math.nan] * 3, [0.0, 0.0, math.inf], [-1e4, -2.0, 0.0]], requires_grad=True)
+    mask = torch.tensor([[False] * 3, [True, True, False], [True] * 3])
+    ratios = kl_ratios(logprobs, sampler, mask, level=level)
+    largest = math.exp(LARGEST_LOG_RATIO)
+    first = math.exp(50) if level == "token" else largest
+    assert ratios[0].tolist() == [1.0] * 3  # an empty product
+    assert ratios[1].tolist() == pytest.approx([first, largest, largest], rel=1e-5)
+    assert ratios[2].tolist() == [0.0] * 3
+    (gradient,) = torch.autograd.grad(ratios[:, :2].sum(), logprobs)
+    assert gradient.isfinite().all()
+    assert not gradient[0].any()
+    # where the bound holds the ratio is constant: only the first token's own prefix is below it
+    assert gradient[1].tolist() == pytest.approx([first if level == "token" else 0.0, 0.0, 0.0], rel=1e-5)
+    with pytest.raises(ValueError, match="level is 'row'"):
+        kl_ratios(logprobs, sampler, mask, level="row")
+
+
 def test_the_table_has_every_combination_and_calls_right_what_is_right():
     estimators, places, levels = ("k1", "k2", "k3"), ("reward", "loss", "weighted_loss"), ("token", "sequence")
     assert set(KL_GRADIENTS) == set(EXPECTED) == {(e, p, lv) for e in estimators for p in places for lv in levels}
@@ -217,7 +258,7 @@ def test_the_table_has_every_combination_and_calls_right_what_is_right():
     assert "top-k" in KL_GRADIENT_CONDITIONS
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 2**31), st.floats(0.1, 2.5), st.sampled_from(sorted(KL_GRADIENTS)))
 def test_the_rows_hold_for_other_policies(seed, scale, key):
     policy, reference, sampler = (random_logits(seed + offset, scale) for offset in range(3))
@@ -241,7 +282,7 @@ def test_without_reward_to_go_a_token_does_not_answer_for_what_follows():
 def test_k2_and_k3_in_the_reward_hardly_pull_near_the_reference(estimator, level):
     def norm(distance_: float, estimator_: str) -> float:
         near = REFERENCE + distance_ * POLICY
-        return penalised(near, REFERENCE, estimator=estimator_, level=level).norm().item()
+        return penalized(near, REFERENCE, estimator=estimator_, level=level).norm().item()
 
     assert norm(1e-2, "k1") / norm(1e-3, "k1") == pytest.approx(10, rel=0.1)
     assert norm(1e-2, estimator) / norm(1e-3, estimator) == pytest.approx(100, rel=0.1)
@@ -326,10 +367,10 @@ def test_weighted_k3_has_the_gradient_of_weighted_k2_on_every_sample(level, rati
 def test_off_policy_the_penalty_needs_the_weight_of_the_whole_sequence(key):
     estimator, _, level = key
     sampled, expected = probabilities(SAMPLER)[:, None], EXPECTED[key](POLICY, REFERENCE, SAMPLER)
-    whole = penalised(
+    whole = penalized(
         POLICY, REFERENCE, estimator=estimator, level=level, weights=sampled * whole_ratios(POLICY, SAMPLER)
     )
-    by_token = penalised(
+    by_token = penalized(
         POLICY,
         REFERENCE,
         estimator=estimator,
@@ -362,15 +403,15 @@ def test_the_token_level_has_less_variance_here():
 
 def test_dividing_by_the_length_spoils_it():
     lengths = MASK.sum(1, keepdim=True)
-    normalised = penalised(POLICY, REFERENCE, weights=probabilities(POLICY)[:, None] / lengths)
+    normalized = penalized(POLICY, REFERENCE, weights=probabilities(POLICY)[:, None] / lengths)
     wanted = forward(POLICY, REFERENCE, POLICY)
-    assert torch.cosine_similarity(normalised.flatten(), wanted.flatten(), dim=0) < 0.99
+    assert torch.cosine_similarity(normalized.flatten(), wanted.flatten(), dim=0) < 0.99
 
 
 def test_truncated_sampling_spoils_it():
     largest_two = POLICY.topk(2).indices
     truncated = POLICY.masked_fill(torch.ones_like(POLICY, dtype=torch.bool).scatter(1, largest_two, False), -math.inf)
-    actual = penalised(POLICY, REFERENCE, weights=probabilities(truncated)[:, None])
+    actual = penalized(POLICY, REFERENCE, weights=probabilities(truncated)[:, None])
     assert distance(actual, forward(POLICY, REFERENCE, POLICY)) > 0.1
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from taurl.functional.log_ratios import (
     divergence_scores,
     implicit_rewards,
-    length_desensitised_logprobs,
+    length_desensitized_logprobs,
     sequence_logprobs,
 )
 
@@ -40,24 +40,24 @@ def test_sums_by_hand_and_what_is_masked():
     assert sequence_logprobs(logprobs, torch.zeros_like(mask)).tolist() == [0.0, 0.0]
 
 
-def test_length_desensitised_by_hand():
+def test_length_desensitized_by_hand():
     logprobs, mask = token_example()
     logprobs.requires_grad_()
-    result = length_desensitised_logprobs(logprobs, mask, torch.tensor([2, 2]), alpha=0.25)
+    result = length_desensitized_logprobs(logprobs, mask, torch.tensor([2, 2]), alpha=0.25)
     assert result.tolist() == [-1 - 2 - 0.25 * 12, -3.0]
     result.sum().backward()
     assert logprobs.grad.tolist() == [[0, 1, 1, 0.25, 0.25], [1, 1, 0, 0, 0]]
 
 
 @given(st.integers(0, 100), st.floats(0, 1))
-def test_length_desensitised_between_cut_and_plain(seed, alpha):
+def test_length_desensitized_between_cut_and_plain(seed, alpha):
     generator = torch.Generator().manual_seed(seed)
     logprobs = -torch.rand(4, 6, dtype=torch.float64, generator=generator)
     mask = torch.rand(4, 6, generator=generator) < 0.7
     public = torch.randint(0, 7, (4,), generator=generator)
-    plain = length_desensitised_logprobs(logprobs, mask, public, alpha=1.0)
+    plain = length_desensitized_logprobs(logprobs, mask, public, alpha=1.0)
     assert torch.allclose(plain, sequence_logprobs(logprobs, mask), rtol=1e-14)
-    result = length_desensitised_logprobs(logprobs, mask, public, alpha=alpha)
+    result = length_desensitized_logprobs(logprobs, mask, public, alpha=alpha)
     for row in range(4):
         tokens = [logprobs[row, t].item() for t in range(6) if mask[row, t]]
         expected = sum((1.0 if n < public[row] else alpha) * token for n, token in enumerate(tokens))
@@ -128,6 +128,28 @@ def test_scores_have_the_right_gradient_and_stay_finite(divergence):
     assert divergence_scores(torch.zeros(1).bfloat16(), divergence).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_alpha_overflows_at_very_unlikely_answers(dtype):
+    """−(e^(−αx) − 1)/α is bounded, and its square, whatever α divides by."""
+    far = torch.tensor([-1e38, -1e6, -1e4, -300.0, -1.0, 1e4], dtype=dtype, requires_grad=True)
+    for alpha in (1.0, 0.5, 1e-2, 1e-3, 1e-6, 1e-12, 1e-30, 1e-45, 1e-300):
+        scores = divergence_scores(far, "alpha_divergence", alpha=alpha)
+        assert scores.dtype == dtype
+        assert scores.square().isfinite().all()
+        assert (scores[:5].diff() >= 0).all()
+        (gradient,) = torch.autograd.grad(scores.sum(), far)
+        assert gradient.isfinite().all()
+    # below the bound it is the formula: α = 10⁻³ at −300 and −10⁴
+    exact = [-(math.exp(0.3) - 1) / 1e-3, -(math.exp(10) - 1) / 1e-3]
+    scores = divergence_scores(far, "alpha_divergence", alpha=1e-3)
+    assert scores[[3, 2]].tolist() == pytest.approx(exact, rel=1e-6)
+    # at the bound it is the same for every α
+    for alpha in (1.0, 0.5, 1e-2):
+        assert divergence_scores(far, "alpha_divergence", alpha=alpha)[0].item() == pytest.approx(
+            -math.exp(40), rel=1e-6
+        )
+
+
 def test_bad_input_is_named():
     tokens, mask, rows = torch.zeros(2, 3), torch.ones(2, 3).bool(), torch.zeros(2)
     with pytest.raises(ValueError, match="boolean mask"):
@@ -135,9 +157,9 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="expected one shape"):
         sequence_logprobs(tokens[:, :2], mask)
     with pytest.raises(ValueError, match=r"public_lengths \[1\]"):
-        length_desensitised_logprobs(tokens, mask, torch.tensor([1]), alpha=1)
+        length_desensitized_logprobs(tokens, mask, torch.tensor([1]), alpha=1)
     with pytest.raises(ValueError, match=r"alpha is 1\.5"):
-        length_desensitised_logprobs(tokens, mask, torch.tensor([1, 1]), alpha=1.5)
+        length_desensitized_logprobs(tokens, mask, torch.tensor([1, 1]), alpha=1.5)
     with pytest.raises(ValueError, match=r"alpha is -0\.5"):
         divergence_scores(rows, "alpha_divergence", alpha=-0.5)
     with pytest.raises(ValueError, match="divergence is 'js'"):

@@ -157,6 +157,49 @@ def test_extreme_logits_stay_finite():
     assert weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_forbidden_token_is_as_if_it_were_not_there(temperature):
+    inputs = example(rows=6, size=3, vocabulary=9)
+    inputs["tokens"] = inputs["tokens"].clamp(max=6)
+    allowed = {name: inputs[name].detach()[:7].clone().requires_grad_() for name in ("weight", "bias")}
+    allowed |= {"hidden": inputs["hidden"].detach().clone().requires_grad_(), "tokens": inputs["tokens"]}
+    forbidding = inputs["bias"].detach().clone()
+    forbidding[7:] = -math.inf
+    inputs["bias"] = forbidding.requires_grad_()
+    options = {"temperature": temperature, "rows_per_chunk": 4}
+    found, expected = chosen_logprobs(**inputs, **options), chosen_logprobs(**allowed, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    found, expected = gradients(chosen_logprobs, inputs, **options), gradients(chosen_logprobs, allowed, **options)
+    torch.testing.assert_close(found["hidden"], expected["hidden"], rtol=1e-12, atol=1e-13)
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(found[name][:7], expected[name], rtol=1e-12, atol=1e-13)
+        assert not found[name][7:].any()
+    inputs["tokens"] = torch.full((6,), 8)
+    logprobs, entropy = chosen_logprobs(**inputs, **options)
+    assert logprobs.isneginf().all()
+    assert entropy.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forbidden_token_in_lower_precision(dtype):
+    inputs = example(rows=4, size=3, vocabulary=5, dtype=dtype)
+    inputs["tokens"] = inputs["tokens"].clamp(max=3)
+    inputs["bias"] = inputs["bias"].detach().index_fill(0, torch.tensor([4]), -math.inf).requires_grad_()
+    assert all(value.isfinite().all() for value in chosen_logprobs(**inputs))
+    assert all(gradient.isfinite().all() for gradient in gradients(chosen_logprobs, inputs).values())
+    leaves = [inputs["hidden"], inputs["bias"]]
+    large = torch.autograd.grad(1e30 * chosen_logprobs(**inputs)[1].sum(), leaves)
+    assert all(gradient.isfinite().all() for gradient in large)
+
+
+def test_one_token_allowed_has_no_entropy():
+    bias = torch.tensor([-math.inf, 0.0, -math.inf], requires_grad=True)
+    logprobs, entropy = chosen_logprobs(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([1]), bias=bias)
+    assert [logprobs.item(), entropy.item()] == [0, 0]
+    (logprobs + entropy).sum().backward()
+    assert not bias.grad.any()
+
+
 def test_the_gradient_has_no_gradient_of_its_own():
     inputs = example()
     loss = sum(output.sum() for output in chosen_logprobs(**inputs))

@@ -40,6 +40,11 @@ def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return logprobs, logprobs - torch.tensor(ratios, dtype=torch.float64).log(), advantages, mask
 
 
+def extras(name: str) -> dict:
+    """OPTIONS, as far as the loss type has them."""
+    return OPTIONS if name in CLIPS else {key: value for key, value in OPTIONS.items() if key != "dual_clip"}
+
+
 def one_loss(surrogate: str, ratio: float, weight: float, logprob: float, a: float) -> float:
     """The formulas once more, in plain floats, with OPTIONS."""
     if surrogate == "clip":
@@ -57,8 +62,8 @@ def one_loss(surrogate: str, ratio: float, weight: float, logprob: float, a: flo
 @pytest.mark.parametrize(("name", "level"), CASES)
 def test_losses_equal_a_loop(name, level):
     logprobs, old, advantages, mask = batch()
-    losses = policy_loss(name, logprobs, old, advantages, mask, ratio=level, **OPTIONS)
-    used = level or LOSS_TYPES[name].ratio
+    losses = policy_loss(name, logprobs, old, advantages, mask, ratio_level=level, **extras(name))
+    used = level or LOSS_TYPES[name].ratio_level
     for i in range(5):
         tokens = [math.exp((logprobs - old)[i, t].item()) for t in range(4) if mask[i, t]]
         whole = math.prod(tokens)
@@ -79,7 +84,8 @@ def test_gradient_equals_finite_differences(name, level):
     """Of those that are their own objective; cispo, vespo and sequence_token stop a gradient on purpose."""
     logprobs, old, advantages, mask = batch()
     assert torch.autograd.gradcheck(
-        lambda x: policy_loss(name, x, old, advantages, mask, ratio=level, **OPTIONS), logprobs.requires_grad_()
+        lambda x: policy_loss(name, x, old, advantages, mask, ratio_level=level, **extras(name)),
+        logprobs.requires_grad_(),
     )
 
 
@@ -87,7 +93,7 @@ def test_gradient_equals_finite_differences(name, level):
 def test_on_the_first_update_the_gradient_is_minus_the_advantage(name, level):
     logprobs, _, advantages, mask = batch()
     logprobs.requires_grad_()
-    policy_loss(name, logprobs, logprobs.detach(), advantages, mask, ratio=level, **OPTIONS).sum().backward()
+    policy_loss(name, logprobs, logprobs.detach(), advantages, mask, ratio_level=level, **extras(name)).sum().backward()
     assert torch.allclose(logprobs.grad, torch.where(mask, -advantages, 0.0), rtol=1e-13)
 
 
@@ -124,7 +130,7 @@ def test_gspo_and_luspo_differ_by_the_length_alone():
         "grpo": -sum(r for r, n in zip(rows, lengths, strict=True) if n) / 4,
         "luspo": -sum(r * n for r, n in zip(rows, lengths, strict=True)) / 4,
     }.items():
-        losses = policy_loss(name, logprobs, old, advantages, mask, ratio="sequence", clip_high=0.3)
+        losses = policy_loss(name, logprobs, old, advantages, mask, ratio_level="sequence", clip_high=0.3)
         found = weighted_sum(losses, loss_weights(name, mask, max_tokens=10, dtype=torch.float64))
         assert found.item() == pytest.approx(expected, rel=1e-12)
 
@@ -133,12 +139,12 @@ def test_gspo_and_luspo_differ_by_the_length_alone():
 def test_masked_positions_may_hold_anything(name, level):
     logprobs, old, advantages, mask = batch()
     clean = logprobs.clone().requires_grad_()
-    expected = policy_loss(name, clean, old, advantages, mask, ratio=level)
+    expected = policy_loss(name, clean, old, advantages, mask, ratio_level=level)
     expected.sum().backward()
     for rubbish in (math.nan, math.inf, -math.inf):
         spoiled = logprobs.masked_fill(~mask, rubbish).requires_grad_()
         per_token = advantages.expand(5, 4).masked_fill(~mask, rubbish)
-        losses = policy_loss(name, spoiled, old.masked_fill(~mask, rubbish), per_token, mask, ratio=level)
+        losses = policy_loss(name, spoiled, old.masked_fill(~mask, rubbish), per_token, mask, ratio_level=level)
         assert torch.equal(losses, expected)
         losses.sum().backward()
         assert torch.equal(spoiled.grad, clean.grad)
@@ -159,7 +165,7 @@ def test_huge_and_tiny_ratios_and_half_precision(name, level):
     logprobs = torch.tensor([[0.0, -1e4, -90.0], [-0.5, -0.5, -0.5]]).repeat(2, 1).bfloat16().requires_grad_()
     old = torch.tensor([[-1e4, 0.0, 0.0], [-200.0, -300.0, -400.0]]).repeat(2, 1).bfloat16()
     advantages = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]])
-    losses = policy_loss(name, logprobs, old, advantages, torch.ones(4, 3).bool(), ratio=level)
+    losses = policy_loss(name, logprobs, old, advantages, torch.ones(4, 3).bool(), ratio_level=level)
     losses.sum().backward()
     assert losses.dtype == torch.float32
     assert losses.isfinite().all()
@@ -171,15 +177,20 @@ def test_clipped_tokens_are_where_the_gradient_is_gone():
     advantages = advantages + 0.1  # no zero, whose gradient is gone anyway
     options = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 2.5}
     for name, level in itertools.product(CLIPS, LEVELS):
-        low, high = clipped_tokens(name, logprobs, old, advantages, mask, ratio=level, **options)
+        low, high = clipped_tokens(name, logprobs, old, advantages, mask, ratio_level=level, **options)
         current = logprobs.clone().requires_grad_()
-        policy_loss(name, current, old, advantages, mask, ratio=level, **options).sum().backward()
+        policy_loss(name, current, old, advantages, mask, ratio_level=level, **options).sum().backward()
         assert low.any()
         assert high.any()
         assert torch.equal((current.grad == 0) & mask, low | high)
-    low, high = clipped_tokens("cispo", logprobs, old, advantages, mask, **options)
-    assert not low.any()
-    assert torch.equal(high, mask & ((logprobs - old).exp() > 1.3))
+    del options["dual_clip"]
+    for level in LEVELS:
+        low, high = clipped_tokens("cispo", logprobs, old, advantages, mask, ratio_level=level, **options)
+        ratios = (logprobs - old).exp()
+        if level != "token":
+            ratios = sequence_ratios(logprobs, old, mask)
+        assert not low.any()
+        assert torch.equal(high, mask & (ratios > 1.3))
     assert (high & (advantages < 0)).any()
     for name in ("sapo", "vespo"):
         assert not torch.stack(clipped_tokens(name, logprobs, old, advantages, mask)).any()
@@ -209,10 +220,18 @@ def test_on_the_first_update_luspo_and_dr_grpo_climb_the_expected_return(seed, b
         assert torch.allclose(gradient * factor, -exact, rtol=1e-9, atol=1e-12)
 
 
-def test_every_name_says_what_it_is():
-    assert len({definition.meaning for definition in LOSS_TYPES.values()}) == len(NAMES)
-    assert all("\n" not in definition.meaning for definition in LOSS_TYPES.values())
+def test_bnpo_is_dapo():
     assert LOSS_TYPES["bnpo"][:3] == LOSS_TYPES["dapo"][:3]
+
+
+def test_the_clip_is_the_loss_types_own_where_none_is_given():
+    logprobs, old, advantages, mask = batch()
+    old = torch.cat([old[:2], old[2:] - 2])  # ratios above 5 too
+    advantages = advantages.abs()
+    for name, own in {"dapo": 0.2, "cispo": 4.0}.items():
+        given = policy_loss(name, logprobs, old, advantages, mask, clip_high=own)
+        assert torch.equal(policy_loss(name, logprobs, old, advantages, mask), given)
+        assert not torch.equal(policy_loss(name, logprobs, old, advantages, mask, clip_high=own + 1), given)
 
 
 def test_bad_input_is_named():
@@ -221,10 +240,12 @@ def test_bad_input_is_named():
         policy_loss("ppo", logprobs, old, advantages, mask)
     with pytest.raises(ValueError, match="loss_type is 'ppo'"):
         loss_weights("ppo", mask, max_tokens=4)
-    with pytest.raises(ValueError, match="ratio is 'row', expected one of token, sequence"):
-        policy_loss("grpo", logprobs, old, advantages, mask, ratio="row")
+    with pytest.raises(ValueError, match="ratio_level is 'row', expected one of token, sequence"):
+        policy_loss("grpo", logprobs, old, advantages, mask, ratio_level="row")
     with pytest.raises(ValueError, match="vespo weighs whole trajectories"):
-        clipped_tokens("vespo", logprobs, old, advantages, mask, ratio="token")
+        clipped_tokens("vespo", logprobs, old, advantages, mask, ratio_level="token")
+    with pytest.raises(ValueError, match="dual_clip is 2, but sapo does not clip"):
+        policy_loss("sapo", logprobs, old, advantages, mask, dual_clip=2)
     with pytest.raises(ValueError, match="boolean mask"):
         policy_loss("grpo", logprobs, old, advantages, mask.float())
     with pytest.raises(ValueError, match=r"old_logprobs \[5, 1\]"):

@@ -29,8 +29,8 @@ def test_pairwise_by_hand():
     assert plain.tolist() == pytest.approx([math.log(4 / 3)] * 2, rel=1e-14)
     with_margin = pairwise_loss(chosen, rejected, margins=double(0.0, math.log(3)))
     assert with_margin.tolist() == pytest.approx([math.log(4 / 3), math.log(2)], rel=1e-14)
-    centred = pairwise_loss(chosen, rejected, centring=0.1)
-    assert centred.tolist() == pytest.approx([math.log(4 / 3) + 0.1 * (4 - math.log(3)) ** 2] * 2, rel=1e-14)
+    centered = pairwise_loss(chosen, rejected, centering=0.1)
+    assert centered.tolist() == pytest.approx([math.log(4 / 3) + 0.1 * (4 - math.log(3)) ** 2] * 2, rel=1e-14)
 
 
 @given(rewards_of, rewards_of)
@@ -52,7 +52,7 @@ def test_expected_gradient_vanishes_when_labels_follow_bradley_terry(first, seco
 
 def test_centring_settles_the_mean_of_the_two_and_leaves_the_difference():
     chosen, rejected = double(3.0).requires_grad_(), double(1.0).requires_grad_()
-    gradients = torch.autograd.grad(pairwise_loss(chosen, rejected, centring=0.01).sum(), (chosen, rejected))
+    gradients = torch.autograd.grad(pairwise_loss(chosen, rejected, centering=0.01).sum(), (chosen, rejected))
     sigma = 1 / (1 + math.exp(2.0))
     assert (gradients[0] + gradients[1]).item() == pytest.approx(2 * 0.01 * 2 * 4, rel=1e-12)
     assert (gradients[0] - gradients[1]).item() == pytest.approx(-2 * sigma, rel=1e-12)
@@ -60,7 +60,7 @@ def test_centring_settles_the_mean_of_the_two_and_leaves_the_difference():
 
 def test_regression_by_hand():
     rewards, targets = double(1.0, 0.0, -3.0), double(0.5, 0.0, 1.0)
-    assert regression_loss(rewards, targets).tolist() == [0.25, 0.0, 16.0]
+    assert regression_loss(rewards, targets).tolist() == [0.125, 0.0, 8.0]
     assert regression_loss(rewards, targets, huber_threshold=1.0).tolist() == [0.125, 0.0, 3.5]
     assert regression_loss(rewards, targets, huber_threshold=2.0).tolist() == [0.125, 0.0, 6.0]
 
@@ -145,13 +145,33 @@ def test_gradients_equal_finite_differences():
     first, second = random(5, seed=1).requires_grad_(), random(5, seed=2).requires_grad_()
     margins, labels = random(5, seed=3).abs(), random(5, seed=4).sigmoid()
     check = torch.autograd.gradcheck
-    assert check(lambda x, y: pairwise_loss(x, y, margins=margins, centring=0.3), (first, second))
+    assert check(lambda x, y: pairwise_loss(x, y, margins=margins, centering=0.3), (first, second))
     assert check(lambda x: regression_loss(x, labels), first)
     assert check(lambda x: regression_loss(x, labels, huber_threshold=0.5), first)
     assert check(lambda x: classification_loss(x, labels), first)
     lists = random(3, 4, seed=5).requires_grad_()
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [1, 0, 1, 1]]).bool()
     assert check(lambda x: plackett_luce_loss(x, mask), lists)
+
+
+def test_margins_targets_and_labels_are_constants():
+    rewards, constants = random(4, seed=6).requires_grad_(), random(4, seed=7).sigmoid().requires_grad_()
+    for loss in (
+        pairwise_loss(rewards, -rewards, margins=constants),
+        regression_loss(rewards, constants),
+        regression_loss(rewards, constants, huber_threshold=0.1),
+        classification_loss(rewards, constants),
+    ):
+        of_rewards, of_constants = torch.autograd.grad(loss.sum(), (rewards, constants), allow_unused=True)
+        assert of_rewards.any()
+        assert of_constants is None
+
+
+def test_the_huber_loss_without_a_threshold_is_the_limit_of_large_ones():
+    rewards, targets = random(9, seed=8), random(9, seed=9)
+    expected = [(f - y) ** 2 / 2 for f, y in zip(rewards.tolist(), targets.tolist(), strict=True)]
+    assert regression_loss(rewards, targets).tolist() == pytest.approx(expected, rel=1e-14)
+    assert torch.equal(regression_loss(rewards, targets, huber_threshold=1e6), regression_loss(rewards, targets))
 
 
 def test_far_apart_rewards_stay_finite():
@@ -199,8 +219,8 @@ def test_bad_input_is_named():
         pairwise_loss(rows.long(), rows.long())
     with pytest.raises(ValueError, match=r"margins \[2\]"):
         pairwise_loss(rows, rows, margins=torch.zeros(2))
-    with pytest.raises(ValueError, match="centring is -1"):
-        pairwise_loss(rows, rows, centring=-1)
+    with pytest.raises(ValueError, match="centering is -1"):
+        pairwise_loss(rows, rows, centering=-1)
     with pytest.raises(ValueError, match="huber_threshold is 0"):
         regression_loss(rows, rows, huber_threshold=0)
     with pytest.raises(ValueError, match=r"labels run from 0\.0 to 2\.0"):

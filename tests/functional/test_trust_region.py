@@ -127,7 +127,7 @@ def test_conjugate_gradient_of_a_hand_worked_system():
     assert second.residual < 1e-12
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**31), st.integers(1, 12), st.integers(-30, 30))
 def test_conjugate_gradient_solves_random_systems(seed, size, exponent):
     system, target = spd(seed, size), random(seed + 1, size) * 10.0**exponent
@@ -191,7 +191,7 @@ def test_numbers_at_the_edge_of_float32_and_half_precision():
 # Step length and line search.
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31), st.floats(1e-4, 1.0))
 def test_the_maximum_step_ends_where_the_quadratic_model_is_delta(seed, max_kl):
     system, direction = spd(seed, 5), random(seed + 1, 5)
@@ -295,7 +295,7 @@ def test_line_search_restores_when_a_closure_raises():
 # The whole step.
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.sampled_from([1e-3, 0.01, 0.1, 1.0]), st.sampled_from([0.0, 1e-3, 0.1]))
 def test_a_step_improves_within_delta(seed, max_kl, damping):
     setting = Categorical(seed)
@@ -356,7 +356,7 @@ def test_gaussian_policy_with_its_own_log_std():
 
 
 @pytest.mark.parametrize("scale", [0.03, 20.0])
-def test_the_natural_gradient_does_not_depend_on_the_parametrisation(scale):
+def test_the_natural_gradient_does_not_depend_on_the_parametrization(scale):
     """logits = (c ∘ V) s for V = W / c moves π as logits = W s does; the plain gradient does not."""
     weight, states = random(16, ACTIONS, FEATURES), random(17, STATES, FEATURES)
     advantages = random(18, STATES, ACTIONS)

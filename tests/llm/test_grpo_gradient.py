@@ -177,17 +177,20 @@ def naive_surrogate(config, t, logprobs, before, sampler, advantage):
         power, decay = (2.0, 3.0) if advantage >= 0 else (3.0, 2.0)
         return -(weight**power) * math.exp(decay * (1 - weight)) * advantage * logprobs[t]
     ratio = torch.exp(logprobs[t] - before[t])
-    if config.ratio == "sequence" or (config.ratio is None and config.loss_type == "luspo"):
+    if config.ratio_level == "sequence" or (config.ratio_level is None and config.loss_type == "luspo"):
         ratio = torch.exp(sum(p - b for p, b in zip(logprobs, before, strict=True)) / len(logprobs))
     if config.loss_type == "cispo":
-        loss = -min(float(ratio), 1 + config.clip_high) * advantage * logprobs[t]
+        loss = -min(float(ratio), 1 + (4 if config.clip_high is None else config.clip_high)) * advantage * logprobs[t]
     elif config.loss_type == "sapo":
         temperature = 1.0 if advantage > 0 else 1.05
         loss = -4 / temperature * torch.sigmoid(temperature * (ratio - 1)) * advantage
     else:
-        loss = -min(ratio * advantage, min(max(ratio, 1 - config.clip_low), 1 + config.clip_high) * advantage)
+        loss = -min(ratio * advantage, min(max(ratio, 1 - config.clip_low), 1 + (config.clip_high or 0.2)) * advantage)
     if config.importance_cap is not None:
-        loss = loss * min(math.exp(before[t] - sampler[t]), config.importance_cap)
+        apart = [float(b) - s for b, s in zip(before, sampler, strict=True)]
+        weight = math.exp(apart[t] if config.importance_mode.startswith("token") else sum(apart))
+        truncates = config.importance_mode.endswith("truncate")
+        loss = loss * (weight if weight <= config.importance_cap else config.importance_cap if truncates else 0.0)
     return loss
 
 
@@ -271,8 +274,8 @@ KL = {"kl_coefficient": 0.3}
     "terms",
     [
         *[{"loss_type": loss_type, **({} if i % 2 else KL)} for i, loss_type in enumerate(AGGREGATION)],
-        {"loss_type": "grpo", "ratio": "sequence"},
-        {"loss_type": "dr_grpo", "ratio": "sequence", **KL, "entropy_coefficient": 0.1},
+        {"loss_type": "grpo", "ratio_level": "sequence"},
+        {"loss_type": "dr_grpo", "ratio_level": "sequence", **KL, "entropy_coefficient": 0.1},
         {"entropy_coefficient": 0.1},
     ],
     ids=lambda terms: "-".join(map(str, terms.values())),
@@ -341,6 +344,16 @@ def test_the_mismatch_with_the_sampler_is_weighed_up_to_the_cap(tmp_path, import
     assert record["sampling/logp_difference_mean"] == pytest.approx(expected_mean, rel=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["token_mask", "sequence_truncate", "sequence_mask"])
+def test_other_ways_to_weigh_the_mismatch(tmp_path, mode):
+    config = settings(tmp_path, importance_mode=mode, importance_cap=1.1, tokens_per_part=60)
+    _, trainer, sampled, _ = step(config)
+    _, expected, _ = naive_step(sampled, config)
+    assert difference(gradient(trainer), expected) < 1e-9
+    _, other, _ = naive_step(sampled, settings(tmp_path, importance_cap=1.1))
+    assert difference(gradient(trainer), other) > 0.01
+
+
 def test_truncated_completions_are_masked_by_option_and_keep_their_place_in_the_baseline(tmp_path):
     config = settings(tmp_path, mask_truncated=True, loss_type="grpo")
     record, trainer, sampled, _ = step(config)
@@ -357,7 +370,7 @@ def test_truncated_completions_are_masked_by_option_and_keep_their_place_in_the_
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_several_updates_use_the_log_probabilities_from_before_the_first(tmp_path, ratio):
     config = settings(
-        tmp_path, epochs=3, ratio=ratio, learning_rate=0.02, clip_low=0.1, clip_high=0.15, tokens_per_part=60
+        tmp_path, epochs=3, ratio_level=ratio, learning_rate=0.02, clip_low=0.1, clip_high=0.15, tokens_per_part=60
     )
     record, trainer, sampled, _ = step(config)
     losses, _, weights = naive_step(sampled, config)

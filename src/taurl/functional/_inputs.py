@@ -50,6 +50,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def with_precision_of(given: Tensor, result: Tensor) -> Tensor:
+    """The result in the dtype of what it was made from, at least float32."""
+    return result.to(torch.promote_types(given.dtype, torch.float32))
+
+
 def of_one_dtype(*tensors: Tensor) -> list[Tensor]:
     """All in the widest dtype among them, at least float32."""
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)

@@ -7,13 +7,14 @@
     reinforce_plus_plus   the mean of the batch, or of its group std of the batch                 REINFORCE++
     sum_then_normalize    as group_relative, of Σ_k w_k r_k                                       GRPO, several rewards
     normalize_then_sum    each reward's mean of its group        std of group, then of batch      GDPO
-    whiten                the mean of all                        std of all                       PPO, any advantages
+
+`whitening.whiten` compares any advantages with their mean, as PPO does.
 
 A baseline that does not depend on the sample leaves the policy gradient unbiased: leave_one_out, greedy_baseline. The
 group's mean contains the sample and shrinks the gradient to (G − 1)/G of it; a standard deviation of the same samples
 biases it.
 
-Everything here is computed once over the whole optimiser batch. A standard deviation is the unbiased one (n − 1) plus
+Everything here is computed once over the whole optimizer batch. A standard deviation is the unbiased one (n − 1) plus
 ε = 1e-4, as in TRL; it is 0 for fewer than two numbers. A reward of NaN (none applies) counts in no mean, std or number
 of rewards, and its advantage is 0, as in TRL 1.16. Advantages carry no gradient.
 """
@@ -24,7 +25,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from taurl.functional._inputs import require_positive, require_same_shape
+from taurl.functional._deviation import unbiased_std
+from taurl.functional._inputs import require_positive, with_precision_of
+from taurl.functional.whitening import whiten, whitening_statistics
 
 AdvantageScale = Literal["group", "none", "batch"]
 
@@ -56,7 +59,7 @@ def group_relative(rewards: Tensor, *, scale: AdvantageScale = "group", epsilon:
             std_pg r_pg + ε  "batch": over all rewards of the batch, about their common mean
 
     A reward of NaN (none applies) counts in no mean and no std, and its advantage is 0. A group of one, or whose
-    rewards are all equal, has advantage 0. The result is finite. `rewards` is the whole optimiser batch: "batch"
+    rewards are all equal, has advantage 0. The result is finite. `rewards` is the whole optimizer batch: "batch"
     cannot be computed from a part of it.
 
     Args:
@@ -67,17 +70,17 @@ def group_relative(rewards: Tensor, *, scale: AdvantageScale = "group", epsilon:
     Source: Shao et al. 2024, arXiv:2402.03300, section 4.1.2; "none": Liu et al. 2025, arXiv:2503.20783, section 3.2.
     """
     require_positive(epsilon=epsilon)
-    centred, valid = _centred(rewards), ~rewards.isnan()
+    centered, valid = _centered(rewards), ~rewards.isnan()
     match scale:
         case "group":
-            centred /= _unbiased_std(centred, valid.sum(1, keepdim=True)) + epsilon
+            centered /= unbiased_std(centered, valid.sum(1, keepdim=True)) + epsilon
         case "batch":
-            centred /= whitening_statistics(rewards, valid)[1] + epsilon
+            centered /= whitening_statistics(rewards, valid)[1] + epsilon
         case "none":
             pass
         case _:
             raise ValueError(f"scale is {scale!r}, expected 'group', 'none' or 'batch'")
-    return _with_precision_of(rewards, centred)
+    return with_precision_of(rewards, centered)
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
@@ -86,7 +89,7 @@ def leave_one_out(rewards: Tensor) -> Tensor:
         A_pg = r_pg − 1/(n − 1) · Σ_{h ≠ g} r_ph  =  n/(n − 1) · (r_pg − mean_g r_pg),   n the rewards of group p
 
     The baseline does not contain r_pg, so the policy gradient stays unbiased. A group of one has nothing to compare
-    with, and advantage 0; so has a group whose rewards are all equal. To normalise these over the batch too, an
+    with, and advantage 0; so has a group whose rewards are all equal. To normalize these over the batch too, an
     option of TRL, `whiten(leave_one_out(rewards), ~rewards.isnan())`.
 
     Args:
@@ -96,9 +99,9 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     Source: Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!"; Ahmadian et al. 2024,
         arXiv:2402.14740.
     """
-    centred = _centred(rewards)
+    centered = _centered(rewards)
     count = (~rewards.isnan()).sum(1, keepdim=True).double()
-    return _with_precision_of(rewards, centred * count / (count - 1).clamp(min=1))
+    return with_precision_of(rewards, centered * count / (count - 1).clamp(min=1))
 
 
 def greedy_baseline(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
@@ -122,22 +125,23 @@ def greedy_baseline(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
         raise ValueError(f"greedy_rewards are {found}, expected floats [{len(rewards)}], one for each prompt")
     _require_no_infinity("greedy_rewards", greedy_rewards)
     difference = rewards.detach().double() - greedy_rewards.detach().double()[:, None]
-    return _with_precision_of(rewards, torch.where(difference.isnan(), 0.0, difference))
+    return with_precision_of(rewards, torch.where(difference.isnan(), 0.0, difference))
 
 
 def reinforce_plus_plus(rewards: Tensor, *, group_baseline: bool = False, epsilon: float = 1e-4) -> Tensor:
-    """Advantages normalised over the whole batch and not over a group (REINFORCE++).
+    """Advantages normalized over the whole batch and not over a group (REINFORCE++).
 
         A_pg = (a_pg − mean_pg a_pg) / (std_pg a_pg + ε),   a_pg = r_pg                     plain: G may be 1
                                                                    r_pg − mean_g r_pg       with group_baseline
 
     A handful of samples makes a poor standard deviation, and one that depends on each of them; a batch's hardly does.
-    With the group's baseline the second mean is 0. `group_relative(scale="batch")` subtracts the same but divides by
-    the std of the rewards themselves, which how the prompts differ enters too. One number a completion: where a KL
-    penalty in the reward makes the advantages differ from token to token, `whiten` those.
+    With the group's baseline the second mean is 0. `group_relative(scale="batch")` subtracts the same, but divides by
+    the std of the rewards themselves, which is the larger the more the prompts differ in difficulty. There is one
+    number for each completion; where a KL penalty in the reward makes the advantages differ from token to token,
+    `whiten` them.
 
     Args:
-        rewards: float [P, G], the whole optimiser batch; NaN where none applies.
+        rewards: float [P, G], the whole optimizer batch; NaN where none applies.
         group_baseline: subtract the group's mean first; a group without variance then has advantage exactly 0.
         epsilon: ε > 0.
     Returns: advantages, [P, G], detached; float32, or float64 for float64 rewards.
@@ -148,7 +152,7 @@ def reinforce_plus_plus(rewards: Tensor, *, group_baseline: bool = False, epsilo
     valid = ~rewards.isnan()
     if not group_baseline:
         return whiten(rewards, valid, epsilon=epsilon)
-    return _with_precision_of(rewards, _divided_by_batch_std(_centred(rewards), valid, epsilon))
+    return with_precision_of(rewards, _divided_by_batch_std(_centered(rewards), valid, epsilon))
 
 
 def sum_then_normalize(
@@ -172,23 +176,23 @@ def sum_then_normalize(
     exact, weights = _several(rewards, weights)
     applies = ~exact.isnan()
     total = torch.where(applies, exact * weights, 0.0).sum(2).masked_fill(~applies.any(2), math.nan)
-    return _with_precision_of(rewards, group_relative(total, scale=scale, epsilon=epsilon))
+    return with_precision_of(rewards, group_relative(total, scale=scale, epsilon=epsilon))
 
 
 def normalize_then_sum(rewards: Tensor, weights: Tensor, *, epsilon: float = 1e-4) -> Tensor:
-    """Several rewards: each normalised in its group, then their weighted sum, then the batch's scale (GDPO).
+    """Several rewards: each normalized in its group, then their weighted sum, then the batch's scale (GDPO).
 
         A_pgk = (r_pgk − mean_g r_pgk) / (std_g r_pgk + ε)
         S_pg  = Σ_k w_k · A_pgk
         A_pg  = S_pg / (std_pg S_pg + ε)          the mean of S over the batch is 0
 
-    Normalising the sum instead gives a group that differs in one reward and a group that differs in both the same
+    Normalizing the sum instead gives a group that differs in one reward and a group that differs in both the same
     advantages, and lets the reward with the widest range drown the others. The last step keeps the scale from growing
     with K. A reward that does not apply (NaN) is compared with nothing and adds 0; a completion to which none applies
     does not count in the batch's std.
 
     Args:
-        rewards: float [P, G, K], the whole optimiser batch.
+        rewards: float [P, G, K], the whole optimizer batch.
         weights: float [K], w.
         epsilon: ε > 0.
     Returns: advantages, [P, G], detached; float32, or float64 for float64 rewards.
@@ -198,95 +202,20 @@ def normalize_then_sum(rewards: Tensor, weights: Tensor, *, epsilon: float = 1e-
     exact, weights = _several(rewards, weights)
     each = torch.stack([group_relative(reward, epsilon=epsilon) for reward in exact.unbind(2)], 2)
     total = (each * weights).sum(2)
-    return _with_precision_of(rewards, _divided_by_batch_std(total, ~exact.isnan().all(2), epsilon))
+    return with_precision_of(rewards, _divided_by_batch_std(total, ~exact.isnan().all(2), epsilon))
 
 
-def whitening_statistics(values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation of the values that count, for `whiten` to apply part by part.
-
-    Equal values have a std of exactly 0, and so has a single one; nothing at all has mean 0 and std 0.
-
-    Args:
-        values: float of any shape, the whole optimiser batch; anything where masked.
-        mask: bool of that shape, the values that count; by default all.
-    Returns: mean, std, both [], float64, detached.
-    Raises: ValueError if shapes or dtypes do not fit or a value that counts is NaN or infinite.
-    """
-    counted = values.detach()[_mask_for(values, mask)].double()  # so squares and long sums of float32 stay exact
-    if not counted.isfinite().all():
-        found = int((~counted.isfinite()).sum())
-        raise ValueError(
-            f"{found} of {counted.numel()} values are NaN or infinite, expected finite ones where they count"
-        )
-    if not counted.numel():
-        return counted.sum(), counted.sum()
-    # The mean of equal floats may be off by a rounding: it lies between the smallest and the largest.
-    mean = counted.mean().clamp(counted.amin(), counted.amax())
-    return mean, _unbiased_std((counted - mean)[None], torch.tensor(counted.numel()))[0, 0]
-
-
-def whiten(
-    values: Tensor,
-    mask: Tensor | None = None,
-    *,
-    statistics: tuple[Tensor, Tensor] | None = None,
-    shift_mean: bool = True,
-    epsilon: float = 1e-4,
-) -> Tensor:
-    """Values with mean 0 and standard deviation 1 over all that count.
-
-        y = (x − μ) / (σ + ε)          shift_mean
-            (x − μ) / (σ + ε) + μ      otherwise: the mean stays where it was
-
-    For the advantages of PPO, per step or per token, and, with the mean kept, for its rewards. The statistics are
-    those of the whole optimiser batch, given or taken from `values`: whitening each micro-batch by its own would make
-    the gradient depend on the split. A single value, and values that are all equal, give exactly 0 (or μ).
-
-    Stable-Baselines3 whitens each minibatch by itself, with ε = 1e-8, and leaves a batch of one as it is. Here ε is
-    1e-4 as in all of this file: noise with a std far below that is not blown up to 1.
-
-    Args:
-        values: float of any shape; anything where masked.
-        mask: bool of that shape; by default all count.
-        statistics: what `whitening_statistics` gave of the whole batch, for a part of it; by default those of `values`.
-        epsilon: ε > 0.
-    Returns: whitened values of that shape, 0 where masked, detached; float32, or float64 for float64.
-    Raises: ValueError if shapes or dtypes do not fit, epsilon is not positive, or as `whitening_statistics` does.
-    """
-    require_positive(epsilon=epsilon)
-    counts = _mask_for(values, mask)
-    mean, std = whitening_statistics(values, counts) if statistics is None else statistics
-    whitened = (values.detach().double() - mean) / (std + epsilon)
-    if not shift_mean:
-        whitened = whitened + mean
-    return _with_precision_of(values, torch.where(counts, whitened, 0.0))
-
-
-def _centred(rewards: Tensor) -> Tensor:
+def _centered(rewards: Tensor) -> Tensor:
     """Float64 deviations from the group's mean; exactly 0 where there is no reward or the group has no variance."""
     signal = has_variance(rewards)[:, None] & ~rewards.isnan()
     exact = rewards.detach().double()  # a few numbers, so sums of large float32 rewards may as well not overflow
     return torch.where(signal, exact - exact.nanmean(1, keepdim=True), 0.0)
 
 
-def _unbiased_std(deviations: Tensor, count: Tensor) -> Tensor:
-    """√( Σ d² / (count − 1) ) along dimension 1, which is kept; deviations are 0 where nothing counts."""
-    if not deviations.numel():
-        return deviations.sum(1, keepdim=True)
-    # The largest is taken out of the root, so that no square overflows or vanishes.
-    largest = deviations.abs().amax(1, keepdim=True).clamp(min=torch.finfo(deviations.dtype).tiny)
-    squares = (deviations / largest).square().sum(1, keepdim=True)
-    return largest * (squares / (count - 1).clamp(min=1)).sqrt()
-
-
-def _divided_by_batch_std(centred: Tensor, valid: Tensor, epsilon: float) -> Tensor:
+def _divided_by_batch_std(centered: Tensor, valid: Tensor, epsilon: float) -> Tensor:
     """Numbers whose mean over the batch is 0, as every group's is, over their std; only valid ones are counted."""
     require_positive(epsilon=epsilon)
-    return centred / (_unbiased_std(centred.flatten()[None], valid.sum()) + epsilon)
-
-
-def _with_precision_of(given: Tensor, result: Tensor) -> Tensor:
-    return result.to(torch.promote_types(given.dtype, torch.float32))
+    return centered / (unbiased_std(centered.flatten()[None], valid.sum()) + epsilon)
 
 
 def _several(rewards: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -311,14 +240,3 @@ def _require_no_infinity(name: str, tensor: Tensor) -> None:
     if tensor.isinf().any():
         place = tensor.isinf().nonzero()[0].tolist()
         raise ValueError(f"{name}{place} is {tensor[tuple(place)].item()}, expected a finite number or NaN")
-
-
-def _mask_for(values: Tensor, mask: Tensor | None) -> Tensor:
-    if not values.is_floating_point():
-        raise ValueError(f"values are {values.dtype}, expected floats")
-    if mask is None:
-        return torch.ones_like(values, dtype=torch.bool)
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask is {mask.dtype}, expected booleans; pass mask.bool()")
-    require_same_shape(values=values, mask=mask)
-    return mask

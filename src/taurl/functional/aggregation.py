@@ -1,6 +1,6 @@
 """From one loss per token to one number, so that it does not matter how the batch is cut.
 
-The weight of each token is fixed once, over the whole optimiser batch, before any micro-batch runs; a part's loss is
+The weight of each token is fixed once, over the whole optimizer batch, before any micro-batch runs; a part's loss is
 a weighted sum, and the parts' losses and gradients add up to the whole batch's:
 
     weights = token_weights(mask, "token")                       # whole batch [N, L]
@@ -23,7 +23,7 @@ Aggregation = Literal["token", "sequence", "sum", "constant"]
 def token_weights(
     mask: Tensor, how: Aggregation, *, length: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """What each token's loss counts in the loss of the whole optimiser batch.
+    """What each token's loss counts in the loss of the whole optimizer batch.
 
         how         weight             mean over …                           method, TRL's loss_type
         "token"     1 / Σ_i |o_i|      all tokens                            DAPO: dapo, bnpo, cispo, vespo
@@ -45,7 +45,7 @@ def token_weights(
     its zeros belong to the mean.
 
     Args:
-        mask: bool [N, L], of the whole optimiser batch.
+        mask: bool [N, L], of the whole optimizer batch.
         length: for "constant" only, the most tokens a sequence may have.
         dtype: of the weights.
     Returns: weights [N, L], exactly 0 where masked; all 0 if everything is masked. "token" and "sequence" otherwise
@@ -78,10 +78,10 @@ def token_weights(
 
 
 def row_weights(counts: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What each row's loss counts in the mean over the rows of the whole optimiser batch, 1 / n.
+    """What each row's loss counts in the mean over the rows of the whole optimizer batch, 1 / n.
 
     Args:
-        counts: bool [N], the rows that count, of the whole optimiser batch; `mask.any(1)` for sequences.
+        counts: bool [N], the rows that count, of the whole optimizer batch; `mask.any(1)` for sequences.
         dtype: of the weights.
     Returns: weights [N], exactly 0 for a row that does not count; they sum to 1 unless none does.
     Raises: ValueError if `counts` is not boolean [N] or the dtype would round the weights.

@@ -1,11 +1,11 @@
-"""Direct preference optimisation and its family: a policy learns from pairs, without a reward model.
+"""Direct preference optimization and its family: a policy learns from pairs, without a reward model.
 
 With h = log π(y) − log π_ref(y) of a whole completion y, w the chosen one and l the rejected one:
 
     margins   Δ = h_w − h_l, in nats; under another divergence than the reverse KL the difference of `divergence_scores`
 
 `dpo.dpo_loss` is the door for trainers: it takes log-probabilities and a name, or several names with weights. The
-losses here take Δ, or h_w and h_l, and can be called alone. All return one loss per pair, [N], to be minimised; a row's
+losses here take Δ, or h_w and h_l, and can be called alone. All return one loss per pair, [N], to be minimized; a row's
 loss depends on that row alone, except in `aot_loss`. None overflows for log-ratios of ±10⁴.
 """
 
@@ -132,7 +132,7 @@ def bco_pair_loss(
 ) -> Tensor:
     """BCO for pairs: −log σ(βh_w − δ) − log σ(−(βh_l − δ)), a classifier of single answers.
 
-    δ is a mean of rewards that `running_reward_shift` takes over whole optimiser batches; the default 0 is TRL 1.16's.
+    δ is a mean of rewards that `running_reward_shift` takes over whole optimizer batches; the default 0 is TRL 1.16's.
     β is 0.01 in the paper.
 
     Args: as `nca_pair_loss`; reward_shift δ, in units of the reward βh.
@@ -149,7 +149,7 @@ def running_reward_shift(
 
     Args:
         state: (δ, how many rewards it is the mean of), at first (0.0, 0).
-        chosen_rewards, rejected_rewards: float [N] of the whole optimiser batch, from `implicit_rewards`.
+        chosen_rewards, rejected_rewards: float [N] of the whole optimizer batch, from `implicit_rewards`.
     Returns: the new state; its first number is δ for this batch, every micro-batch alike.
     Raises: ValueError if shapes differ.
     Source: Jung et al. 2024, arXiv:2404.04656; the plain running mean is that of TRL's earlier releases.
@@ -207,7 +207,7 @@ def aot_loss(upper: Tensor, lower: Tensor, *, beta: float, label_smoothing: floa
     a prompt, and is what TRL's older releases called `aot_pair`. Row n holds the loss of upper's n-th entry, whichever
     its partner. Sorting pairs rows across the batch, so parts of it do not add up to the whole.
 
-    Args: upper, lower: float [N], of the whole optimiser batch; otherwise as `sigmoid_loss`.
+    Args: upper, lower: float [N], of the whole optimizer batch; otherwise as `sigmoid_loss`.
     Source: Melnyk et al. 2024, arXiv:2406.05882.
     """
     require_rows(upper=upper, lower=lower)
@@ -221,7 +221,7 @@ def sft_loss(chosen_logprobs: Tensor, chosen_lengths: Tensor) -> Tensor:
     """Mean negative log-likelihood of the chosen answer's tokens, −log π(y_w) / |y_w|, to be mixed with another loss.
 
     The mean over rows is a mean of means. TRL's is over the tokens of its micro-batch, which depends on the split; for
-    a mean over all tokens of the optimiser batch pass the batch's mean length, the same number in every row.
+    a mean over all tokens of the optimizer batch pass the batch's mean length, the same number in every row.
 
     Args:
         chosen_logprobs: float [N].

@@ -51,8 +51,10 @@ _LOSSES: dict[str, Callable[[_Pairs], Tensor]] = {
     "sft": lambda p: losses.sft_loss(p.logprobs, _given(p.chosen_lengths)),
 }
 
+DEFAULT_ALPHA = 0.5
+DEFAULT_DISCOPOP_TEMPERATURE = 0.05
 DPO_LOSSES = frozenset(_LOSSES)
-# These sort over the batch: a trainer gives them the whole optimiser batch at once, or refuses.
+# These sort over the batch: a trainer gives them the whole optimizer batch at once, or refuses.
 WHOLE_BATCH_LOSSES = frozenset({"aot", "aot_unpaired"})
 SMOOTHED_LOSSES = frozenset({"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired"})
 DIVERGENCE_LOSSES = frozenset({"sigmoid", "sigmoid_norm", "robust", "exo_pair", "hinge", "ipo", "discopop"})
@@ -70,8 +72,8 @@ def dpo_loss(
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
     divergence: Divergence = "reverse_kl",
-    alpha: float = 0.5,
-    discopop_temperature: float = 0.05,
+    alpha: float = DEFAULT_ALPHA,
+    discopop_temperature: float = DEFAULT_DISCOPOP_TEMPERATURE,
     reward_shift: float = 0.0,
 ) -> Tensor:
     """Any loss of the DPO family, one number per pair; TRL 1.16's names and defaults.
@@ -98,20 +100,21 @@ def dpo_loss(
     Each is the function NAME_loss of `direct_preference`, which says more and names the paper. A mapping such as
     {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0} gives the weighted sum (MPO); all share β and the other options.
 
-    A label smoothing or reward shift that no loss of the mixture reads is refused rather than ignored, and with a
-    divergence so is every loss that does not take Δ, for the reason in `divergence_scores`. TRL 1.16 reads ε in
-    "robust", "exo_pair" and the two "aot" only and ignores it elsewhere, "sigmoid" included.
+    A label smoothing, reward shift, DiscoPOP temperature or α other than the default is refused where no loss of the
+    mixture reads it, rather than ignored, and with a divergence so is every loss that does not take Δ, for the reason
+    in `divergence_scores`. Lengths are no option but facts, and may always be given. TRL 1.16 reads ε in "robust",
+    "exo_pair" and the two "aot" only and ignores it elsewhere, "sigmoid" included.
 
     Args:
         loss_type: a name of the table, or names with weights.
         chosen_logprobs, rejected_logprobs: float [N], log π(y_w) and log π(y_l), from `sequence_logprobs` or
-            `length_desensitised_logprobs`.
+            `length_desensitized_logprobs`.
         reference_chosen_logprobs, reference_rejected_logprobs: float [N], of the reference.
         beta: β > 0; the named functions say what their papers take.
         label_smoothing: ε in [0, ½).
         chosen_lengths, rejected_lengths: int [N], |y_w| and |y_l|; "sigmoid_norm" and "ipo" need both, "sft" the first.
-        divergence, alpha: of `divergence_scores`.
-        discopop_temperature: τ > 0.
+        divergence, alpha: of `divergence_scores`; α for "alpha_divergence".
+        discopop_temperature: τ > 0, of "discopop".
         reward_shift: δ of "bco_pair", from `running_reward_shift`.
     Returns: loss, [N]; float32, or float64 for float64. The loss of a part of the batch is that part of the loss,
         except for WHOLE_BATCH_LOSSES.
@@ -120,7 +123,16 @@ def dpo_loss(
     Source: mixtures: Wang et al. 2024, arXiv:2411.10442; the rest where the table points.
     """
     mixture = {loss_type: 1.0} if isinstance(loss_type, str) else dict(loss_type)
-    _require_fitting(mixture, label_smoothing, divergence, reward_shift, chosen_lengths, rejected_lengths)
+    _require_known(mixture)
+    _require_read(
+        set(mixture),
+        label_smoothing=label_smoothing,
+        divergence=divergence,
+        alpha=alpha,
+        discopop_temperature=discopop_temperature,
+        reward_shift=reward_shift,
+    )
+    _require_lengths(set(mixture), chosen_lengths, rejected_lengths)
     require_positive(beta=beta)
     require_rows(
         chosen_logprobs=chosen_logprobs,
@@ -154,20 +166,25 @@ def dpo_loss(
     return torch.stack([weight * _LOSSES[name](pairs) for name, weight in mixture.items()]).sum(0)
 
 
-def _require_fitting(
-    mixture: Mapping[str, float],
-    label_smoothing: float,
-    divergence: str,
-    reward_shift: float,
-    chosen_lengths: Tensor | None,
-    rejected_lengths: Tensor | None,
-) -> None:
+def _require_known(mixture: Mapping[str, float]) -> None:
     names = set(mixture)
     if not names or names - DPO_LOSSES:
         raise ValueError(f"loss_type is {sorted(names)}, expected one or more of {', '.join(_LOSSES)}")
     for name, weight in mixture.items():
         if not isfinite(weight):
             raise ValueError(f"the weight of {name!r} is {weight}, expected a finite number")
+
+
+def _require_read(
+    names: set[str],
+    *,
+    label_smoothing: float,
+    divergence: str,
+    alpha: float,
+    discopop_temperature: float,
+    reward_shift: float,
+) -> None:
+    """Raise a ValueError for an option, other than its default, that none of these losses reads."""
     require_label_smoothing(label_smoothing)
     if label_smoothing and not names & SMOOTHED_LOSSES:
         raise ValueError(f"label_smoothing is {label_smoothing}, but none of {sorted(names)} reads it")
@@ -176,8 +193,15 @@ def _require_fitting(
             f"divergence is {divergence!r}, but {sorted(names - DIVERGENCE_LOSSES - {'sft'})} are defined for "
             "'reverse_kl' only"
         )
+    if alpha != DEFAULT_ALPHA and divergence != "alpha_divergence":
+        raise ValueError(f"alpha is {alpha}, but divergence {divergence!r} does not read it")
+    if discopop_temperature != DEFAULT_DISCOPOP_TEMPERATURE and "discopop" not in names:
+        raise ValueError(f"discopop_temperature is {discopop_temperature}, but only 'discopop' reads it")
     if reward_shift and "bco_pair" not in names:
         raise ValueError(f"reward_shift is {reward_shift}, but only 'bco_pair' reads it")
+
+
+def _require_lengths(names: set[str], chosen_lengths: Tensor | None, rejected_lengths: Tensor | None) -> None:
     if names & {"sigmoid_norm", "ipo"} and (chosen_lengths is None or rejected_lengths is None):
         raise ValueError("'sigmoid_norm' and 'ipo' need chosen_lengths and rejected_lengths")
     if "sft" in names and chosen_lengths is None:
@@ -185,5 +209,5 @@ def _require_fitting(
 
 
 def _given(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None  # `_require_fitting` saw to it
+    assert tensor is not None  # `_require_lengths` saw to it
     return tensor

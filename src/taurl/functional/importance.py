@@ -168,7 +168,7 @@ MismatchMode = Literal["token_truncate", "token_mask", "sequence_truncate", "seq
 
 
 def mismatch_weights(
-    logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, *, mode: MismatchMode, high: float, low: float = 0.0
+    old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, *, mode: MismatchMode, high: float, low: float = 0.0
 ) -> Tensor:
     """Weights that correct a loss for a sampler that is not quite the policy it stands for, without gradient.
 
@@ -183,7 +183,7 @@ def mismatch_weights(
     The modes are those of TRL's `vllm_importance_sampling_mode`, whose bounds are 3 and none by default.
 
     Args:
-        logprobs: float [N, L], π_old: the trainer's policy before the update.
+        old_logprobs: float [N, L], π_old: the trainer's policy before the update.
         sampler_logprobs: float [N, L], μ: as the sampler drew them.
         mask: bool [N, L], the tokens that count.
         low, high: 0 ≤ low ≤ high, high > 0; `math.inf` for none above.
@@ -194,7 +194,7 @@ def mismatch_weights(
     """
     if not (0 <= low <= high and high > 0):
         raise ValueError(f"low is {low} and high is {high}, expected 0 <= low <= high and high > 0")
-    log_weights = masked_log_ratio(logprobs.detach(), sampler_logprobs.detach(), mask)
+    log_weights = masked_log_ratio(old_logprobs.detach(), sampler_logprobs.detach(), mask)
     match mode:
         case "token_truncate" | "token_mask":
             weights = _ratio(log_weights)
@@ -207,40 +207,25 @@ def mismatch_weights(
     return torch.where(mask & (weights >= low) & (weights <= high), weights, 0.0)
 
 
-def truncated_weights(logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
-    """Truncated importance-sampling weights, min(π / π_sampler, cap), one per token, without gradient.
-
-    The plainest of `mismatch_weights`, "token_truncate" without a lower bound, where no mask is at hand. The cap bounds
-    the variance that a token nearly impossible for the sampler would bring, at the price of a bias.
-
-    Args:
-        logprobs: float [N, L], under the trainer's policy before the update.
-        sampler_logprobs: float [N, L], as the sampler drew them.
-        cap: largest weight, > 0; `math.inf` for none.
-    Returns: weights in [0, cap], [N, L]; float32, or float64 for float64.
-    Raises: ValueError if shapes differ or cap is not positive.
-    Source: Ionides 2008, "Truncated Importance Sampling", Journal of Computational and Graphical Statistics 17(2).
-    """
-    if not cap > 0:
-        raise ValueError(f"cap is {cap}, expected a positive number")
-    return _ratio(log_ratio(logprobs.detach(), sampler_logprobs.detach())).clamp(max=cap)
-
-
-def effective_sample_size(weights: Tensor, mask: Tensor) -> Tensor:
+def effective_sample_size(weights: Tensor, mask: Tensor | None = None) -> Tensor:
     """How many equally weighted samples the weighted ones are worth, (Σ w)² / Σ w².
 
     n for n equal weights, near 1 when one dominates, 0 when nothing counts. Divide by `mask.sum()` for a fraction. The
-    scale cancels, so for log-weights of any size give `(log_weights - log_weights.amax()).exp()[:, None]`.
+    scale cancels, so for log-weights of any size give `(log_weights - log_weights.amax()).exp()`.
 
     Args:
-        weights: float [N, L], ≥ 0 where they count, anything elsewhere.
-        mask: bool [N, L], the weights that count.
+        weights: float of any shape, ≥ 0 where they count, anything elsewhere.
+        mask: bool of that shape, the weights that count; by default all.
     Returns: a number, [] without gradient; float32, or float64 for float64.
     Raises: ValueError if shapes differ or the mask is not boolean.
     Source: Kong 1992, "A note on importance sampling using standardized weights", University of Chicago, report 348.
     """
-    require_mask(mask, weights=weights)
-    counted = torch.where(mask, at_least_float32(weights.detach()), 0.0)
+    counted = at_least_float32(weights.detach())
+    if mask is not None:
+        require_same_shape(weights=weights, mask=mask)
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask is {mask.dtype}, expected booleans; pass mask.bool()")
+        counted = torch.where(mask, counted, 0.0)
     # The scale cancels; with the largest weight at 1 no square overflows.
     counted = counted / counted.amax().clamp(min=torch.finfo(counted.dtype).tiny) if counted.numel() else counted
     squares = counted.square().sum()
@@ -263,8 +248,10 @@ def _weighted_means(values: Tensor, log_weights: Tensor, normalized: bool) -> Te
     weights = (log_weights - top).exp()
     if normalized:
         return (weights * values).sum(0) / weights.sum(0)
-    # exp(700) = 1e304 is about what float64 holds: a mean of 0 stays 0, and any other is infinite in float32.
-    return (weights * values).mean(0) * top.clamp(max=700).exp()
+    # exp(top) in three factors, so that it is not infinite where its product with a small mean is finite. e^2100 times
+    # any float64 but 0 is infinite, and 0 stays 0, its gradient too where nothing but zeros is weighted.
+    third = (torch.where((values != 0).any(0), top, 0.0).clamp(max=2100) / 3).exp()
+    return (weights * values).mean(0) * third * third * third
 
 
 def _ratio(log_ratios: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ x_t or of the sequence's, X = Σ_t x_t. The expected gradients, for descent on t
 F lacks what a token does to the states after it; R is F with the divergence turned round, equal to it to first order
 near π_ref. k2 and k3 in the reward are worse than biased: near π_ref their terms of first order cancel, and nothing
 pulls back a policy that has not gone far. All of this holds without division by a standard deviation, without length
-normalisation and without truncated sampling. `KL_GRADIENTS` is the same table for programs, `KL_GRADIENT_CONDITIONS`
+normalization and without truncated sampling. `KL_GRADIENTS` is the same table for programs, `KL_GRADIENT_CONDITIONS`
 says when it holds, and the tests prove every row by enumeration.
 
 Source: Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html (values); Liu et al. 2025,
@@ -126,8 +126,9 @@ def kl_penalty(
     A baseline may be subtracted, a standard deviation must not divide.
 
     x is that of the policy that is differentiated. Where an update takes several steps with the penalty computed once,
-    the later steps have ∇KL(π‖π_ref) − ∇KL(π‖π_sampler) in expectation. Off-policy, weights of the whole sequence
-    that make the policy gradient right make this one right too; token ratios do neither.
+    the later steps have ∇KL(π‖π_ref) − ∇KL(π‖π_sampler) in expectation. For samples of another policy, the importance
+    weight of the whole sequence on the loss makes both gradients right, that of the rewards and this one; with each
+    token's own ratio neither is.
 
     TRL's RLOO is k1 of the sequence. Its former PPO trainer offered k3 here too, as the estimate with less variance: of
     the value it is, but near π_ref its gradient vanishes. The default is the one that is right.
@@ -162,10 +163,11 @@ def kl_loss(
         "token"     ρ_t · k(x_t)
         "sequence"  ρ · k(Σ_t x_t) / |o|   at each of the row's |o| tokens: they add up to the sequence's ρ · k(X)
 
-    `KL_GRADIENTS` says what each descends: "loss" without ratios, for samples of π only (k1 of another sampler's flees
-    from it, as −KL(π_sampler‖π)); "weighted_loss" with them. Of the former only k2 of the sequence gives ∇KL(π‖π_ref).
-    Both levels are made for sums over the tokens of a sequence: `token_weights` "constant", or "token", which scales
-    the whole batch by one factor. With "sequence", which divides each row by its length, no divergence is descended.
+    `KL_GRADIENTS` says what each descends: "loss" without ratios, for samples of π only; "weighted_loss" with them.
+    Without them only k2 of the sequence gives ∇KL(π‖π_ref), and k1 of what another sampler drew moves π away from that
+    sampler: it descends −KL(π_sampler‖π). Both levels are made for sums over the tokens of a sequence: `token_weights`
+    "constant", or "token", which scales the whole batch by one factor. With "sequence", which divides each row by its
+    length, no divergence is descended.
 
     Ratios ρ = π / π_sampler correct for another sampler, and keep their gradient where the theory wants it: with k1 and
     k3, whose expectation is the divergence for every π, so that the gradient of the weighted estimate is right; with
@@ -260,11 +262,11 @@ def diagonal_gaussian_kl(mean: Tensor, log_std: Tensor, reference_mean: Tensor, 
     Args:
         mean, log_std, reference_mean, reference_log_std: float [..., d], one shape.
     Returns: divergences [...]; float32, or float64 for float64.
-    Raises: ValueError if shapes differ or there is no dimension d.
+    Raises: ValueError if shapes differ or there is no dimension.
     """
     require_same_shape(mean=mean, log_std=log_std, reference_mean=reference_mean, reference_log_std=reference_log_std)
-    if not mean.dim():
-        raise ValueError("mean is a number, expected [..., d]")
+    if not (mean.dim() and mean.shape[-1]):
+        raise ValueError(f"mean is {list(mean.shape)}, expected [..., d] with at least one dimension")
     mean, log_std, reference_mean, reference_log_std = map(
         at_least_float32, (mean, log_std, reference_mean, reference_log_std)
     )

@@ -7,7 +7,7 @@ from taurl.functional._inputs import at_least_float32, require_positive, require
 
 
 def kl_baseline(logprobs: Tensor, reference_logprobs: Tensor) -> float:
-    """KTO's reference point z₀, an estimate of KL(π ‖ π_ref), once over the whole optimiser batch.
+    """KTO's reference point z₀, an estimate of KL(π ‖ π_ref), once over the whole optimizer batch.
 
         z₀ = max( 0, mean_i [ log π(y'_i | x_i) − log π_ref(y'_i | x_i) ] )
 
@@ -35,20 +35,20 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    """Kahneman–Tversky optimisation, one loss per answer.
+    """Kahneman–Tversky optimization, one loss per answer.
 
         h = log π(y) − log π_ref(y)
         loss = λ_D · σ( −β(h − z₀) )   liked: a gain over z₀ that levels off
                λ_U · σ(  β(h − z₀) )   disliked: a loss that levels off
 
-    The gradient is strongest where h is near z₀, and gone for answers far on either side. With weights such that
-    λ_D · (number liked) is 1 to 1.33 times λ_U · (number disliked) neither side dominates. A kl_baseline of 0 is
-    TRL's `apo_zero_unpaired`.
+    The gradient is strongest where h is near z₀, and gone for answers far on either side. The weights even out unequal
+    numbers: TRL 1.16 warns unless λ_D · (number liked) is 1 to 1.33 times λ_U · (number disliked), and names the
+    paper's eq. 8 for it. A kl_baseline of 0 is TRL's `apo_zero_unpaired`.
 
     Args:
         logprobs, reference_logprobs: float [N], of whole answers.
         desirable: bool [N].
-        kl_baseline: z₀ ≥ 0, from `kl_baseline` over the whole optimiser batch.
+        kl_baseline: z₀ ≥ 0, from `kl_baseline` over the whole optimizer batch.
         beta: β > 0.
         desirable_weight, undesirable_weight: λ_D, λ_U ≥ 0.
     Returns: loss, [N]; float32, or float64 for float64. The constants of the paper's λ − v are in it: the loss is in

@@ -1,5 +1,6 @@
 """From log-probabilities of tokens to the numbers that losses of preferences take: one per completion."""
 
+import math
 from typing import Literal
 
 import torch
@@ -9,8 +10,8 @@ from taurl.functional._inputs import at_least_float32, require_mask, require_pos
 
 Divergence = Literal["reverse_kl", "js_divergence", "forward_kl", "alpha_divergence"]
 
-# exp(40) = 2e17: its square, which IPO takes, and a sum over a batch of squares stay finite in float32.
-LARGEST_EXPONENT = 40.0
+# Its square, which IPO takes, and a sum over a batch of squares stay finite in float32.
+LARGEST_SCORE = math.exp(40.0)  # 2e17
 
 
 def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, at_least_float32(logprobs), 0.0).sum(1)
 
 
-def length_desensitised_logprobs(logprobs: Tensor, mask: Tensor, public_lengths: Tensor, *, alpha: float) -> Tensor:
+def length_desensitized_logprobs(logprobs: Tensor, mask: Tensor, public_lengths: Tensor, *, alpha: float) -> Tensor:
     """LD-DPO: log-probability of each completion, with less weight on what it is longer by than its pair's other one.
 
         Σ_{t ≤ l} log π(y_t) + α · Σ_{t > l} log π(y_t),   l = min(|y_w|, |y_l|)
@@ -90,8 +91,8 @@ def divergence_scores(log_ratios: Tensor, divergence: Divergence, *, alpha: floa
     Args:
         log_ratios: float [N], x.
         alpha: α in [0, 1], for "alpha_divergence" only.
-    Returns: scores, [N], 0 where x is; float32, or float64 for float64. Exponents stop at LARGEST_EXPONENT, where the
-        gradient becomes 0.
+    Returns: scores, [N], 0 where x is; float32, or float64 for float64. Where π is so unlikely that a power of u would
+        take its score below −LARGEST_SCORE, the score stops there and the gradient is 0.
     Raises: ValueError if log_ratios are not float [N], the divergence is unknown or alpha is outside [0, 1].
     Source: Wang et al. 2023, arXiv:2309.16240.
     """
@@ -114,5 +115,7 @@ def divergence_scores(log_ratios: Tensor, divergence: Divergence, *, alpha: floa
 
 
 def _power_score(log_ratios: Tensor, alpha: float) -> Tensor:
-    # expm1: near 0, and for small α everywhere, 1 − exp(−αx) would lose its digits.
-    return -torch.expm1((-alpha * log_ratios).clamp(max=LARGEST_EXPONENT)) / alpha
+    # expm1: near 0, and for small α everywhere, 1 − exp(−αx) would lose its digits. The exponent's bound depends on α,
+    # for what is bounded is the quotient. float64, where αx does not underflow: they are a few numbers.
+    exponents = (-alpha * log_ratios.double()).clamp(max=math.log1p(alpha * LARGEST_SCORE))
+    return (-torch.expm1(exponents) / alpha).to(log_ratios.dtype)

@@ -18,6 +18,9 @@ from taurl.functional._inputs import at_least_float32
 # per row than at 512, at 128 rows 15 to 25%, at 64 rows 35 to 40% (d = 576, one core, float32 and bfloat16).
 CHUNK_BYTES = 64 * 2**20
 
+# exp(−1000) is 0 in float64 too: at and below it p · log p is 0, and log p, which may be −∞, may stand for any such.
+LEAST_LOG_PROBABILITY = -1000.0
+
 
 def chosen_logprobs(
     hidden: Tensor,
@@ -39,6 +42,9 @@ def chosen_logprobs(
 
         ∂logprob/∂z_v = [v = token] − p_v,   ∂entropy/∂z_v = −p_v (log p_v + entropy)
 
+    A bias of −∞ forbids a token: p = 0, and p · log p = 0 in value and gradient. (With a softcap it does not: tanh(−∞)
+    is −1.)
+
     Matrix products run in the dtype of the inputs, everything between them in float32 (float64 for float64), and the
     weight's gradient adds up over the chunks in that dtype. Neither pass makes a tensor larger than a chunk of
     logits, the inputs or their gradients. The gradient itself cannot be differentiated again.
@@ -47,7 +53,7 @@ def chosen_logprobs(
         hidden: float [N, d], final hidden states, those that predict `tokens`. N may be 0.
         weight: float [V, d], the output embedding, of the same dtype.
         tokens: int64 [N], in [0, V).
-        bias: float [V], of the same dtype.
+        bias: float [V], of the same dtype; −∞ for a token that is forbidden, not for all.
         temperature: > 0.
         softcap: > 0.
         rows_per_chunk: rows of logits held at a time; by default what CHUNK_BYTES holds. The result does not depend
@@ -83,7 +89,7 @@ class _ChosenLogprobs(torch.autograd.Function):
         rows_per_chunk: int,
     ) -> tuple[Tensor, Tensor]:
         logprobs = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        normalisers, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        normalizers, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs)
         for rows in _chunks(len(hidden), rows_per_chunk):
             logits = _logits(hidden[rows], weight, bias, temperature, softcap)
             largest = logits.amax(1, keepdim=True)
@@ -93,9 +99,11 @@ class _ChosenLogprobs(torch.autograd.Function):
             total = exponentials.sum(1)
             log_total = total.log()
             logprobs[rows] = chosen - log_total
+            if bias is not None:  # nothing else makes a logit −∞
+                logits.clamp_(min=LEAST_LOG_PROBABILITY)
             entropy[rows] = log_total - torch.linalg.vecdot(exponentials, logits) / total
-            normalisers[rows] = log_total + largest[:, 0]
-        ctx.save_for_backward(hidden, weight, bias, tokens, normalisers, entropy)
+            normalizers[rows] = log_total + largest[:, 0]
+        ctx.save_for_backward(hidden, weight, bias, tokens, normalizers, entropy)
         ctx.temperature, ctx.softcap, ctx.rows_per_chunk = temperature, softcap, rows_per_chunk
         ctx.set_materialize_grads(False)  # an output without a gradient costs nothing in backward
         return logprobs, entropy
@@ -108,16 +116,16 @@ class _ChosenLogprobs(torch.autograd.Function):
             raise RuntimeError("the gradient of chosen_logprobs cannot be differentiated again: create_graph is set")
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 7
-        hidden, weight, bias, tokens, normalisers, entropy = ctx.saved_tensors
+        hidden, weight, bias, tokens, normalizers, entropy = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=normalisers.dtype) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=normalisers.dtype) if wants_bias else None
+        grad_weight = torch.zeros_like(weight, dtype=normalizers.dtype) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=normalizers.dtype) if wants_bias else None
         for rows in _chunks(len(hidden), ctx.rows_per_chunk):
             grad_exact = _logits_gradient(
                 _logits(hidden[rows], weight, bias, ctx.temperature, ctx.softcap),
                 tokens[rows],
-                normalisers[rows],
+                normalizers[rows],
                 entropy[rows],
                 None if grad_logprobs is None else grad_logprobs[rows] / ctx.temperature,
                 None if grad_entropy is None else grad_entropy[rows] / ctx.temperature,
@@ -153,7 +161,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: fl
 def _logits_gradient(
     logits: Tensor,
     tokens: Tensor,
-    normalisers: Tensor,
+    normalizers: Tensor,
     entropy: Tensor,
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
@@ -164,12 +172,13 @@ def _logits_gradient(
     The incoming gradients are already divided by the temperature; `bound` is what the soft-capped |z| stays below.
     """
     slope = None if bound is None else (logits / bound).square_().neg_().add_(1)  # d tanh = 1 − tanh²
-    log_probabilities = logits.sub_(normalisers[:, None])
+    log_probabilities = logits.sub_(normalizers[:, None])
     # g_l · (onehot − p) − g_e · p · (log p + H)  =  g_l · onehot + p · (−g_l − g_e · H − g_e · log p)
     if grad_entropy is None:
         assert grad_logprobs is not None
         gradient = log_probabilities.exp_().mul_(-grad_logprobs[:, None])
     else:
+        log_probabilities.clamp_(min=LEAST_LOG_PROBABILITY)
         constant = -grad_entropy * entropy if grad_logprobs is None else -grad_entropy * entropy - grad_logprobs
         factor = torch.addcmul(constant[:, None], log_probabilities, -grad_entropy[:, None])
         gradient = log_probabilities.exp_().mul_(factor)

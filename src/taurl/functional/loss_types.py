@@ -35,14 +35,16 @@ class LossDefinition(NamedTuple):
 
     surrogate: "clip" is `surrogates.clipped_surrogate`, the others go by their names.
     aggregation: what each token counts, see `aggregation.token_weights`.
-    ratio: the level of the paper; others are experiments. None: the surrogate takes none.
-    meaning: one sentence, for a help text.
+    ratio_level: that of the paper; others are experiments. None: the surrogate takes no ratio.
+    meaning: one sentence, for the pages.
+    clip_high: ε_high unless told otherwise.
     """
 
     surrogate: Literal["clip", "cispo", "sapo", "vespo"]
     aggregation: Aggregation
-    ratio: RatioLevel | None
+    ratio_level: RatioLevel | None
     meaning: str
+    clip_high: float = 0.2
 
 
 LOSS_TYPES: dict[LossType, LossDefinition] = {
@@ -60,7 +62,11 @@ LOSS_TYPES: dict[LossType, LossDefinition] = {
     "bnpo": LossDefinition("clip", "token", "token", "the same as dapo, which here is the same for any micro-batch"),
     # MiniMax 2025, arXiv:2506.13585, eq. 4.
     "cispo": LossDefinition(
-        "cispo", "token", "token", "the importance weight is clipped instead of the update: no token loses its gradient"
+        "cispo",
+        "token",
+        "token",
+        "the importance weight is clipped instead of the update: no token loses its gradient",
+        clip_high=4.0,  # a cap of 5, TRL's recommendation
     ),
     # Gao et al. 2025, arXiv:2511.20347, eq. 5.
     "sapo": LossDefinition("sapo", "sequence", "token", "a smooth gate about ratio 1 in place of the clip"),
@@ -97,9 +103,9 @@ def policy_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
-    ratio: RatioLevel | None = None,
+    ratio_level: RatioLevel | None = None,
     clip_low: float = 0.2,
-    clip_high: float = 0.2,
+    clip_high: float | None = None,
     dual_clip: float = math.inf,
     sapo_temperatures: tuple[float, float] = (1.0, 1.05),
     vespo_kernels: tuple[tuple[float, float], tuple[float, float]] = ((2.0, 3.0), (3.0, 2.0)),
@@ -119,15 +125,16 @@ def policy_loss(
         logprobs, old_logprobs: float [N, L]; no gradient into the old ones.
         advantages: float [N, L], or [N, 1] for one per sequence.
         mask: bool [N, L]; masked positions may hold anything, have loss 0 and get no gradient.
-        ratio: level of the importance ratio; None for the loss type's own. Not for vespo.
-        clip_low, clip_high, dual_clip: see `surrogates.clipped_surrogate`; clip_high also for `surrogates.cispo`,
-            where a useful value is some 4.
+        ratio_level: of the importance ratio; None for the loss type's own. Not for vespo.
+        clip_low, clip_high, dual_clip: see `surrogates.clipped_surrogate`; clip_high also for `surrogates.cispo`. None:
+            the loss type's own, 0.2, and 4 for cispo. Where the surrogate has no clip they are not read, and a finite
+            dual_clip is refused.
         sapo_temperatures: where A > 0 and where A ≤ 0.
         vespo_kernels: (k, λ) where A ≥ 0 and where A < 0.
     Returns: loss, [N, L]; float32, or float64 for float64.
     Raises: ValueError if shapes do not fit, the mask is not boolean, a name is unknown or a number is out of range.
     """
-    surrogate, level = _definition(loss_type).surrogate, _level(loss_type, ratio)
+    surrogate, level, clip_high = _options(loss_type, ratio_level, clip_high, dual_clip)
     logprobs, old_logprobs, advantages = _filled(logprobs, old_logprobs, advantages, mask)
     if level is None:
         log_weights = trajectory_log_weights(logprobs, old_logprobs, mask)
@@ -148,9 +155,9 @@ def clipped_tokens(
     advantages: Tensor,
     mask: Tensor,
     *,
-    ratio: RatioLevel | None = None,
+    ratio_level: RatioLevel | None = None,
     clip_low: float = 0.2,
-    clip_high: float = 0.2,
+    clip_high: float | None = None,
     dual_clip: float = math.inf,
 ) -> tuple[Tensor, Tensor]:
     """Where `policy_loss` clips, low and high, for the logs.
@@ -161,14 +168,14 @@ def clipped_tokens(
     Args, Raises: as `policy_loss`.
     Returns: low, high, bool [N, L], False where masked.
     """
-    surrogate, level = _definition(loss_type).surrogate, _level(loss_type, ratio)
+    surrogate, level, clip_high = _options(loss_type, ratio_level, clip_high, dual_clip)
     logprobs, old_logprobs, advantages = _filled(logprobs.detach(), old_logprobs, advantages, mask)
     nowhere = torch.zeros_like(mask)
     if level is None or surrogate == "sapo":
         return nowhere, nowhere
     ratios = _ratios(level, logprobs, old_logprobs, mask)
     if surrogate == "cispo":
-        return nowhere, ratios > 1 + clip_high
+        return nowhere, mask & (ratios > 1 + clip_high)  # a row's ratio stands at its masked positions too
     return clip_indicators(ratios, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
 
 
@@ -190,15 +197,18 @@ def _filled(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Te
     return logprobs, old_logprobs, advantages
 
 
-def _level(loss_type: LossType, ratio: RatioLevel | None) -> RatioLevel | None:
-    own = LOSS_TYPES[loss_type].ratio
-    if ratio is None:
-        return own
-    if own is None:
-        raise ValueError(f"ratio is {ratio!r}, expected none: {loss_type} weighs whole trajectories")
-    if ratio not in get_args(RatioLevel):
-        raise ValueError(f"ratio is {ratio!r}, expected one of {', '.join(get_args(RatioLevel))}")
-    return ratio
+def _options(
+    loss_type: LossType, ratio_level: RatioLevel | None, clip_high: float | None, dual_clip: float
+) -> tuple[str, RatioLevel | None, float]:
+    """Surrogate, level and ε_high, the loss type's own where not given."""
+    own = _definition(loss_type)
+    if ratio_level is not None and own.ratio_level is None:
+        raise ValueError(f"ratio_level is {ratio_level!r}, expected none: {loss_type} weighs whole trajectories")
+    if ratio_level not in (None, *get_args(RatioLevel)):
+        raise ValueError(f"ratio_level is {ratio_level!r}, expected one of {', '.join(get_args(RatioLevel))}")
+    if dual_clip != math.inf and own.surrogate != "clip":
+        raise ValueError(f"dual_clip is {dual_clip}, but {loss_type} does not clip: leave it out")
+    return own.surrogate, ratio_level or own.ratio_level, own.clip_high if clip_high is None else clip_high
 
 
 def _ratios(level: RatioLevel, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:

@@ -1,13 +1,17 @@
 """Losses of reward models: which of two is better, how good one is, in which order several stand.
 
-Each returns one loss per row, to be minimised; a row's loss depends on that row alone, so a batch may be cut anywhere.
+Each returns one loss per row, to be minimized; a row's loss depends on that row alone, so a batch may be cut anywhere.
+Margins, targets and labels are constants: no gradient flows into them.
 """
+
+import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from taurl.functional._inputs import at_least_float32, require_mask, require_positive, require_rows, require_same_shape
+from taurl.functional._inputs import at_least_float32, require_mask, require_rows, require_same_shape
+from taurl.functional.value_losses import huber_value_loss
 
 
 def pairwise_loss(
@@ -15,7 +19,7 @@ def pairwise_loss(
     rejected_rewards: Tensor,
     *,
     margins: Tensor | None = None,
-    centring: float = 0.0,
+    centering: float = 0.0,
 ) -> Tensor:
     """Bradley–Terry: minus the log-probability that the chosen one beats the rejected one.
 
@@ -27,45 +31,46 @@ def pairwise_loss(
     Args:
         chosen_rewards, rejected_rewards: float [N], f(x_i) and f(x_j).
         margins: float [N], m; none is 0.
-        centring: c ≥ 0; TRL calls it `center_rewards_coefficient`.
+        centering: c ≥ 0; TRL calls it `center_rewards_coefficient`.
     Returns: loss, [N]; float32, or float64 for float64.
-    Raises: ValueError if shapes differ or centring is negative.
-    Source: Bradley and Terry 1952; margin: Touvron et al. 2023, arXiv:2307.09288; centring: Eisenstein et al. 2023,
+    Raises: ValueError if shapes differ or centering is negative.
+    Source: Bradley and Terry 1952; margin: Touvron et al. 2023, arXiv:2307.09288; centering: Eisenstein et al. 2023,
         arXiv:2312.09244, eq. 2.
     """
     require_rows(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
-    if not 0 <= centring < float("inf"):
-        raise ValueError(f"centring is {centring}, expected a finite number of at least 0")
+    if not 0 <= centering < float("inf"):
+        raise ValueError(f"centering is {centering}, expected a finite number of at least 0")
     chosen, rejected = at_least_float32(chosen_rewards), at_least_float32(rejected_rewards)
     differences = chosen - rejected
     if margins is not None:
         require_rows(chosen_rewards=chosen_rewards, margins=margins)
-        differences = differences - margins.to(differences.dtype)
+        differences = differences - margins.detach().to(differences.dtype)
     loss = -functional.logsigmoid(differences)
-    return loss + centring * (chosen + rejected).square() if centring else loss
+    return loss + centering * (chosen + rejected).square() if centering else loss
 
 
-def regression_loss(rewards: Tensor, targets: Tensor, *, huber_threshold: float | None = None) -> Tensor:
+def regression_loss(rewards: Tensor, targets: Tensor, *, huber_threshold: float = math.inf) -> Tensor:
     """Point-wise regression of a score.
 
         d = f(x) − y
-        loss = d²                                        without a threshold: its mean is the MSE
-               ½ d²  where |d| ≤ δ,  δ (|d| − ½ δ) else  with threshold δ (Huber): outliers pull with force δ at most
+        loss = ½ d²             |d| ≤ δ, so everywhere without a threshold: the MSE is twice its mean
+               δ (|d| − ½ δ)    otherwise (Huber): outliers pull with force δ at most
+
+    It is `huber_value_loss` of a score, with the factor ½ of all squared errors there.
 
     Args:
         rewards: float [N], f(x).
         targets: float [N], y.
-        huber_threshold: δ > 0.
+        huber_threshold: δ > 0; by default none.
     Returns: loss, [N]; float32, or float64 for float64.
     Raises: ValueError if shapes differ or the threshold is not positive.
     Source: Huber 1964, "Robust Estimation of a Location Parameter", Annals of Mathematical Statistics 35(1).
     """
     require_rows(rewards=rewards, targets=targets)
-    found, wanted = at_least_float32(rewards), targets.to(torch.promote_types(rewards.dtype, torch.float32))
-    if huber_threshold is None:
-        return (found - wanted).square()
-    require_positive(huber_threshold=huber_threshold)
-    return functional.huber_loss(found, wanted, reduction="none", delta=huber_threshold)
+    if not huber_threshold > 0:
+        raise ValueError(f"huber_threshold is {huber_threshold}, expected a positive number")
+    rewards = at_least_float32(rewards)
+    return huber_value_loss(rewards, targets.to(rewards.dtype), threshold=huber_threshold)
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -81,7 +86,7 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     require_rows(logits=logits, labels=labels)
     values = at_least_float32(logits)
-    labels = labels.to(values.dtype)
+    labels = labels.detach().to(values.dtype)
     if not ((labels >= 0) & (labels <= 1)).all():
         raise ValueError(f"labels run from {labels.min()} to {labels.max()}, expected booleans or numbers in [0, 1]")
     return functional.binary_cross_entropy_with_logits(values, labels, reduction="none")
@@ -115,5 +120,5 @@ def plackett_luce_loss(rewards: Tensor, mask: Tensor | None = None) -> Tensor:
     # has no exact gradient. The diagonal keeps the rows of masked entries finite, backwards too.
     rest = torch.ones(length, length, dtype=torch.bool, device=rewards.device).triu() & mask[:, None, :]
     rest = rest | torch.eye(length, dtype=torch.bool, device=rewards.device)
-    normalisers = values[:, None, :].expand(-1, length, -1).masked_fill(~rest, -torch.inf).logsumexp(2)
-    return torch.where(mask, normalisers - values, 0.0).sum(1)
+    normalizers = values[:, None, :].expand(-1, length, -1).masked_fill(~rest, -torch.inf).logsumexp(2)
+    return torch.where(mask, normalizers - values, 0.0).sum(1)

@@ -1,4 +1,4 @@
-"""Losses of pairs without a reference model: CPO, SimPO, ORPO. One per pair, to be minimised, each of its row alone.
+"""Losses of pairs without a reference model: CPO, SimPO, ORPO. One per pair, to be minimized, each of its row alone.
 
 w is the chosen answer, l the rejected one, ℓ = log π(y) of a whole answer and ℓ̄ = ℓ/|y| per token. Where a likelihood
 of the chosen answer is added it is −ℓ̄_w, whose mean over rows is a mean of means; `direct_preference.sft_loss` says

@@ -6,18 +6,16 @@ nothing is read from it, `next_values` may be NaN there, also where the step cou
 has a future that was not sampled, and so has the last step of the rollout: they bootstrap from `next_values[t]`, V of
 the state that followed, before any reset. Steps that only reset are masked by the caller.
 
-Token form [N, L]: a row is an episode, its tokens are the steps that the mask keeps. Positions masked *inside* a row,
-text that the environment wrote between two turns, are no steps: the row is closed up as if they were not there, so
-credit crosses them undiscounted, and the state after a turn's last token is the one before the next turn's first. They
-and the padding may hold anything, and get 0. A reward for what the environment answered belongs on the token before.
+Nothing crosses an end: a NaN or infinity in one episode, or on a step that only resets, leaves the others as they are.
 
 All results are targets, detached; float32, or float64 if an input is. They come from one recurrence, `reverse_scan`.
+The same for rows of tokens is in `token_returns`.
 """
 
 import torch
 from torch import Tensor
 
-from taurl.functional._inputs import of_one_dtype, require_mask, require_same_shape
+from taurl.functional._inputs import of_one_dtype, require_same_shape
 from taurl.functional._scan import reverse_scan
 
 
@@ -96,8 +94,9 @@ def lambda_returns(
               r_t + γ · V(s_{t+1})                                 truncated, or the last step of the rollout
               r_t + γ · [ (1 − λ) · V(s_{t+1}) + λ · G_{t+1} ]     otherwise
 
-    λ = 0 is the TD(0) target, λ = 1 the discounted return, which reads `next_values` only at the ends. It is what
-    `generalized_advantage` adds to V(s_t), if `next_values[t]` is `values[t + 1]` wherever the episode goes on.
+    λ = 0 is the TD(0) target, λ = 1 the discounted return, which reads `next_values` only at the ends. If
+    `next_values[t]` is `values[t + 1]` wherever the episode goes on, the λ-return is V(s_t) plus
+    `generalized_advantage`.
 
     Args:
         rewards, next_values: float [T, B]; `next_values` is anything where the formula does not read it.
@@ -135,7 +134,9 @@ def generalized_advantage(
         A_t = δ_t + γλ · (1 − done_t) · A_{t+1},   done = terminated or truncated
 
     A terminated step has no future; a truncated one has a future that was not sampled, so it bootstraps from V but the
-    trace stops. A past the end of the rollout is 0. λ = 0 is the TD error, λ = 1 the discounted return minus V(s_t).
+    trace stops. A past the end of the rollout is 0. λ = 0 is the TD error. If `next_values[t]` is `values[t + 1]`
+    wherever the episode goes on, A_t + V(s_t) is the λ-return, the critic's target, and with λ = 1 the discounted
+    return.
 
     Stable-Baselines3 gets the same advantages by adding γ · V to the reward of a truncated step.
 
@@ -144,7 +145,7 @@ def generalized_advantage(
             reset, and anything where terminated.
         terminated, truncated: bool [T, B].
         discount, trace_decay: γ and λ in [0, 1].
-    Returns: advantages, [T, B]. `advantages + values` are the λ-returns, the critic's targets.
+    Returns: advantages, [T, B].
     Raises: ValueError if shapes or dtypes do not fit or a factor is outside [0, 1].
     Source: Schulman et al. 2016, arXiv:1506.02438, eq. 16.
     """
@@ -176,9 +177,9 @@ def v_trace(
         v_t = V(s_t) + ρ_t · δ_t + γ · c_t · (v_{t+1} − V(s_{t+1}))
         A_t = ρ_t · ( r_t + γ · [ (1 − λ) · V(s_{t+1}) + λ · v_{t+1} ] − V(s_t) )
 
-    Ends are those of `generalized_advantage`: V(s_{t+1}) is 0 where terminated, and v_{t+1} is V(s_{t+1}) where
-    nothing more was sampled. ρ̄ decides what is estimated, V of π if nothing is cut; c̄ only how fast. On-policy
-    (π = μ, caps at least 1) v is the λ-return and A is GAE(γ, λ).
+    Ends are those of `generalized_advantage`: V(s_{t+1}) is 0 where terminated, and v_{t+1} is V(s_{t+1}) where nothing
+    more was sampled. ρ̄ decides what is estimated, V of π if nothing is cut; c̄ only how fast. On-policy (π = μ, caps
+    at least 1), and with `next_values[t]` as in `lambda_returns`, v is the λ-return and A is GAE(γ, λ).
 
     The paper's advantage is the one of λ = 1, the default. For smaller λ it keeps v_{t+1} alone; mixed with V here,
     as rlax does, it keeps the last sentence true and lets λ trade bias for variance in both results.
@@ -201,72 +202,9 @@ def v_trace(
     errors = _td_errors(rewards, values, next_values, terminated, discount)
     decays = _decays(terminated | truncated, errors, discount * trace_decay)
     weights = ratios.clamp(max=ratio_cap)
-    corrections = reverse_scan(decays * ratios.clamp(max=trace_cap), weights * errors)  # v_t − V(s_t)
+    corrections = reverse_scan(_weighed(decays, ratios.clamp(max=trace_cap)), weights * errors)  # v_t − V(s_t)
     following = torch.cat([corrections[1:], torch.zeros_like(corrections[:1])])
-    return values + corrections, weights * torch.addcmul(errors, decays, following)
-
-
-@torch.no_grad()
-def token_returns(
-    rewards: Tensor,
-    mask: Tensor,
-    *,
-    discount: float,
-    truncated: Tensor | None = None,
-    final_values: Tensor | None = None,
-) -> Tensor:
-    """`discounted_returns` of token sequences, with each row's tokens closed up (see the top of this file).
-
-    Args:
-        rewards: float [N, L].
-        mask: bool [N, L], the tokens that the policy chose.
-        discount: γ in [0, 1].
-        truncated: bool [N], rows that were cut off; by default none, and every row terminates at its last token.
-        final_values: float [N], V of the state after a truncated row's last token; anything for the other rows.
-    Returns: returns, [N, L], 0 where masked.
-    Raises: ValueError if shapes or dtypes do not fit, γ is outside [0, 1], or only one of `truncated` and
-        `final_values` is given.
-    """
-    require_mask(mask, rewards=rewards)
-    terminated, cut, final_values = _row_ends(mask, truncated, final_values)
-    returns = discounted_returns(
-        _closed_up(rewards, mask), final_values.expand(cut.shape), terminated, cut, discount=discount
-    )
-    return _spread_out(returns, mask)
-
-
-@torch.no_grad()
-def token_generalized_advantage(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    *,
-    discount: float,
-    trace_decay: float,
-    truncated: Tensor | None = None,
-    final_values: Tensor | None = None,
-) -> Tensor:
-    """`generalized_advantage` of token sequences, with each row's tokens closed up (see the top of this file).
-
-    Args:
-        rewards: float [N, L].
-        values: float [N, L], V of the state in which the token was chosen.
-        mask: bool [N, L], the tokens that the policy chose.
-        discount, trace_decay: γ and λ in [0, 1].
-        truncated: bool [N], rows that were cut off; by default none, and every row terminates at its last token.
-        final_values: float [N], V of the state after a truncated row's last token; anything for the other rows.
-    Returns: advantages, [N, L], 0 where masked.
-    Raises: ValueError if shapes or dtypes do not fit, a factor is outside [0, 1], or only one of `truncated` and
-        `final_values` is given.
-    """
-    require_mask(mask, rewards=rewards, values=values)
-    terminated, cut, final_values = _row_ends(mask, truncated, final_values)
-    rewards, values, final_values = of_one_dtype(_closed_up(rewards, mask), _closed_up(values, mask), final_values)
-    next_values = torch.where(cut, final_values, values.roll(-1, 0))  # what wraps around is not read
-    advantages = generalized_advantage(
-        rewards, values, next_values, terminated, cut, discount=discount, trace_decay=trace_decay
-    )
-    return _spread_out(advantages, mask)
+    return values + corrections, weights * (errors + _weighed(decays, following))
 
 
 def _td_errors(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, discount: float) -> Tensor:
@@ -278,38 +216,9 @@ def _decays(done: Tensor, like: Tensor, decay: float) -> Tensor:
     return torch.full_like(like, decay).masked_fill_(done, 0.0)
 
 
-def _row_ends(mask: Tensor, truncated: Tensor | None, final_values: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of closed-up rows in time-major order: terminated, truncated [L, N] and the values [N] behind truncated rows.
-
-    Padding counts as terminated, so that nothing is read there.
-    """
-    count, length = mask.shape
-    if (truncated is None) != (final_values is None):
-        raise ValueError("truncated and final_values belong together, found only one of them")
-    if truncated is None or final_values is None:
-        truncated, final_values = mask.new_zeros(count), mask.new_zeros(count, dtype=torch.float32)
-    if truncated.dtype != torch.bool or not truncated.shape == final_values.shape == (count,):
-        raise ValueError(
-            f"truncated is {truncated.dtype} {list(truncated.shape)}, final_values {list(final_values.shape)}: "
-            f"expected torch.bool [{count}] and [{count}], one per row of the mask"
-        )
-    steps_left = mask.sum(1) - 1 - torch.arange(length, device=mask.device)[:, None]
-    cut = (steps_left == 0) & truncated
-    return (steps_left <= 0) & ~cut, cut, final_values
-
-
-def _closed_up(tensor: Tensor, mask: Tensor) -> Tensor:
-    """[N, L] to time-major [L, N], each row's masked-in elements first and zeros after them."""
-    return torch.zeros_like(tensor).masked_scatter(_closed_up_mask(mask), tensor[mask]).T
-
-
-def _spread_out(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Undo `_closed_up`, with zeros where masked."""
-    return tensor.new_zeros(mask.shape).masked_scatter(mask, tensor.T[_closed_up_mask(mask)])
-
-
-def _closed_up_mask(mask: Tensor) -> Tensor:
-    return torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
+def _weighed(decays: Tensor, numbers: Tensor) -> Tensor:
+    """Their product, 0 where the decay is: a step that takes nothing over does not read what it would have taken."""
+    return (decays * numbers).masked_fill_(decays == 0, 0.0)
 
 
 def _require_steps(terminated: Tensor, truncated: Tensor, **floats: Tensor) -> None:

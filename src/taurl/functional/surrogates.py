@@ -1,6 +1,6 @@
 """Surrogate objectives: losses whose gradient is a policy gradient.
 
-One loss per token, to be minimised; what a token counts in the whole is `aggregation`'s business. With ρ the ratio of a
+One loss per token, to be minimized; what a token counts in the whole is `aggregation`'s business. With ρ the ratio of a
 token or of its sequence (`importance`), A the advantage and sg[·] a stopped gradient:
 
     reinforce             −w · A · log π                                     w: sampled by another policy
@@ -11,10 +11,11 @@ token or of its sequence (`importance`), A the advantage and sg[·] a stopped gr
     vespo                 −sg[φ(W)] · A · log π                              W: ratio of the whole trajectory
     kl_penalized          −ρ · A + β · KL
 
-Where ρ = W = 1, as on the first update after sampling, the gradient of each is −A · ∇log π; they differ in what becomes
-of it as π moves away. Advantages and weights are constants: no gradient flows into them. Positions do not mix, so what
-stands at a masked one stays there; its gradient can be NaN where its input is not finite, and `loss_types.policy_loss`
-fills those.
+Where ρ = W = 1, as on the first update after sampling, the gradient of each is −A · ∇log π (of kl_penalized only if KL
+is the divergence from π_old, whose gradient is 0 there); they differ in what becomes of it as π moves away. Advantages
+and weights are constants: no gradient flows into them. There is no mask: each position's loss depends on that position
+alone, and a NaN or infinity at one that does not count makes its own loss or gradient NaN and no other's.
+`loss_types.policy_loss` takes a mask and fills those positions first.
 """
 
 import math
@@ -62,7 +63,7 @@ def importance_weighted(ratios: Tensor, advantages: Tensor) -> Tensor:
 def clipped_surrogate(
     ratios: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float = math.inf
 ) -> Tensor:
-    """PPO's clipped objective with bounds of its own on each side, as a loss per token (to be minimised).
+    """PPO's clipped objective with bounds of its own on each side, as a loss per token (to be minimized).
 
         loss = −min( ρ·A, clip(ρ, 1 − ε_low, 1 + ε_high)·A )
         dual clip: where A < 0 the minimum is at least c·A

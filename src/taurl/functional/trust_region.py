@@ -1,6 +1,6 @@
 """The natural gradient step of TRPO: as far as the surrogate's linear model asks, no further than the KL allows.
 
-    minimise  surrogate(θ)   subject to   KL(θ) = mean KL(π_old ‖ π_θ) ≤ δ
+    minimize  surrogate(θ)   subject to   KL(θ) = mean KL(π_old ‖ π_θ) ≤ δ
     surrogate ≈ surrogate(θ_old) + gᵀs,   KL ≈ ½ sᵀHs,   s = θ − θ_old,   H the Fisher matrix
     s = β x,   H x = −g,   β = √(2δ / xᵀHx),   then β shrinks until both hold for the functions themselves
 
@@ -9,7 +9,7 @@ argument of the divergence is fixed before the step:
 
     old_logits = policy(observations).detach()
     trust_region_step(
-        surrogate=lambda: surrogate_loss(policy(observations), actions, advantages),     # a mean; to be minimised
+        surrogate=lambda: surrogate_loss(policy(observations), actions, advantages),     # a mean; to be minimized
         kl=lambda: categorical_kl(old_logits, policy(observations)).mean(),
         parameters=list(policy.parameters()),
         max_kl=0.01,

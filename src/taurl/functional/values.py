@@ -1,4 +1,4 @@
-"""Values: what V and Q should become (targets), how far off they are (losses), and how Q, V and A hang together.
+"""Values: what V and Q should become (targets), and how Q, V and A hang together. Losses are in `value_losses`.
 
 Shapes are free: one shape [..] for what belongs to a step, [.., A] for what belongs to each of A actions. Targets are
 detached, the rest is differentiable where it says nothing else; float32, or float64 if an input is.
@@ -7,9 +7,6 @@ All targets have the form r + γ^n · (1 − terminated) · (a value of s_{t+n})
 the sum of n discounted rewards as `rewards`, γ^n, or a tensor where some sums were cut short. A truncated step is
 *not* terminated: its next state has a value like any other. Next values are never read where terminated and may be
 anything there, NaN included. An action that is not allowed has Q = −∞.
-
-Losses are per element, and the caller weighs them; an element of weight 0 must still be finite, as a network's output
-at padding and the 0 that the token returns have there are.
 """
 
 from typing import Literal
@@ -62,7 +59,8 @@ def q_learning_target(
         discount: γ^n in [0, 1], a number or float [..].
     Returns: targets, [..], detached.
     Raises: ValueError if shapes or dtypes do not fit or a discount is outside [0, 1].
-    Source: Watkins and Dayan 1992, "Q-learning", Machine Learning 8; Mnih et al. 2013 (DQN), arXiv:1312.5602.
+    Source: Watkins and Dayan 1992, "Q-learning", Machine Learning 8; target network: Mnih et al. 2015, "Human-level
+        control through deep reinforcement learning", Nature 518.
     """
     _require_actions(next_action_values=next_action_values)
     return td_target(rewards, next_action_values.amax(-1), terminated, discount=discount)
@@ -232,108 +230,12 @@ def dueling_action_values(values: Tensor, advantages: Tensor, *, baseline: Dueli
     values, advantages = of_one_dtype(values, advantages)
     match baseline:
         case "mean":
-            centred = advantages - advantages.mean(-1, keepdim=True)
+            centered = advantages - advantages.mean(-1, keepdim=True)
         case "max":
-            centred = advantages - advantages.amax(-1, keepdim=True)
+            centered = advantages - advantages.amax(-1, keepdim=True)
         case _:
             raise ValueError(f"baseline is {baseline!r}, expected 'mean' or 'max'")
-    return values[..., None] + centred
-
-
-def squared_value_loss(values: Tensor, targets: Tensor) -> Tensor:
-    """½ (V − target)² per element, with gradient V − target.
-
-    Stable-Baselines3's PPO and A2C leave out the half: a value coefficient of theirs is twice as much here (its 0.5
-    is 1). Huber's loss has the half everywhere, so with it one coefficient fits all three losses of this file.
-
-    Args:
-        values: float, any shape.
-        targets: float, the same shape; gets no gradient.
-    Returns: loss, the same shape.
-    Raises: ValueError if shapes differ.
-    """
-    return 0.5 * _value_errors(values, targets).square()
-
-
-def huber_value_loss(values: Tensor, targets: Tensor, *, threshold: float = 1.0) -> Tensor:
-    """Huber's loss: squared near the target, linear beyond, so that one outlier does not rule the gradient.
-
-        ½ e²            |e| ≤ κ,   e = V − target
-        κ (|e| − ½ κ)   otherwise
-
-    The gradient is e clipped to [−κ, κ]. κ = 1 is what DQN and Stable-Baselines3's DQN use.
-
-    Args:
-        values: float, any shape.
-        targets: float, the same shape; gets no gradient.
-        threshold: κ > 0; `math.inf` for the squared loss.
-    Returns: loss, the same shape.
-    Raises: ValueError if shapes differ or κ is not positive.
-    Source: Huber 1964, "Robust Estimation of a Location Parameter", Annals of Mathematical Statistics 35(1).
-    """
-    if not threshold > 0:
-        raise ValueError(f"threshold is {threshold}, expected a positive number")
-    sizes = _value_errors(values, targets).abs()
-    quadratic = sizes.clamp(max=threshold)  # both branches in one: no square of a large error, no 0 · ∞ in backward
-    return quadratic * (sizes - 0.5 * quadratic)
-
-
-def clipped_value_loss(values: Tensor, old_values: Tensor, targets: Tensor, *, clip: float) -> Tensor:
-    """PPO's value loss: no reward for moving V further than ε from what it was when the data was sampled.
-
-        ½ max( (V − target)², (V_old + clip(V − V_old, −ε, ε) − target)² )
-
-    The gradient is V − target, except where V has moved by more than ε and is nearer to the target for it: there it
-    is 0. This is the value loss of OpenAI's PPO code, not of the paper. Stable-Baselines3's `clip_range_vf` leaves out
-    the maximum (and the half): a V that strayed *away* from its target by more than ε gets no gradient there and stays
-    astray; here it is pulled back. ε is in units of V, so it depends on the scale of the rewards.
-
-    Args:
-        values: float, any shape.
-        old_values, targets: float, the same shape; get no gradient.
-        clip: ε ≥ 0; `math.inf` for the squared loss.
-    Returns: loss, the same shape.
-    Raises: ValueError if shapes differ or ε is negative.
-    """
-    if not clip >= 0:
-        raise ValueError(f"clip is {clip}, expected at least 0")
-    require_same_shape(values=values, old_values=old_values, targets=targets)
-    values, old_values, targets = of_one_dtype(values, old_values.detach(), targets)
-    near = values.clamp(old_values - clip, old_values + clip)
-    return torch.maximum(squared_value_loss(values, targets), squared_value_loss(near, targets))
-
-
-@torch.no_grad()
-def explained_variance(values: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """How much of the returns' variance the critic explains, 1 − Var(target − V) / Var(target).
-
-    1 for a critic that is right up to a constant, 0 for one that knows no more than the mean, negative for worse.
-    NaN where there is nothing to explain: all targets equal, or fewer than two. It needs the whole batch at once.
-
-    Args:
-        values, targets: float, any shape.
-        mask: bool, the same shape, the elements that count; by default all. The others may be anything.
-    Returns: a number, [], detached.
-    Raises: ValueError if shapes differ or the mask is not boolean.
-    """
-    require_same_shape(values=values, targets=targets)
-    dtype = of_one_dtype(values, targets)[0].dtype
-    if mask is not None:
-        require_same_shape(values=values, mask=mask)
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask is {mask.dtype}, expected torch.bool")
-        values, targets = values[mask], targets[mask]
-    values, targets = values.double(), targets.double()  # a metric: squares of large float32 may as well not overflow
-    # Compared and not computed: the mean of equal floats may be off by a rounding.
-    if targets.numel() == 0 or targets.amin() == targets.amax():
-        return torch.full((), torch.nan, dtype=dtype, device=targets.device)
-    return (1 - (targets - values).var(correction=0) / targets.var(correction=0)).to(dtype)
-
-
-def _value_errors(values: Tensor, targets: Tensor) -> Tensor:
-    require_same_shape(values=values, targets=targets)
-    values, targets = of_one_dtype(values, targets.detach())
-    return values - targets
+    return values[..., None] + centered
 
 
 def _require_actions(**tensors: Tensor) -> None:

@@ -55,6 +55,8 @@ class TrainingConfig(MachineSettings):
     """Decoupled weight decay, on matrices only."""
     adam_betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     """Decay rates of AdamW's moving averages of the gradient and of its square."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """Added to the root of Adam's second moment."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient is scaled down to this norm where it exceeds it."""
     stop_after_non_finite: int = Field(3, ge=1, json_schema_extra=FREE)

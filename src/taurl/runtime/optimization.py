@@ -74,6 +74,7 @@ class Optimizer:
             groups,
             lr=config.learning_rate,
             betas=config.adam_betas,
+            eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
             fused=True,
         )

@@ -100,9 +100,9 @@ class Run:
         run = cls(directory, config, headline=headline, environment=read_environment(directory))
         run._owned = True
         run._find_checkpoint()
-        if run.step > config.steps:
+        if run.step > config.steps and config.steps < stored.steps:  # the last of wider steps may end past them
             raise InputError(f"{directory}: steps is {config.steps}, but {run.step} are taken already")
-        if run.step == config.steps:
+        if run.step >= config.steps:
             run.view.note(f"{directory}: all {run.step} steps are taken already; raise steps to go on")
         return run
 
@@ -204,14 +204,19 @@ class Run:
         """Note that the state is the one after `self.step` steps."""
         self._whole = random_states(), self._changes()
 
-    def steps(self) -> "Iterator[Step]":
-        """The steps still to do. SIGINT and SIGTERM let the step finish, save, and raise Interrupted."""
+    def steps(self, width: int = 1) -> "Iterator[Step]":
+        """The steps still to do. SIGINT and SIGTERM let the step finish, save, and raise Interrupted.
+
+        Args:
+            width: what one counts: 1 for optimisation steps; where `config.steps` are environment steps, as many as
+                are taken before the next record. The last one may end past `config.steps`.
+        """
         self.__enter__()
         try:
             while self.step < self.config.steps:
                 self._stop_if_interrupted()
                 self._mark()
-                yield Step(self, self.step + 1)
+                yield Step(self, self.step + width)
             self._stop_if_interrupted()
         finally:
             self.close()
@@ -292,16 +297,21 @@ class Step:
         yield
         self.times[f"time/{name}"] = self.times.get(f"time/{name}", 0.0) + time.perf_counter() - start
 
+    def elapsed(self) -> float:
+        """Seconds since the step began."""
+        return time.perf_counter() - self._started
+
     def finish(self, **figures: Any) -> Record:
         """Log the step's metrics, and save a checkpoint if one is due. Returns the record."""
         run = self.run
-        record = {"step": self.number, **figures, **self.times, "time/step": time.perf_counter() - self._started}
-        run.step = self.number
+        record = {"step": self.number, **figures, **self.times, "time/step": self.elapsed()}
+        before, run.step = run.step, self.number
         run._mark()
         run.log(record)
         if self.number % STEPS_BETWEEN_TRIMS == 0:
             give_back_free_memory()
         every = run.config.save_every
-        if run.step == run.config.steps or run.stop_signals.received or (every and run.step % every == 0):
+        due = every and run.step // every > before // every
+        if run.step >= run.config.steps or run.stop_signals.received or due:
             run.save()
         return record

@@ -15,16 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.functional.advantages import group_relative, has_variance
 from taurl.functional.aggregation import weighted_sum
-from taurl.functional.importance import truncated_weights
+from taurl.functional.importance import mismatch_weights
 from taurl.functional.kl import k3, kl_loss, kl_penalty, kl_ratios
 from taurl.functional.loss_types import clipped_tokens, loss_weights, policy_loss
 from taurl.llm.algorithms.figures import Tally, rollout_figures
 from taurl.llm.algorithms.grpo_config import GRPOConfig
 from taurl.llm.algorithms.setup import (
-    GIVEN,
     choose_machine,
     repeat_data,
-    require_given_again,
     separate,
     with_whole_paths,
 )
@@ -39,6 +37,7 @@ from taurl.llm.tasks import PromptReader, train_and_held_out
 from taurl.runtime.config import read_config
 from taurl.runtime.directory import write_final
 from taurl.runtime.errors import InputError
+from taurl.runtime.given import GIVEN, require_given_again
 from taurl.runtime.machine import out_of_memory_names, peak_memory_gb
 from taurl.runtime.optimization import Optimizer, learning_rate
 from taurl.runtime.run import Callback, Record, Run, Step
@@ -259,15 +258,16 @@ class GRPO:
         advantages = part.of(rollout.advantages)[:, None] - penalties
         # vespo weighs whole trajectories against the sampler itself, so that nothing is left to correct.
         before = sampler if config.loss_type == "vespo" else old
-        loss_type, ratio, clip_low, clip_high = config.loss_type, config.ratio, config.clip_low, config.clip_high
-        given = (loss_type, logprobs, before, advantages, mask)
-        losses = policy_loss(*given, ratio=ratio, clip_low=clip_low, clip_high=clip_high)
+        given = (config.loss_type, logprobs, before, advantages, mask)
+        level, clip_low, clip_high = config.ratio_level, config.clip_low, config.clip_high
+        losses = policy_loss(*given, ratio_level=level, clip_low=clip_low, clip_high=clip_high)
         if config.importance_cap is not None and config.loss_type != "vespo":
-            losses = losses * truncated_weights(old, sampler, config.importance_cap)
+            mode, cap = config.importance_mode, config.importance_cap
+            losses = losses * mismatch_weights(old, sampler, mask, mode=mode, high=cap)
         losses = losses + divergences
         if config.entropy_coefficient > 0:
             losses = losses - config.entropy_coefficient * entropies
-        low, high = clipped_tokens(*given, ratio=ratio, clip_low=clip_low, clip_high=clip_high)
+        low, high = clipped_tokens(*given, ratio_level=level, clip_low=clip_low, clip_high=clip_high)
         tally.add(mask, {"entropy": entropies, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high})
         tally.add(mask, {"sampling/logp_difference_mean": (old - sampler).abs()})
         return weighted_sum(losses, weights)

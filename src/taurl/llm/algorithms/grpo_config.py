@@ -33,17 +33,17 @@ class GRPOConfig(LoraSettings, SamplerSettings, RewardSettings, PromptSettings, 
     """How a completion's advantage becomes a loss, by TRL's names. PPO's clip with the mean over sequences of their
     tokens' mean (grpo), the sum over tokens divided by max_tokens (dr_grpo), the mean over all tokens of the step
     (dapo; bnpo, which in TRL depends on how the batch is cut, is the same here), or the sum over tokens of sequence
-    ratios (luspo). Or, in place of the clip: clipped importance weights without a gradient of their own (cispo, with a
-    clip_high of some 4), a smooth gate about ratio 1 (sapo), a smooth function of the whole trajectory's weight
-    (vespo)."""
-    ratio: Literal["token", "sequence", "sequence_token"] | None = None
+    ratios (luspo). Or, in place of the clip: clipped importance weights without a gradient of their own (cispo), a
+    smooth gate about ratio 1 (sapo), a smooth function of the whole trajectory's weight (vespo)."""
+    ratio_level: Literal["token", "sequence", "sequence_token"] | None = None
     """Importance ratio of each token, of the whole sequence (GSPO), or with the value of the sequence's and the
     gradient of the token's (GSPO-token). None: that of the loss type, sequence for luspo and token for the others;
     vespo has none."""
     clip_low: float = Field(0.2, ge=0, lt=1)
     """Ratios below 1 − clip_low gain nothing more from a negative advantage."""
-    clip_high: float = Field(0.2, ge=0)
-    """Ratios above 1 + clip_high gain nothing more from a positive advantage (DAPO: 0.28)."""
+    clip_high: float | None = Field(None, ge=0)
+    """Ratios above 1 + clip_high gain nothing more from a positive advantage (DAPO: 0.28). None: 0.2, and 4 for cispo,
+    whose weights it caps."""
     kl_coefficient: float = Field(0.0, ge=0)
     """Weight β of the divergence from the reference, the starting weights. 0 keeps no reference (the GRPO paper: 0.04;
     TRL: 0)."""
@@ -54,14 +54,18 @@ class GRPOConfig(LoraSettings, SamplerSettings, RewardSettings, PromptSettings, 
     from the advantages: k1 gives ∇KL; k2 and k3 hardly pull near the reference. As a loss: k1 gives 0, noise; k2 of
     the sequence gives ∇KL, and per token ∇KL but for what a token does to later ones; k3 of the sequence gives
     ∇KL(π_ref‖π), and per token a biased approximation of ∇KL (GRPO's own, the default). As a loss weighted by the
-    importance ratio: all give ∇KL, but for k2 per token. Exactly so with loss_type dr_grpo (dapo: up to a factor) and
-    scale_rewards none: other choices divide by lengths or deviations. Table and proofs: taurl.functional.kl."""
+    importance ratio: all give ∇KL, but for k2 per token. Exactly so on a step's first update, with loss_type dr_grpo
+    (dapo: up to a factor), ratio_level token and scale_rewards none: other choices divide by lengths or deviations.
+    Table and proofs: taurl.functional.kl."""
     kl_level: Literal["token", "sequence"] = "token"
     """One estimate a token (in the reward with what follows it), or one of the whole sequence's log-ratio."""
     entropy_coefficient: float = Field(0.0, ge=0)
     """Weight of the entropy bonus."""
     importance_cap: float | None = Field(2.0, gt=0)
-    """Truncates the weights that correct for sampler and trainer disagreeing; None switches the correction off."""
+    """Bound of the weights that correct for sampler and trainer disagreeing; None switches the correction off."""
+    importance_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
+    """One such weight a token, or one for the whole sequence; above the cap it is cut to it, or counts as 0 (TRL's
+    vllm_importance_sampling_mode)."""
     mask_truncated: bool = False
     """Leave completions that hit max_tokens out of the loss (DAPO's overlong filtering)."""
     minibatches: int = Field(1, ge=1)
@@ -83,8 +87,8 @@ class GRPOConfig(LoraSettings, SamplerSettings, RewardSettings, PromptSettings, 
             raise ValueError(f"minibatches {self.minibatches} exceed prompts_per_step {self.prompts_per_step}")
         if self.reward_weights is not None and self.rewards and len(self.reward_weights) != len(self.rewards):
             raise ValueError(f"{len(self.reward_weights)} reward_weights for {len(self.rewards)} rewards")
-        if self.loss_type == "vespo" and self.ratio is not None:
-            raise ValueError(f"ratio is {self.ratio}, but vespo weighs whole trajectories: leave ratio out")
+        if self.loss_type == "vespo" and self.ratio_level is not None:
+            raise ValueError(f"ratio_level is {self.ratio_level}, but vespo weighs whole trajectories: leave it out")
         if self.reward_timeout is None and self.reward_process:
             raise ValueError("reward_process needs a reward_timeout")
         return self

@@ -12,8 +12,6 @@ from taurl.runtime.run import Run
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
-GIVEN = "given_from_python"  # in environment.json: the names of what came as objects
-
 
 def separate(config: Config, **given: Any) -> tuple[Config, dict[str, Any]]:
     """Put what was given by name into the config; return what was given as an object apart.
@@ -33,20 +31,6 @@ def separate(config: Config, **given: Any) -> tuple[Config, dict[str, Any]]:
         if value is not None:
             (names if named else objects)[key] = value
     return config.model_copy(update=names), objects
-
-
-def require_given_again(run: Run, objects: dict[str, Any]) -> None:
-    """Refuse to resume without an object that the run was started with, or with one that it was not."""
-    before = set(run.environment.get(GIVEN, []))
-    for key in sorted(before - set(objects)):
-        raise InputError(
-            f"{run.directory}: its {key} came from Python as an object; resume from Python and give it again"
-        )
-    for key in sorted(set(objects) - before):
-        raise InputError(
-            f"{run.directory}: its {key} did not come from Python as an object, and another one would alter the past; "
-            "leave it out"
-        )
 
 
 def choose_machine(run: Run, *, keep_dtype: bool) -> tuple[torch.device, torch.dtype | None]:

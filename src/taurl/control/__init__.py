@@ -1,0 +1,17 @@
+"""Reinforcement learning in gymnasium environments: `PPO("CartPole-v1").train()`.
+
+Algorithms and their configs are imported when first asked for, so that importing the wing costs nothing.
+"""
+
+import importlib
+from typing import Any
+
+ALGORITHMS = {"PPO": "ppo"}
+
+
+def __getattr__(name: str) -> Any:
+    config = name.removesuffix("Config")
+    if config not in ALGORITHMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(ALGORITHMS)}")
+    module = ALGORITHMS[config] + ("_config" if name.endswith("Config") else "")
+    return getattr(importlib.import_module(f"{__name__}.algorithms.{module}"), name)

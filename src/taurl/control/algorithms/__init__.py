@@ -1,0 +1,1 @@
+"""One file each: the loop from top to bottom, its mathematics called from taurl.functional."""

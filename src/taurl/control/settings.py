@@ -1,0 +1,54 @@
+"""Settings that the algorithms of the wing share. Imports no torch."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from taurl.runtime.config import FREE, Settings, TrainingConfig
+
+
+class EnvironmentSettings(Settings):
+    """Which environment; the last base of a config, so that its help begins with it."""
+
+    env: str | None = None
+    """A gymnasium id, for example CartPole-v1."""
+    env_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the environment, for example is_slippery=false."""
+    environments: int = Field(8, ge=1)
+    """Copies that are stepped together."""
+    vectorization: Literal["auto", "sync", "async"] = "auto"
+    """The environment's own vector class where it has one, else one after the other (auto); always one after the other
+    (sync); or each in a process of its own (async), for environments that take milliseconds a step."""
+
+
+class ControlConfig(TrainingConfig, EnvironmentSettings):
+    """The settings that every algorithm of the wing has."""
+
+    steps: int = Field(100_000, ge=1, json_schema_extra=FREE)
+    """Environment steps in all, over all copies; a finished run may be resumed with more."""
+    save_every: int = Field(0, ge=0, json_schema_extra=FREE)
+    """Environment steps between checkpoints; 0 saves at the end and when interrupted."""
+    record_every: int = Field(2048, ge=1)
+    """Environment steps between records of the metrics, rounded up to whole iterations."""
+    discount: float = Field(0.99, ge=0, le=1)
+    """γ: what a reward one step later counts."""
+
+    eval_every: int = Field(0, ge=0)
+    """Environment steps between evaluations; 0 evaluates at the end only."""
+    eval_episodes: int = Field(20, ge=0)
+    """Episodes of an evaluation, in environments of its own; 0 evaluates nothing."""
+    stop_at: float | None = None
+    """Stop when the mean return of an evaluation reaches this."""
+
+
+class NetworkSettings(Settings):
+    """The policy's network, and what it sees."""
+
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers, of policy and value each."""
+    activation: Literal["tanh", "relu"] = "tanh"
+    """Between the layers."""
+    normalize_observations: bool = False
+    """Shift and scale observations by their running mean and deviation, and clip them to ±10."""
+    normalize_rewards: bool = False
+    """Divide rewards by the running deviation of the discounted return, and clip them to ±10."""

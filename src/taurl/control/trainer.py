@@ -1,0 +1,182 @@
+"""What surrounds the loop of every algorithm of the wing: starting, resuming, evaluating, writing the result."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+
+from taurl.control.environments import EnvironmentLike, Environments, Episode
+from taurl.control.evaluation import COPIES, Acting, Evaluation, evaluate
+from taurl.control.settings import ControlConfig
+from taurl.runtime.config import read_config
+from taurl.runtime.directory import write_final
+from taurl.runtime.errors import InputError
+from taurl.runtime.given import GIVEN, require_given_again
+from taurl.runtime.machine import peak_memory_gb, set_threads
+from taurl.runtime.run import Callback, Record, Run, Step
+from taurl.runtime.seeding import seed_everything
+
+HEADLINE = {"return": "rollout/ep_rew_mean", "length": "rollout/ep_len_mean", "steps/s": "time/fps"}
+EPISODES_IN_MEAN = 100  # of the running means, as in Stable-Baselines3
+EVALUATION_SEED = 1_000_003  # added to the seed, so that evaluation does not begin where training did
+
+
+class Trainer(ABC):
+    """An algorithm on an environment.
+
+        PPO("CartPole-v1").train()
+
+    Args:
+        env: a gymnasium id, a function that makes an environment, or an environment.
+        config: settings; `env` stands in place of its setting there.
+        callbacks: called with each record.
+    """
+
+    algorithm: ClassVar[str]
+    config_class: ClassVar[type[ControlConfig]]
+    policy: Any
+
+    def __init__(
+        self,
+        env: EnvironmentLike | None = None,
+        config: ControlConfig | None = None,
+        *,
+        callbacks: Sequence[Callback] = (),
+    ):
+        config = config or self.config_class()
+        if isinstance(env, str):
+            config = config.model_copy(update={"env": env})
+        run = Run.start(config, algorithm=self.algorithm, headline=HEADLINE)
+        given = env is not None and not isinstance(env, str)
+        run.environment[GIVEN] = ["env"] if given else []
+        self._begin(run, env if given else None, callbacks)
+
+    @classmethod
+    def resume(
+        cls,
+        directory: str | Path,
+        config: ControlConfig | None = None,
+        *,
+        env: EnvironmentLike | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> Self:
+        """Go on with a run; an environment that it was given as an object or function is given again."""
+        config = config or read_config(Path(directory), cls.config_class)
+        run = Run.resume(Path(directory), config, headline=HEADLINE)
+        require_given_again(run, [] if env is None else ["env"])
+        trainer = cls.__new__(cls)
+        trainer._begin(run, env, callbacks)
+        return trainer
+
+    def _begin(self, run: Run, env: EnvironmentLike | None, callbacks: Sequence[Callback]) -> None:
+        assert isinstance(run.config, self.config_class)
+        self.run, self.config, run.callbacks = run, run.config, callbacks
+        environment = env if env is not None else self.config.env
+        if environment is None:
+            raise InputError("no environment given: name one with env (for example CartPole-v1)")
+        self.environment: EnvironmentLike = environment
+        # Networks this small lose more by waiting for a second thread than it does for them.
+        run.chosen["threads"] = set_threads(self.config.threads or run.chosen.get("threads") or 1)
+        run.chosen["device"] = "cpu"
+        seed_everything(self.config.seed)
+        self.environments = self._environments(self.config.environments, self.config.seed)
+        self.recent: list[Episode] = []
+        self.best = -math.inf
+        self.set_up()
+
+    @abstractmethod
+    def set_up(self) -> None:
+        """Make what the algorithm needs beside `self.environments`, `self.policy` first of all."""
+
+    @abstractmethod
+    def steps(self) -> Iterator[Record]:
+        """Yields after each record, with it."""
+
+    def train(self) -> Self:
+        """Run all steps that are left, and write the policy to `final/`."""
+        try:
+            for _ in self.steps():
+                pass
+        finally:
+            self.environments.close()
+        write_final(self.run.directory, self.save)
+        return self
+
+    def iterations(self, steps: int) -> int:
+        """How many iterations of so many environment steps go into one record."""
+        return max(1, -(-self.config.record_every // steps))
+
+    def evaluate(self, episodes: int | None = None, *, deterministic: bool = True) -> Evaluation:
+        """Play whole episodes in environments of their own."""
+        return evaluate_policy(
+            self.policy,
+            self.environment,
+            episodes or self.config.eval_episodes,
+            seed=self.config.seed + EVALUATION_SEED,
+            arguments=self.config.env_args,
+            deterministic=deterministic,
+        )
+
+    def predict(self, observation: Any, *, deterministic: bool = True) -> Any:
+        """The action for one observation."""
+        return self.policy.predict(observation, deterministic=deterministic)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the policy to a folder, which `taurl.control.load` reads."""
+        self.policy.save(directory)
+
+    def finish(self, step: Step, figures: Record) -> Record:
+        """Close a record: episodes, speed, and an evaluation where one is due."""
+        self.recent = (self.recent + self.environments.take_episodes())[-EPISODES_IN_MEAN:]
+        if self.recent:
+            figures["rollout/ep_rew_mean"] = sum(episode.reward for episode in self.recent) / len(self.recent)
+            figures["rollout/ep_len_mean"] = sum(episode.length for episode in self.recent) / len(self.recent)
+        figures["time/fps"] = (step.number - self.run.step) / step.elapsed()
+        if self._evaluation_due(step.number):
+            with step.phase("evaluation", "evaluating"):
+                found = self.evaluate().metrics()
+            figures |= found
+            if found["eval/mean_reward"] > self.best:
+                self.best = found["eval/mean_reward"]
+                self.save(self.run.directory / "best")
+        return step.finish(**figures, **{"memory/peak_gb": peak_memory_gb(torch.device("cpu"))})
+
+    def reached(self, record: Record) -> bool:
+        """Whether an evaluation has come to `stop_at`."""
+        target = self.config.stop_at
+        return target is not None and record.get("eval/mean_reward", -math.inf) >= target
+
+    def _evaluation_due(self, step: int) -> bool:
+        every, before = self.config.eval_every, self.run.step
+        return self.config.eval_episodes > 0 and (
+            step >= self.config.steps or bool(every and step // every > before // every)
+        )
+
+    def _environments(self, count: int, seed: int) -> Environments:
+        config = self.config
+        return Environments(
+            self.environment, count, seed=seed, arguments=config.env_args, vectorization=config.vectorization
+        )
+
+
+def evaluate_policy(
+    policy: Acting,
+    environment: EnvironmentLike,
+    episodes: int,
+    *,
+    seed: int,
+    arguments: dict[str, Any],
+    deterministic: bool = True,
+) -> Evaluation:
+    """Play whole episodes in new environments, several at once, and close them."""
+    given_object = not isinstance(environment, str) and not callable(environment)
+    copies = 1 if given_object else min(COPIES, episodes)
+    environments = Environments(environment, copies, seed=seed, arguments=arguments)
+    try:
+        return evaluate(policy, environments, episodes, deterministic=deterministic)
+    finally:
+        if not given_object:
+            environments.close()

@@ -1,0 +1,79 @@
+"""Whitening: numbers with mean 0 and standard deviation 1 over all of a batch that counts."""
+
+import torch
+from torch import Tensor
+
+from taurl.functional._deviation import unbiased_std
+from taurl.functional._inputs import require_positive, require_same_shape, with_precision_of
+
+
+def whitening_statistics(values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation of the values that count, for `whiten` to apply part by part.
+
+    Equal values have a std of exactly 0, and so has a single one; nothing at all has mean 0 and std 0.
+
+    Args:
+        values: float of any shape, the whole optimizer batch; anything where masked.
+        mask: bool of that shape, the values that count; by default all.
+    Returns: mean, std, both [], float64, detached.
+    Raises: ValueError if shapes or dtypes do not fit or a value that counts is NaN or infinite.
+    """
+    counted = values.detach()[_mask_for(values, mask)].double()  # so squares and long sums of float32 stay exact
+    if not counted.isfinite().all():
+        found = int((~counted.isfinite()).sum())
+        raise ValueError(
+            f"{found} of {counted.numel()} values are NaN or infinite, expected finite ones where they count"
+        )
+    if not counted.numel():
+        return counted.sum(), counted.sum()
+    # The mean of equal floats may be off by a rounding: it lies between the smallest and the largest.
+    mean = counted.mean().clamp(counted.amin(), counted.amax())
+    return mean, unbiased_std((counted - mean)[None], torch.tensor(counted.numel()))[0, 0]
+
+
+def whiten(
+    values: Tensor,
+    mask: Tensor | None = None,
+    *,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    shift_mean: bool = True,
+    epsilon: float = 1e-4,
+) -> Tensor:
+    """Values with mean 0 and standard deviation 1 over all that count.
+
+        y = (x − μ) / (σ + ε)          shift_mean
+            (x − μ) / (σ + ε) + μ      otherwise: the mean stays where it was
+
+    For the advantages of PPO, per step or per token, and, with the mean kept, for its rewards. The statistics are
+    those of the whole optimizer batch, given or taken from `values`: whitening each micro-batch by its own would make
+    the gradient depend on the split. A single value, and values that are all equal, give exactly 0 (or μ).
+
+    Stable-Baselines3 whitens each minibatch by itself, with ε = 1e-8, and leaves a batch of one as it is. Here ε is
+    1e-4 as in all of `advantages`: noise with a std far below that is not blown up to 1.
+
+    Args:
+        values: float of any shape; anything where masked.
+        mask: bool of that shape; by default all count.
+        statistics: what `whitening_statistics` gave of the whole batch, for a part of it; by default those of `values`.
+        epsilon: ε > 0.
+    Returns: whitened values of that shape, 0 where masked, detached; float32, or float64 for float64.
+    Raises: ValueError if shapes or dtypes do not fit, epsilon is not positive, or as `whitening_statistics` does.
+    """
+    require_positive(epsilon=epsilon)
+    counts = _mask_for(values, mask)
+    mean, std = whitening_statistics(values, counts) if statistics is None else statistics
+    whitened = (values.detach().double() - mean) / (std + epsilon)
+    if not shift_mean:
+        whitened = whitened + mean
+    return with_precision_of(values, torch.where(counts, whitened, 0.0))
+
+
+def _mask_for(values: Tensor, mask: Tensor | None) -> Tensor:
+    if not values.is_floating_point():
+        raise ValueError(f"values are {values.dtype}, expected floats")
+    if mask is None:
+        return torch.ones_like(values, dtype=torch.bool)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask is {mask.dtype}, expected booleans; pass mask.bool()")
+    require_same_shape(values=values, mask=mask)
+    return mask

@@ -1,0 +1,101 @@
+"""Whitening against hand-worked numbers and loops; parts of a batch; what does not vary."""
+
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from taurl.functional.whitening import whiten, whitening_statistics
+
+NAN = math.nan
+
+
+def double(values) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def close(found: Tensor, expected) -> None:
+    torch.testing.assert_close(found, double(expected), rtol=1e-12, atol=1e-14)
+
+
+VALUES = [[1.0, 3.0, NAN], [5.0, math.inf, -9.0]]
+MASK = torch.tensor([[True, True, False], [True, False, False]])
+
+
+def test_whitening_by_hand():
+    # 1, 3, 5: mean 3, unbiased std 2
+    mean, std = whitening_statistics(double(VALUES), MASK)
+    assert (mean.item(), std.item()) == (3.0, 2.0)
+    close(whiten(double(VALUES), MASK, epsilon=0.5), [[-0.8, 0.0, 0.0], [0.8, 0.0, 0.0]])
+    close(whiten(double(VALUES), MASK, epsilon=0.5, shift_mean=False), [[2.2, 3.0, 0.0], [3.8, 0.0, 0.0]])
+    close(whiten(double([2.0, 4.0]), epsilon=1e-15), [-math.sqrt(0.5), math.sqrt(0.5)])
+
+
+def test_whitening_equals_a_loop_over_any_shape():
+    generator = torch.Generator().manual_seed(3)
+    values = 3 + 2 * torch.randn(4, 3, 5, dtype=torch.float64, generator=generator)
+    mask = torch.rand(4, 3, 5, generator=generator) < 0.6
+    counted = [v for v, m in zip(values.flatten().tolist(), mask.flatten().tolist(), strict=True) if m]
+    mean, std = statistics.fmean(counted), statistics.stdev(counted)
+    expected = [
+        (v - mean) / (std + 1e-4) if m else 0.0
+        for v, m in zip(values.flatten().tolist(), mask.flatten().tolist(), strict=True)
+    ]
+    close(whiten(values, mask), double(expected).reshape(4, 3, 5).tolist())
+
+
+def test_parts_whitened_by_the_statistics_of_the_whole():
+    generator = torch.Generator().manual_seed(4)
+    values, mask = torch.randn(9, 5, generator=generator), torch.rand(9, 5, generator=generator) < 0.7
+    whole, figures = whiten(values, mask), whitening_statistics(values, mask)
+    parts = [whiten(v, m, statistics=figures) for v, m in zip(values.split(2), mask.split(2), strict=True)]
+    assert torch.equal(torch.cat(parts), whole)
+    alone = [whiten(v, m) for v, m in zip(values.split(2), mask.split(2), strict=True)]
+    assert (torch.cat(alone) - whole).abs().max() > 0.1
+
+
+def test_whitening_what_does_not_vary():
+    same = double([0.1, 0.1, 0.1])
+    assert same.mean() != 0.1  # so a computed deviation would not be 0
+    for values in (same, double([7.0]), torch.full((3, 2), 1e30)):
+        assert not whiten(values, epsilon=1e-300).any()
+        assert torch.equal(whiten(values, shift_mean=False), values)
+    nothing = torch.zeros(2, 2, dtype=torch.bool)
+    assert not whiten(torch.full((2, 2), NAN), nothing).any()
+    assert [figure.item() for figure in whitening_statistics(torch.full((2, 2), NAN), nothing)] == [0, 0]
+    assert whiten(torch.zeros(0, 3)).shape == (0, 3)
+
+
+def test_large_and_small_values_are_whitened_all_the_same():
+    expected = double([[1.0, -1.0, 0.0]])
+    torch.testing.assert_close(whiten(double([[1e250, -1e250, 0.0]])), expected)
+    torch.testing.assert_close(whiten(double([[1e-250, -1e-250, 0.0]]), epsilon=1e-300), expected)
+
+
+@given(st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=20))
+@settings(max_examples=30)
+def test_whitened_values_have_mean_zero_and_deviation_one(numbers):
+    values = double(numbers)
+    if values.std() > 0.1:
+        assert abs(whiten(values, epsilon=1e-9).std() - 1) < 1e-6
+        kept = whiten(values, epsilon=1e-9, shift_mean=False)
+        assert abs(kept.std() - 1) < 1e-6
+        assert abs(kept.mean() - values.mean()) < 1e-9
+
+
+def test_bad_values_to_whiten_are_named():
+    with pytest.raises(ValueError, match="1 of 3 values are NaN or infinite"):
+        whiten(torch.tensor([0.0, math.inf, 1.0]))
+    with pytest.raises(ValueError, match=r"mask is torch\.int64"):
+        whiten(torch.zeros(2), torch.ones(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="expected one shape"):
+        whiten(torch.zeros(2, 3), torch.ones(2, 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"values are torch\.int64"):
+        whiten(torch.zeros(2, dtype=torch.int64))
+    for epsilon in (0.0, -1.0, NAN, math.inf):
+        with pytest.raises(ValueError, match=f"epsilon is {epsilon}"):
+            whiten(torch.zeros(2), epsilon=epsilon)
