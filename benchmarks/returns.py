@@ -9,6 +9,7 @@ loop is the recursion as it is written, a step of all environments at once.
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,13 +47,10 @@ def main() -> None:
     for steps, environments in SHAPES:
         floats = torch.randn(3, steps, environments)
         ends = torch.rand(2, steps, environments) < 0.005
-        options = {"discount": DISCOUNT, "trace_decay": TRACE_DECAY}
-        ours, theirs = (
-            lambda floats=floats, ends=ends: generalized_advantage(*floats, *ends, **options),
-            lambda floats=floats, ends=ends: step_loop(*floats, *ends),
-        )
-        difference = ((ours() - theirs()).abs().max() / theirs().abs().max()).item()
-        scan, loop = median_milliseconds(ours), median_milliseconds(theirs)
+        by_scan = partial(generalized_advantage, *floats, *ends, discount=DISCOUNT, trace_decay=TRACE_DECAY)
+        by_step = partial(step_loop, *floats, *ends)
+        difference = ((by_scan() - by_step()).abs().max() / by_step().abs().max()).item()
+        scan, loop = median_milliseconds(by_scan), median_milliseconds(by_step)
         print(
             f"{steps:6} steps × {environments:3} environments   scan {scan:6.2f} ms   step loop {loop:7.2f} ms   "
             f"ratio {loop / scan:5.1f}   difference {difference:.0e}"

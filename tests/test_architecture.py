@@ -12,8 +12,9 @@ MAY_IMPORT = {
     "functional": {"functional"},
     "runtime": {"runtime", "functional"},
     "llm": {"llm", "runtime", "functional"},
+    "control": {"control", "runtime", "functional"},
     "report": {"report", "runtime"},
-    "commands": {"commands", "report", "llm", "runtime"},
+    "commands": {"commands", "report", "llm", "control", "runtime"},
 }
 
 
@@ -50,6 +51,7 @@ def test_functional_needs_torch_only():
     [
         ("from taurl.cli import main; main(['--help'])", {"torch", "pydantic", "tyro", "transformers"}),
         ("import taurl.llm; taurl.llm.GRPOConfig()", {"torch", "transformers", "datasets"}),
+        ("import taurl.control; taurl.control.PPOConfig()", {"torch", "gymnasium"}),
         ("import taurl.llm.rewards", {"torch", "transformers"}),
     ],
 )

@@ -14,7 +14,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.utils import explained_variance as sb3_explained_variance
 from torch import Tensor
 
-from taurl.functional.advantages import group_relative, leave_one_out, normalize_then_sum, sum_then_normalize, whiten
+from taurl.functional.advantages import group_relative, leave_one_out, normalize_then_sum, sum_then_normalize
 from taurl.functional.aggregation import weighted_sum
 from taurl.functional.entropy import top_entropy_mask
 from taurl.functional.importance import sequence_ratios, token_ratios, trajectory_log_weights
@@ -23,7 +23,8 @@ from taurl.functional.loss_types import LOSS_TYPES, loss_weights, policy_loss
 from taurl.functional.returns import generalized_advantage
 from taurl.functional.surrogates import clipped_surrogate
 from taurl.functional.trust_region import conjugate_gradient
-from taurl.functional.values import clipped_value_loss, explained_variance, squared_value_loss
+from taurl.functional.value_losses import clipped_value_loss, explained_variance, squared_value_loss
+from taurl.functional.whitening import whiten
 
 SAPO = {"expected": "float32", "why": "TRL's `torch.where` makes the temperature 1.05 a float32."}
 
@@ -88,7 +89,7 @@ def grpo_rows() -> Iterator[Row]:
             note = ", TRL's cap less 1 as clip_high" if name == "cispo" else ""
             label = f"{level} ratio" if level else "trajectory weight"
             yield compare(f"{name}, {label}{note}", cases, LOGPROBS, **(SAPO if name == "sapo" else {}))
-    ours = {"kept": top_entropy_mask(ENTROPIES, MASK, quantile=0.2)}
+    ours = {"kept": top_entropy_mask(ENTROPIES, MASK, share=0.2)}
     theirs = {"entropies": ENTROPIES, "top_entropy_quantile": 0.2}
     yield pair("dapo, top entropy quantile 0.2", "dapo", ours, theirs)
     for name in ("grpo", "dr_grpo", "dapo", "sapo"):

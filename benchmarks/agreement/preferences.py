@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid, one_hot, softplus
 
 from taurl.functional.dpo import DPO_LOSSES, SMOOTHED_LOSSES, dpo_loss
 from taurl.functional.kto import kl_baseline, kto_loss
-from taurl.functional.log_ratios import length_desensitised_logprobs, sequence_logprobs
+from taurl.functional.log_ratios import length_desensitized_logprobs, sequence_logprobs
 from taurl.functional.preference import pairwise_loss
 from taurl.functional.reference_free import cpo_loss, orpo_loss, simpo_loss
 
@@ -56,7 +56,7 @@ def dpo_rows() -> Iterator[Row]:
     public = torch.minimum(CHOSEN, REJECTED).repeat(2)
 
     def desensitised(x: Tensor) -> Tensor:
-        kept = [length_desensitised_logprobs(tensor, MASK, public, alpha=0.3) for tensor in (x, REFERENCE)]
+        kept = [length_desensitized_logprobs(tensor, MASK, public, alpha=0.3) for tensor in (x, REFERENCE)]
         return dpo_loss("sigmoid", *(part for sums in kept for part in sums.chunk(2))).mean()
 
     yield compare("LD-DPO, α 0.3", [(desensitised, lambda x: their_dpo(x, "sigmoid", ld_alpha=0.3))], LOGPROBS)
@@ -272,7 +272,7 @@ def reward_rows() -> Iterator[Row]:
     for name, margin, centring in (("plain", None, 0.0), ("margin", margins, 0.0), ("margin, centring", margins, 0.01)):
 
         def ours(x: Tensor, margin: Tensor | None = margin, centring: float = centring) -> Tensor:
-            return pairwise_loss(*x.chunk(2), margins=margin, centring=centring).mean()
+            return pairwise_loss(*x.chunk(2), margins=margin, centering=centring).mean()
 
         theirs = partial(peers.reward_loss, margins=margin, center_rewards_coefficient=centring or None)
         yield compare(f"reward model, pairs, {name}", [(ours, theirs)], rewards)

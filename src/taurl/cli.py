@@ -13,6 +13,15 @@ COMMANDS = {
     "llm evaluate": ("taurl.commands.evaluate:main", "score a model greedily on a data set"),
     "llm generate": ("taurl.commands.generate:main", "complete the prompts of a file"),
     "llm chat": ("taurl.commands.chat:main", "talk to a model"),
+    "control q-learning": ("taurl.commands.control:q_learning", "learn a table of action values (Q-learning, SARSA)"),
+    "control dqn": ("taurl.commands.control:dqn", "train a network of action values (DQN)"),
+    "control reinforce": ("taurl.commands.control:reinforce", "train a policy by REINFORCE"),
+    "control a2c": ("taurl.commands.control:a2c", "train a policy by A2C"),
+    "control trpo": ("taurl.commands.control:trpo", "train a policy by TRPO"),
+    "control ppo": ("taurl.commands.control:ppo", "train a policy by PPO"),
+    "control grpo": ("taurl.commands.control:grpo", "train a policy by GRPO, with groups of episodes"),
+    "control evaluate": ("taurl.commands.control_play:evaluate", "play episodes with a policy, report their returns"),
+    "control play": ("taurl.commands.control_play:play", "watch a policy, in a window or as a video"),
     "report": ("taurl.commands.report:main", "write report.html of a run directory"),
 }
 
@@ -80,7 +89,7 @@ def unknown(words: list[str]) -> int:
 
 def listing(commands: dict[str, tuple[str, str]]) -> str:
     """One line a command."""
-    return "\n".join(f"  taurl {name:<14} {text}" for name, (_, text) in commands.items())
+    return "\n".join(f"  taurl {name:<18} {text}" for name, (_, text) in commands.items())
 
 
 if __name__ == "__main__":

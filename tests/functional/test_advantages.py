@@ -137,7 +137,7 @@ def test_reinforce_plus_plus_needs_no_group():
 # ---- several rewards
 
 
-def test_two_signals_count_twice_only_if_normalised_apart():
+def test_two_signals_count_twice_only_if_normalized_apart():
     """The second group differs in both rewards, the first in one: normalizing the sum makes them alike."""
     rewards = double([[[0.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 1.0]]])
     one = math.sqrt(0.5)
@@ -259,7 +259,7 @@ def agree(found: Tensor, expected: Tensor, size: float = 1.0) -> None:
 
 @given(batches(min_group=2))
 @settings(max_examples=50)
-def test_leave_one_out_is_the_centred_advantage_made_larger(rewards):
+def test_leave_one_out_is_the_centered_advantage_made_larger(rewards):
     group = rewards.shape[1]
     agree(leave_one_out(rewards), group / (group - 1) * (rewards - rewards.mean(1, keepdim=True)))
     agree(leave_one_out(rewards), group / (group - 1) * group_relative(rewards, scale="none"))

@@ -236,8 +236,9 @@ def test_bad_arguments_are_named():
         categorical_kl(torch.zeros(2, 0), torch.zeros(2, 0))
     with pytest.raises(ValueError, match="expected one shape"):
         diagonal_gaussian_kl(x, x[0], x, x[0])
-    with pytest.raises(ValueError, match=r"expected \[..., d\]"):
-        diagonal_gaussian_kl(*[torch.tensor(0.0)] * 4)
+    for empty in (torch.tensor(0.0), torch.zeros(2, 0)):
+        with pytest.raises(ValueError, match=r"expected \[..., d\] with at least one dimension"):
+            diagonal_gaussian_kl(*[empty] * 4)
 
 
 # Exact divergences.

@@ -415,7 +415,7 @@ def test_truncated_sampling_spoils_it():
     assert distance(actual, forward(POLICY, REFERENCE, POLICY)) > 0.1
 
 
-def test_centring_in_a_group_only_scales_it_and_the_standard_deviation_spoils_it():
+def test_centering_in_a_group_only_scales_it_and_the_standard_deviation_spoils_it():
     """Groups of two, all 15 × 15 of them, with the penalty of the sequence as part of the reward."""
     chances = probabilities(POLICY)
     penalty = kl_penalty(logprobs_of(POLICY), logprobs_of(REFERENCE), MASK, level="sequence")[:, 0]

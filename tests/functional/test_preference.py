@@ -50,7 +50,7 @@ def test_expected_gradient_vanishes_when_labels_follow_bradley_terry(first, seco
     assert gradient.abs().max().item() < 1e-12
 
 
-def test_centring_settles_the_mean_of_the_two_and_leaves_the_difference():
+def test_centering_settles_the_mean_of_the_two_and_leaves_the_difference():
     chosen, rejected = double(3.0).requires_grad_(), double(1.0).requires_grad_()
     gradients = torch.autograd.grad(pairwise_loss(chosen, rejected, centering=0.01).sum(), (chosen, rejected))
     sigma = 1 / (1 + math.exp(2.0))

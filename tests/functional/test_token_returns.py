@@ -124,10 +124,11 @@ def test_caps_and_steps_go_through():
     mask = torch.ones(1, 3, dtype=torch.bool)
     found = token_n_step_returns(x.rewards, x.values, mask, discount=0.5, steps=2)
     assert found.tolist() == [[1.25, 2, 4]]  # 1 + ¼·1, ½·4, 4
-    # δ = 2, −1.5, 3;  v − V = 12; 3·(−1.5) + ½·2·12 = 7.5; 2·2 + ½·2·7.5 with caps 4 and 2 but ρ = 3 first: 6 + 7.5
+    # δ = 1 + ½·2 − 0, 0 + ½·1 − 2, 4 − 1;  ρ = 3, 2, 4 under the cap 4, c = 2 throughout
+    # v − V from the last: 4·3 = 12,  2·(−1.5) + ½·2·12 = 9,  3·2 + ½·2·9 = 15;  A = ρ · (δ + ½ · what follows)
     targets, advantages = token_v_trace(x.rewards, x.values, x.ratios, mask, discount=0.5, ratio_cap=4.0, trace_cap=2.0)
-    assert targets.tolist() == [[0 + 3 * 2 + 0.5 * 2 * 9, 2 + 2 * -1.5 + 0.5 * 2 * 12, 1 + 12]]
-    assert advantages.tolist() == [[3 * (2 + 0.5 * 9), 2 * (-1.5 + 0.5 * 12), 12]]
+    assert targets.tolist() == [[15, 11, 13]]  # V = 0, 2, 1
+    assert advantages.tolist() == [[19.5, 9, 12]]
 
 
 def test_results_are_detached_and_of_the_widest_dtype():

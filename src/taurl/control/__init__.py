@@ -6,7 +6,15 @@ Algorithms and their configs are imported when first asked for, so that importin
 import importlib
 from typing import Any
 
-ALGORITHMS = {"PPO": "ppo"}
+ALGORITHMS = {
+    "QLearning": "q_learning",
+    "DQN": "dqn",
+    "REINFORCE": "reinforce",
+    "A2C": "a2c",
+    "TRPO": "trpo",
+    "PPO": "ppo",
+    "GRPO": "grpo",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -79,8 +79,8 @@ class Categorical(ActionDistribution):
 class MultiCategorical(ActionDistribution):
     """K independent choices among n_1 … n_K: parameters are their logits side by side, actions [.., K]."""
 
-    def __init__(self, choices: list[int]):
-        self.choices, self.width = choices, sum(choices)
+    def __init__(self, choices: list[int], shape: tuple[int, ...]):
+        self.choices, self.width, self.shape = choices, sum(choices), shape
 
     def _parts(self, parameters: Tensor) -> list[tuple[Categorical, Tensor]]:
         return [(Categorical(part.shape[-1]), part) for part in torch.split(parameters, self.choices, -1)]
@@ -102,12 +102,15 @@ class MultiCategorical(ActionDistribution):
         pairs = zip(self._parts(parameters), torch.split(other, self.choices, -1), strict=True)
         return torch.stack([one.kl(mine, theirs) for (one, mine), theirs in pairs], -1).sum(-1)
 
+    def to_environment(self, actions: Tensor) -> Any:
+        return actions.reshape(*actions.shape[:-1], *self.shape).numpy()
+
 
 class Bernoulli(ActionDistribution):
     """K independent switches: parameters are the logits of 1, actions [.., K] of 0 and 1."""
 
-    def __init__(self, switches: int):
-        self.width = switches
+    def __init__(self, switches: int, shape: tuple[int, ...]):
+        self.width, self.shape = switches, shape
 
     def sample(self, parameters: Tensor) -> Tensor:
         return (torch.rand_like(parameters) < parameters.sigmoid()).long()
@@ -128,7 +131,7 @@ class Bernoulli(ActionDistribution):
         return categorical_kl(mine, theirs).sum(-1)
 
     def to_environment(self, actions: Tensor) -> Any:
-        return actions.to(torch.int8).numpy()
+        return actions.to(torch.int8).reshape(*actions.shape[:-1], *self.shape).numpy()
 
 
 class Gaussian(ActionDistribution):
@@ -170,9 +173,9 @@ def distribution_for(space: gymnasium.Space[Any]) -> ActionDistribution:
         case spaces.Discrete():
             return Categorical(int(space.n), int(space.start))
         case spaces.MultiDiscrete() if not space.start.any():
-            return MultiCategorical([int(n) for n in space.nvec.reshape(-1)])
+            return MultiCategorical([int(n) for n in space.nvec.reshape(-1)], space.shape)
         case spaces.MultiBinary():
-            return Bernoulli(math.prod(space.shape))
+            return Bernoulli(math.prod(space.shape), space.shape)
         case spaces.Box():
             return Gaussian(math.prod(space.shape), space.shape)
     raise InputError(f"action space {space} is not one of Discrete, MultiDiscrete, MultiBinary and Box")

@@ -6,17 +6,24 @@ the next episode and puts the last one aside (SAME_STEP). Here both give the sam
 whether it was an action at all.
 """
 
-from collections.abc import Callable
+import json
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
+from torch import Tensor
 
+from taurl.control.environment_states import NoState, restore, state_text
 from taurl.runtime.errors import InputError, RunError
 
 Array = np.ndarray[Any, Any]
+EPISODES_IN_MEAN = 100  # of the running means, as in Stable-Baselines3
+
 EnvironmentLike = str | Callable[[], gymnasium.Env[Any, Any]] | gymnasium.Env[Any, Any]
 
 
@@ -48,14 +55,23 @@ class Episode(NamedTuple):
 class Environments:
     """B copies of one environment.
 
+    A checkpoint holds where they stand (`environment_states`). Those whose state cannot be had begin their episodes
+    anew after it, in the run that wrote it as in the one that is resumed from it, so that both go on alike.
+
     Args:
         environment: a gymnasium id, a function that makes one, or an environment (then B is 1).
         count: B.
         seed: copy i is reset with seed + i the first time.
         arguments: of a gymnasium id.
         vectorization: see `EnvironmentSettings`.
+    Attributes:
+        fresh: whether nothing was done since the reset.
+        unsaved: why the last checkpoint could not hold where they stand; None if it could.
     Raises: InputError when there is no such environment or it cannot be made.
     """
+
+    # A failure within a step is no reason to save nothing: the copies then begin anew, see `tensors`.
+    changes = 0
 
     def __init__(
         self,
@@ -77,15 +93,36 @@ class Environments:
         self.resets_in_same_step = mode == AutoresetMode.SAME_STEP
         self.ended = np.zeros(self.count, dtype=bool)
         self.episodes: list[Episode] = []  # finished since last taken
+        self.recent: deque[Episode] = deque(maxlen=EPISODES_IN_MEAN)
+        self.fresh = True
+        self.unsaved: str | None = None
+        self._observations: Any = None
         self._returns, self._lengths = np.zeros(self.count), np.zeros(self.count, dtype=np.int64)
         self._bounds = bounds(self.action_space)
-        self._steps = 0
+        self._steps = self._recorded = 0  # in all, and up to the last record
 
-    def reset(self) -> Any:
-        """Begin an episode in every copy; returns the observations."""
-        self.ended[:] = False
+    @property
+    def observations(self) -> Any:
+        """What to act on next; begins episodes where none are under way."""
+        return self.reset() if self._observations is None else self._observations
+
+    def reset(self, seeds: Sequence[int] | None = None) -> Any:
+        """Begin an episode in every copy; returns the observations.
+
+        Args:
+            seeds: of each copy; by default from `seed` and the steps taken, so that no two resets are alike.
+        """
+        self.ended = np.zeros(self.count, dtype=bool)
         self._returns[:], self._lengths[:] = 0, 0
-        return self.vector.reset(seed=self.seed)[0]
+        first = int(np.random.SeedSequence([self.seed, self._steps]).generate_state(1)[0]) if self._steps else self.seed
+        self._observations = self.vector.reset(seed=first if seeds is None else list(seeds))[0]
+        self._check("observation", self.observation_space, self._observations, range(self.count))
+        self.fresh = True
+        return self._observations
+
+    def begin_anew(self) -> None:
+        """Let go of the episodes under way: others begin before the next step."""
+        self._observations = None
 
     def step(self, actions: Array) -> Transition:
         """Act in every copy. Actions of a box are clipped to it; what was passed is not changed.
@@ -96,47 +133,126 @@ class Environments:
             actions = np.clip(actions, *self._bounds)
         observations, rewards, terminated, truncated, infos = self.vector.step(actions)
         self._steps += 1
+        self._observations, self.fresh = observations, False
         only_reset, done = self.ended, terminated | truncated
-        self._check(rewards, observations)
+        self._check("reward", None, rewards, range(self.count))
+        self._check("observation", self.observation_space, observations, range(self.count))
         self._count(rewards, done, only_reset)
         last: dict[int, Any] = {}
-        if self.resets_in_same_step:
-            only_reset = np.zeros_like(done)
-            for copy in np.flatnonzero(done):
-                last[int(copy)] = infos["final_obs"][copy]
-        self.ended = done if not self.resets_in_same_step else self.ended
+        if not self.resets_in_same_step:
+            self.ended = done
+        elif done.any():
+            for copy in map(int, np.flatnonzero(done)):
+                last[copy] = infos["final_obs"][copy]
+                self._check("observation", self.observation_space, batched(last[copy]), [copy])
         return Transition(observations, rewards, terminated, truncated, only_reset, last)
 
     def take_episodes(self) -> list[Episode]:
         """The episodes that have finished since the last call."""
         taken, self.episodes = self.episodes, []
+        self._recorded = self._steps
         return taken
 
     def close(self) -> None:
         self.vector.close()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For the checkpoint: the last episodes, and where the copies stand if that can be had."""
+        under_way = [self._observations, self.fresh, self.ended, self._returns, self._lengths]
+        state, self.unsaved = None, None
+        if self._observations is not None:
+            try:
+                if self._steps != self._recorded:
+                    raise NoState("a step that failed has moved it on")
+                state = state_text(self.vector, under_way)
+            except NoState as error:
+                self.unsaved = str(error)
+                self.begin_anew()
+        facts = {"steps": self._steps, "recent": list(self.recent), "state": state, "unsaved": self.unsaved}
+        return {"facts": torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `tensors` gave."""
+        facts = json.loads(tensors["facts"].numpy().tobytes())
+        self._steps = self._recorded = facts["steps"]
+        self.recent.clear()
+        self.recent.extend(Episode(*one) for one in facts["recent"])
+        self.unsaved = facts["unsaved"]
+        if facts["state"] is None:
+            self.begin_anew()
+        else:
+            under_way = restore(facts["state"], self.vector)
+            self._observations, self.fresh, self.ended, self._returns, self._lengths = under_way
 
     def _count(self, rewards: Array, done: Array, only_reset: Array) -> None:
         self._returns += rewards
         self._lengths += ~only_reset
         if done.any():
             for copy in np.flatnonzero(done):
-                self.episodes.append(Episode(float(self._returns[copy]), int(self._lengths[copy])))
+                episode = Episode(float(self._returns[copy]), int(self._lengths[copy]))
+                self.episodes.append(episode)
+                self.recent.append(episode)
             self._returns[done], self._lengths[done] = 0, 0
 
-    def _check(self, rewards: Array, observations: Any) -> None:
-        if not np.isfinite(rewards.sum()):
-            self._report("reward", rewards)
-        if isinstance(observations, np.ndarray) and observations.dtype.kind == "f" and np.isnan(observations.sum()):
-            self._report("observation", observations)
+    def _check(self, what: str, space: gymnasium.Space[Any] | None, values: Any, copies: Sequence[int]) -> None:
+        """Refuse numbers that are not finite; by their sum first, since this is asked at every step."""
+        match space:
+            case spaces.Dict():
+                for name, part in space.spaces.items():
+                    self._check(f"{what} {name!r}", part, values[name], copies)
+            case spaces.Tuple():
+                for place, part in enumerate(space.spaces):
+                    self._check(f"{what} [{place}]", part, values[place], copies)
+            case spaces.Box() | None:
+                if values.dtype.kind == "f" and not np.isfinite(values.sum()):
+                    self._report(what, values, copies)
 
-    def _report(self, what: str, values: Array) -> None:
+    def _report(self, what: str, values: Array, copies: Sequence[int]) -> None:
         rows = ~np.isfinite(values.reshape(len(values), -1)).all(1)
         if rows.any():  # a sum may overflow where no value is wrong
-            copy = int(np.flatnonzero(rows)[0])
+            row = int(np.flatnonzero(rows)[0])
             raise RunError(
-                f"{self.name}: copy {copy} gave the {what} {values[copy]} at step {self._steps}, expected finite "
+                f"{self.name}: copy {copies[row]} gave the {what} {values[row]} at step {self._steps}, expected finite "
                 "numbers; mend the environment"
             )
+
+
+class SingleEpisodes(Environments):
+    """Copies that play one episode each, and wait for the longest: what a copy is stepped beyond is no transition.
+
+    Episodes begin with `reset`, so there is nothing under way between them that a checkpoint would have to hold.
+    """
+
+    def reset(self, seeds: Sequence[int] | None = None) -> Any:
+        self.finished = np.zeros(self.count, dtype=bool)
+        return super().reset(seeds)
+
+    def step(self, actions: Array) -> Transition:
+        finished = self.finished
+        given = super().step(actions)
+        playing = ~finished
+        terminated, truncated = given.terminated & playing, given.truncated & playing
+        self.finished = finished | terminated | truncated
+        last = {copy: seen for copy, seen in given.last_observations.items() if playing[copy]}
+        rewards, only_reset = np.where(playing, given.rewards, 0.0), given.only_reset | finished
+        return Transition(given.observations, rewards, terminated, truncated, only_reset, last)
+
+    def tensors(self) -> dict[str, Tensor]:
+        self.begin_anew()
+        return super().tensors()
+
+    def _count(self, rewards: Array, done: Array, only_reset: Array) -> None:
+        playing = ~self.finished
+        super()._count(rewards * playing, done & playing, only_reset | self.finished)
+
+
+def batched(observation: object) -> object:
+    """One observation as a batch of one, as its space batches them."""
+    if isinstance(observation, dict):
+        return {name: batched(part) for name, part in observation.items()}
+    if isinstance(observation, tuple):
+        return tuple(batched(part) for part in observation)
+    return np.asarray(observation)[None]
 
 
 def make_vector(

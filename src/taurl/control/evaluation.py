@@ -2,12 +2,29 @@
 
 from typing import Any, NamedTuple, Protocol
 
+import gymnasium
 import numpy as np
 
 from taurl.control.environments import Environments
 
-COPIES = 10
+COPIES, MOST_COPIES = 10, 100
+EPISODES_A_COPY = 100  # where there are many: more copies cost less each, but take longer to make
+LONGEST = 10_000  # steps of an episode of an environment that sets no limit: a greedy policy may walk in circles
 PERCENTILES = (10, 50, 90)
+
+
+def copies_for(episodes: int) -> int:
+    """How many copies of an environment play so many episodes."""
+    return min(episodes, max(COPIES, min(MOST_COPIES, episodes // EPISODES_A_COPY)))
+
+
+def with_limit(environment: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an environment, with a limit to its episodes if it is named by an id and has none."""
+    if not isinstance(environment, str) or environment not in gymnasium.registry:
+        return arguments
+    spec = gymnasium.spec(environment)
+    limited = spec.max_episode_steps is not None or spec.vector_entry_point is not None
+    return arguments if limited else {"max_episode_steps": LONGEST, **arguments}
 
 
 class Acting(Protocol):

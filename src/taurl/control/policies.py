@@ -10,10 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from taurl.control.distributions import ActionDistribution, distribution_for
-from taurl.control.environments import bounds
+from taurl.control.environments import batched, bounds
 from taurl.control.networks import Actor
 from taurl.control.normalization import Normalizer
-from taurl.control.rollouts import batched
 from taurl.control.spaces import described, encode, space_of, width
 from taurl.runtime.errors import InputError
 
@@ -87,16 +86,21 @@ class Policy:
     @classmethod
     def load(cls, directory: str | Path) -> Self:
         """Read what `save` wrote; of a run directory its `final/`. Raises: InputError when there is no policy."""
-        directory = Path(directory)
-        if not (directory / FACTS).exists() and (directory / "final" / FACTS).exists():
-            directory = directory / "final"
-        if not (directory / FACTS).exists():
-            raise InputError(f"{directory}: no policy here: {FACTS} is missing (a run writes it to final/ at its end)")
+        directory = policy_folder(directory)
         policy = cls._of(json.loads((directory / FACTS).read_text(encoding="utf-8")))
         tensors = load_file(directory / WEIGHTS)
         policy.actor.load_state_dict(_under("actor/", tensors))
         policy.normalizer.load_tensors(_under("normalizer/", tensors))
         return policy
+
+
+def policy_folder(directory: str | Path) -> Path:
+    """The folder that a policy was saved to: this one, or `final/` of a run. Raises: InputError when there is none."""
+    directory = Path(directory)
+    for folder in (directory, directory / "final"):
+        if (folder / FACTS).exists():
+            return folder
+    raise InputError(f"{directory}: no policy here: {FACTS} is missing (a run writes it to final/ at its end)")
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

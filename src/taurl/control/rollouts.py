@@ -1,6 +1,6 @@
 """Rollouts: T steps of B environments, time-major, with what bootstraps and what counts made explicit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from taurl.control.distributions import ActionDistribution
-from taurl.control.environments import Environments, Transition
+from taurl.control.environments import Environments, SingleEpisodes, Transition, batched
 from taurl.control.normalization import Normalizer
-from taurl.control.spaces import encode, width
+from taurl.control.spaces import encode
 
 Network = Callable[[Tensor], Tensor]
 
@@ -44,44 +44,65 @@ class Rollout:
 
 
 class Collector:
-    """Acts in the environments and keeps where they stand between rollouts."""
+    """Acts in the environments, from where they stand."""
 
     def __init__(self, environments: Environments, distribution: ActionDistribution, normalizer: Normalizer):
         self.environments, self.distribution, self.normalizer = environments, distribution, normalizer
         self.space = environments.observation_space
-        self.observations = self._encoded(environments.reset())
 
-    def _encoded(self, batch: object) -> Tensor:
-        return self.normalizer.observe(encode(self.space, batch))
+    def _current(self) -> Tensor:
+        """What to act on next, encoded; counted by the normalizer once, when it is new."""
+        encoded = encode(self.space, self.environments.observations)
+        return self.normalizer.observe(encoded) if self.environments.fresh else self.normalizer.apply(encoded)
 
-    @torch.inference_mode()
     def collect(self, actor: Network, critic: Network | None, steps: int) -> Rollout:
         """Act for so many steps in every environment."""
-        environments, distribution = self.environments, self.distribution
-        count = environments.count
-        observations = torch.empty(steps + 1, count, width(self.space))
-        observations[0] = self.observations
+        return self._collect(actor, critic, lambda taken: taken < steps)
+
+    def collect_episodes(
+        self,
+        actor: Network,
+        critic: Network | None,
+        *,
+        seeds: Sequence[int] | None = None,
+        longest: int | None = None,
+    ) -> Rollout:
+        """Play one whole episode in every environment; T is the longest, what follows a shorter one is not valid.
+
+        Args:
+            seeds: of each environment's beginning; None for any.
+            longest: episodes that are longer are left off after so many steps.
+        """
+        environments = self.environments
+        assert isinstance(environments, SingleEpisodes)
+        environments.reset(seeds)
+        return self._collect(actor, critic, lambda taken: taken != longest and not environments.finished.all())
+
+    @torch.no_grad()  # not inference mode: what it makes is differentiated through later
+    def _collect(self, actor: Network, critic: Network | None, goes_on: Callable[[int], bool]) -> Rollout:
+        environments, distribution, normalizer = self.environments, self.distribution, self.normalizer
+        seen = [self._current()]
         drawn: list[tuple[Tensor, Tensor]] = []
         given: list[Transition] = []
-        for t in range(steps):
-            parameters = actor(observations[t])
+        while goes_on(len(given)):
+            parameters = actor(seen[-1])
             actions = distribution.sample(parameters)
             transition = environments.step(distribution.to_environment(actions))
-            observations[t + 1] = self._encoded(transition.observations)
+            seen.append(normalizer.observe(encode(self.space, transition.observations)))
             drawn.append((parameters, actions))
             given.append(transition)
-        self.observations = observations[steps]
+        observations = torch.stack(seen)
         parameters, actions = (torch.stack(column) for column in zip(*drawn, strict=True))
         rewards, terminated, truncated, only_reset = (
             torch.from_numpy(np.stack(column)) for column in list(zip(*given, strict=True))[1:5]
         )
         values, next_values = self._values(critic, observations, given)
         return Rollout(
-            observations=observations[:steps],
+            observations=observations[:-1],
             actions=actions,
             logprobs=distribution.logprobs(parameters, actions),
             parameters=parameters,
-            rewards=self.normalizer.rewards(rewards.float(), terminated | truncated, ~only_reset),
+            rewards=normalizer.rewards(rewards.float(), terminated | truncated, ~only_reset),
             terminated=terminated,
             truncated=truncated & ~terminated,
             valid=~only_reset,
@@ -103,12 +124,3 @@ class Collector:
             ended = self.normalizer.apply(torch.cat([encode(self.space, batched(one)) for one in seen]))
             next_values[list(steps), list(copies)] = critic(ended)
         return values[:-1], next_values
-
-
-def batched(observation: object) -> object:
-    """One observation as a batch of one, as its space batches them."""
-    if isinstance(observation, dict):
-        return {name: batched(part) for name, part in observation.items()}
-    if isinstance(observation, tuple):
-        return tuple(batched(part) for part in observation)
-    return np.asarray(observation)[None]

@@ -6,21 +6,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import gymnasium
 import torch
 
-from taurl.control.environments import EnvironmentLike, Environments, Episode
-from taurl.control.evaluation import COPIES, Acting, Evaluation, evaluate
+from taurl.control.environments import EnvironmentLike, Environments
+from taurl.control.evaluation import Acting, Evaluation, copies_for, evaluate, with_limit
 from taurl.control.settings import ControlConfig
 from taurl.runtime.config import read_config
 from taurl.runtime.directory import write_final
 from taurl.runtime.errors import InputError
 from taurl.runtime.given import GIVEN, require_given_again
 from taurl.runtime.machine import peak_memory_gb, set_threads
-from taurl.runtime.run import Callback, Record, Run, Step
+from taurl.runtime.run import Callback, Record, Run, Stateful, Step
 from taurl.runtime.seeding import seed_everything
 
 HEADLINE = {"return": "rollout/ep_rew_mean", "length": "rollout/ep_len_mean", "steps/s": "time/fps"}
-EPISODES_IN_MEAN = 100  # of the running means, as in Stable-Baselines3
 EVALUATION_SEED = 1_000_003  # added to the seed, so that evaluation does not begin where training did
 
 
@@ -83,8 +83,9 @@ class Trainer(ABC):
         run.chosen["device"] = "cpu"
         seed_everything(self.config.seed)
         self.environments = self._environments(self.config.environments, self.config.seed)
-        self.recent: list[Episode] = []
-        self.best = -math.inf
+        self._said_unsaved = False
+        before = (record for record in run.records() if record["step"] <= run.step)  # those after it are done again
+        self.best = max((record.get("eval/mean_reward", -math.inf) for record in before), default=-math.inf)
         self.set_up()
 
     @abstractmethod
@@ -105,13 +106,28 @@ class Trainer(ABC):
         write_final(self.run.directory, self.save)
         return self
 
+    def begin(self, **state: Stateful) -> Run:
+        """`Run.begin` with the environments among the state."""
+        run = self.run.begin(environments=self.environments, **state)
+        self._say_unsaved()
+        return run
+
+    def _say_unsaved(self) -> None:
+        """Say once when a checkpoint could not hold where the environments stand."""
+        if self.environments.unsaved and not self._said_unsaved:
+            self._said_unsaved = True
+            self.run.view.note(
+                f"{self.environments.name}: no checkpoint can hold where it stands ({self.environments.unsaved}); its "
+                "episodes begin anew after each"
+            )
+
     def iterations(self, steps: int) -> int:
         """How many iterations of so many environment steps go into one record."""
         return max(1, -(-self.config.record_every // steps))
 
     def evaluate(self, episodes: int | None = None, *, deterministic: bool = True) -> Evaluation:
         """Play whole episodes in environments of their own."""
-        return evaluate_policy(
+        found = evaluate_policy(
             self.policy,
             self.environment,
             episodes or self.config.eval_episodes,
@@ -119,6 +135,9 @@ class Trainer(ABC):
             arguments=self.config.env_args,
             deterministic=deterministic,
         )
+        if isinstance(self.environment, gymnasium.Env):  # the only one there is: evaluation has moved it on
+            self.environments.begin_anew()
+        return found
 
     def predict(self, observation: Any, *, deterministic: bool = True) -> Any:
         """The action for one observation."""
@@ -130,10 +149,10 @@ class Trainer(ABC):
 
     def finish(self, step: Step, figures: Record) -> Record:
         """Close a record: episodes, speed, and an evaluation where one is due."""
-        self.recent = (self.recent + self.environments.take_episodes())[-EPISODES_IN_MEAN:]
-        if self.recent:
-            figures["rollout/ep_rew_mean"] = sum(episode.reward for episode in self.recent) / len(self.recent)
-            figures["rollout/ep_len_mean"] = sum(episode.length for episode in self.recent) / len(self.recent)
+        self.environments.take_episodes()
+        if recent := self.environments.recent:
+            figures["rollout/ep_rew_mean"] = sum(episode.reward for episode in recent) / len(recent)
+            figures["rollout/ep_len_mean"] = sum(episode.length for episode in recent) / len(recent)
         figures["time/fps"] = (step.number - self.run.step) / step.elapsed()
         if self._evaluation_due(step.number):
             with step.phase("evaluation", "evaluating"):
@@ -142,7 +161,10 @@ class Trainer(ABC):
             if found["eval/mean_reward"] > self.best:
                 self.best = found["eval/mean_reward"]
                 self.save(self.run.directory / "best")
-        return step.finish(**figures, **{"memory/peak_gb": peak_memory_gb(torch.device("cpu"))})
+        record = step.finish(**figures, **{"memory/peak_gb": peak_memory_gb(torch.device("cpu"))})
+        if step.number < self.config.steps:
+            self._say_unsaved()
+        return record
 
     def reached(self, record: Record) -> bool:
         """Whether an evaluation has come to `stop_at`."""
@@ -173,7 +195,8 @@ def evaluate_policy(
 ) -> Evaluation:
     """Play whole episodes in new environments, several at once, and close them."""
     given_object = not isinstance(environment, str) and not callable(environment)
-    copies = 1 if given_object else min(COPIES, episodes)
+    copies = 1 if given_object else copies_for(episodes)
+    arguments = with_limit(environment, arguments)
     environments = Environments(environment, copies, seed=seed, arguments=arguments)
     try:
         return evaluate(policy, environments, episodes, deterministic=deterministic)

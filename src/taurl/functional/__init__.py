@@ -19,6 +19,7 @@
     kto                preferences without pairs
     aggregation        from one loss per token to one number
     logprobs           log-probability and entropy of chosen tokens, without the full logits
+    running            mean and variance of a stream of batches
     entropy            the tokens with the highest entropies
 
 Dimensions in docstrings: T time, B environments, P prompts, G completions of a group, N rows, L tokens, V vocabulary, d

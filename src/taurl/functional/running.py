@@ -15,7 +15,11 @@ class Moments(NamedTuple):
 
 
 def no_moments(*shape: int) -> Moments:
-    """Of no sample yet: mean 0 and variance 1, which leave what they normalise as it is."""
+    """Of no sample yet: mean 0 and variance 1, which leave what they normalize as it is.
+
+    Args:
+        shape: of one sample.
+    """
     return Moments(torch.zeros(shape).double(), torch.ones(shape).double(), torch.zeros(()).double())
 
 

@@ -22,7 +22,7 @@ from taurl.runtime.checkpoints import (
 from taurl.runtime.config import TrainingConfig, read_config
 from taurl.runtime.directory import describe_environment, read_environment, refuse_other_past, refuse_taken
 from taurl.runtime.errors import InputError, Interrupted, RunError, reason
-from taurl.runtime.files import write_whole
+from taurl.runtime.files import write_whole, writing
 from taurl.runtime.machine import give_back_free_memory
 from taurl.runtime.seeding import random_states, restore_random_states
 from taurl.runtime.signals import StopSignals
@@ -236,6 +236,14 @@ class Run:
         """Append samples, each with its `step`, to samples.jsonl."""
         with self._recording():
             metrics.append_lines(self.directory / "samples.jsonl", samples)
+
+    def write_artifact(self, name: str, content: bytes) -> None:
+        """Write a file under artifacts/, at once and whole, in place of the one before. The report shows pictures."""
+        with self._recording():
+            path = self.directory / "artifacts" / name
+            with writing(path):
+                path.parent.mkdir(exist_ok=True)
+            write_whole(path, content)
 
     @contextmanager
     def _recording(self) -> Iterator[None]:

@@ -14,17 +14,22 @@ from taurl.control.networks import Critic
 from taurl.control.policies import Policy
 from taurl.control.rollouts import Collector, Rollout
 from taurl.control.trainer import Trainer
+from taurl.control.updates import FlatAdam
+from taurl.functional.aggregation import row_weights, weighted_sum
 from taurl.functional.importance import token_ratios
 from taurl.functional.returns import generalized_advantage
 from taurl.functional.surrogates import clipped_surrogate
 from taurl.functional.value_losses import clipped_value_loss, explained_variance, squared_value_loss
 from taurl.functional.whitening import whiten
-from taurl.runtime.optimization import Optimizer, learning_rate
+from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import Record
 
 
 class Minibatch(NamedTuple):
-    """Some steps of a rollout, in any order: all that an update needs, [N, ..] each."""
+    """Some steps of a rollout, in any order: all that an update needs, [N, ..] each.
+
+    Steps that only reset stay in, with weight 0: minibatches of one size are compiled once.
+    """
 
     observations: Tensor
     actions: Tensor
@@ -32,6 +37,7 @@ class Minibatch(NamedTuple):
     values: Tensor
     advantages: Tensor
     returns: Tensor
+    valid: Tensor
 
 
 class PPO(Trainer):
@@ -45,16 +51,15 @@ class PPO(Trainer):
         self.policy = Policy.create(self.environments, config)
         inputs = self.policy.width
         self.critic = Critic(inputs, config.hidden, config.activation)
-        named = [("actor", self.policy.actor), ("critic", self.critic)]
-        parameters = [(f"{part}.{name}", p) for part, module in named for name, p in module.named_parameters()]
-        self.optimizer = Optimizer(parameters, config)
+        trained = {"actor": self.policy.actor, "critic": self.critic}
+        self.optimizer = FlatAdam(trained, self._loss, config, compiled=config.compile)
         self.collector = Collector(self.environments, self.policy.distribution, self.policy.normalizer)
 
     def steps(self) -> Iterator[Record]:
         config = self.config
         steps = config.rollout_steps * config.environments
         iterations = self.iterations(steps)
-        with self.run.begin(optimizer=self.optimizer, normalizer=self.policy.normalizer):
+        with self.begin(optimizer=self.optimizer, normalizer=self.policy.normalizer):
             for step in self.run.steps(width=steps * iterations):
                 for iteration in range(1, iterations + 1):
                     with step.phase("rollout", "acting"):
@@ -82,49 +87,63 @@ class PPO(Trainer):
         batch = flat(rollout, advantages, returns)
         rate, share = learning_rate(step, config), max(0.0, 1 - step / config.steps)
         clip = config.clip * share if config.anneal_clip else config.clip
-        figures: list[Record] = []
+        figures: list[dict[str, Tensor]] = []
+        norms: list[float] = []
+        whole = self._whitened(batch) if len(batch.actions) <= config.minibatch_size else None
         for _ in range(config.epochs):
-            for rows in torch.split(torch.randperm(len(batch.actions)), config.minibatch_size):
-                minibatch = Minibatch(*(tensor[rows] for tensor in batch))
-                with self.optimizer.update(rate) as backward:
-                    loss, found = self._loss(minibatch, clip)
-                    backward(loss)
-                figures.append({"loss": backward.loss, "grad_norm": backward.grad_norm, **found})
+            for minibatch in [whole] if whole else map(self._whitened, minibatches(batch, config.minibatch_size)):
+                norm, found = self.optimizer.update(rate, minibatch, clip)
+                norms.append(norm)
+                figures.append(found)
             if config.target_kl is not None and figures[-1]["train/approx_kl"] > 1.5 * config.target_kl:
                 break
-        means = {name: float(sum(one[name] for one in figures) / len(figures)) for name in figures[0]}
+        means = {name: torch.stack([one[name] for one in figures]).mean().item() for name in figures[0]}
         explained = float(explained_variance(rollout.values, returns, rollout.valid))
-        return {**means, "train/explained_variance": explained, "learning_rate": rate, "updates": len(figures)}
+        means |= {"grad_norm": sum(norms) / len(norms), "train/explained_variance": explained, "learning_rate": rate}
+        return means
 
-    def _loss(self, batch: Minibatch, clip: float) -> tuple[Tensor, Record]:
+    def _whitened(self, batch: Minibatch) -> Minibatch:
+        """By the minibatch's own mean and deviation, as the reference code does."""
+        if not self.config.whiten_advantages:
+            return batch
+        return batch._replace(advantages=whiten(batch.advantages, batch.valid))
+
+    def _loss(self, batch: Minibatch, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Clipped surrogate, value loss and entropy bonus of one minibatch."""
         config, distribution = self.config, self.policy.distribution
         parameters, values = self.policy.actor(batch.observations), self.critic(batch.observations)
         logprobs = distribution.logprobs(parameters, batch.actions)
         ratios = token_ratios(logprobs, batch.logprobs)
-        advantages = whiten(batch.advantages) if config.whiten_advantages else batch.advantages
-        surrogate = clipped_surrogate(ratios, advantages, clip_low=clip, clip_high=clip).mean()
+        weights = row_weights(batch.valid)
+        surrogates = clipped_surrogate(ratios, batch.advantages, clip_low=clip, clip_high=clip)
         if config.value_clip is None:
-            value_loss = squared_value_loss(values, batch.returns).mean()
+            value_losses = squared_value_loss(values, batch.returns)
         else:
-            value_loss = clipped_value_loss(values, batch.values, batch.returns, clip=config.value_clip).mean()
-        entropy = distribution.entropy(parameters).mean()
+            value_losses = clipped_value_loss(values, batch.values, batch.returns, clip=config.value_clip)
+        surrogate, value_loss, entropy = (
+            weighted_sum(each, weights) for each in (surrogates, value_losses, distribution.entropy(parameters))
+        )
         loss = surrogate + config.value_coefficient * value_loss - config.entropy_coefficient * entropy
         with torch.no_grad():
             log_ratios = logprobs - batch.logprobs
             figures = {
-                "train/policy_loss": surrogate,
-                "train/value_loss": value_loss,
-                "entropy": entropy,
-                "train/approx_kl": (log_ratios.expm1() - log_ratios).mean(),  # k3 of KL(π_old ‖ π)
-                "train/clip_fraction": ((ratios - 1).abs() > clip).float().mean(),
+                "loss": loss.detach(),
+                "train/policy_loss": surrogate.detach(),
+                "train/value_loss": value_loss.detach(),
+                "entropy": entropy.detach(),
+                "train/approx_kl": weighted_sum(log_ratios.expm1() - log_ratios, weights),  # k3 of KL(π_old ‖ π)
+                "train/clip_fraction": weighted_sum(((ratios - 1).abs() > clip).float(), weights),
             }
         return loss, figures
 
 
+def minibatches(batch: Minibatch, size: int) -> Iterator[Minibatch]:
+    """The steps in an order drawn anew, `size` at a time."""
+    for rows in torch.split(torch.randperm(len(batch.actions)), size):
+        yield Minibatch(*(tensor[rows] for tensor in batch))
+
+
 def flat(rollout: Rollout, advantages: Tensor, returns: Tensor) -> Minibatch:
-    """All steps that were actions, [N, ..]."""
+    """All steps, [N, ..]. The weights of those that only reset are 0, and their figures finite."""
     columns = (rollout.observations, rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
-    if rollout.valid.all():
-        return Minibatch(*(tensor.flatten(0, 1) for tensor in columns))
-    return Minibatch(*(tensor[rollout.valid] for tensor in columns))
+    return Minibatch(*(tensor.flatten(0, 1) for tensor in (*columns, rollout.valid)))

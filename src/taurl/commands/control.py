@@ -1,0 +1,71 @@
+"""`taurl control ALGORITHM`: train a policy in a gymnasium environment."""
+
+import contextlib
+import importlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from taurl.commands.options import parse, take_option
+from taurl.control import ALGORITHMS
+from taurl.control.presets import preset
+from taurl.runtime.config import read_config, read_yaml, validated
+from taurl.runtime.errors import InputError
+
+
+def train(name: str, words: Sequence[str]) -> int:
+    """Train with the algorithm of that class name."""
+    module = ALGORITHMS[name]
+    config_class = getattr(importlib.import_module(f"taurl.control.algorithms.{module}_config"), f"{name}Config")
+    command = module.replace("_", "-")
+    console = Console(stderr=True)
+    resume, words = take_option(words, "--resume")
+    no_preset, words = "--no-preset" in words, [word for word in words if word != "--no-preset"]
+    default = read_config(Path(resume), config_class) if resume else None
+    tuned = None if resume or no_preset else preset(command, take_option(words, "--env")[0])
+    if tuned is not None:
+        default = validated(config_class, read_yaml(tuned), source=str(tuned))
+        console.print(f"settings tuned for {tuned.stem} ({command}); options win, --no-preset leaves them out")
+    config = parse(config_class, words, prog=f"taurl control {command}", default=default)
+    if config.env is None:
+        raise InputError(f"no environment given: taurl control {command} --env CartPole-v1")
+
+    trainer_class = getattr(importlib.import_module(f"taurl.control.algorithms.{module}"), name)
+
+    from taurl.report import write_report
+
+    trainer = trainer_class.resume(Path(resume), config) if resume else trainer_class(config=config)
+    try:
+        trainer.train()
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first failure is the one to tell
+            write_report(trainer.run.directory)
+        raise
+    write_report(trainer.run.directory)
+    show(trainer.run)
+    return 0
+
+
+def show(run: object) -> None:
+    """The last evaluation, wall time, and where everything is."""
+    from taurl.runtime.run import Run
+
+    assert isinstance(run, Run)
+    console = Console()
+    evaluations = [record for record in run.records() if "eval/mean_reward" in record]
+    if evaluations:
+        last = evaluations[-1]
+        mean, spread = last["eval/mean_reward"], last["eval/std_reward"]
+        console.print(
+            f"return         {mean:.1f} ± {spread:.1f} over {run.config.model_dump()['eval_episodes']} episodes"
+        )
+    seconds = run.elapsed()
+    console.print(f"{run.step:,} steps in {seconds // 60:.0f} min {seconds % 60:.0f} s", highlight=False)
+    console.print(f"run directory  {run.directory}", highlight=False, soft_wrap=True)
+    console.print(f"policy         {run.directory / 'final'}", highlight=False, soft_wrap=True)
+    console.print(f"report         {run.directory / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+q_learning, dqn, reinforce, a2c, trpo, ppo, grpo = (partial(train, name) for name in ALGORITHMS)

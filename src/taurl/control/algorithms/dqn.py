@@ -1,0 +1,179 @@
+"""DQN: deep Q-learning (Mnih et al. 2015, "Human-level control through deep reinforcement learning", Nature 518).
+
+Optionally double (van Hasselt et al. 2016, arXiv:1509.06461), dueling (Wang et al. 2016, arXiv:1511.06581), with
+prioritised replay (Schaul et al. 2016, arXiv:1511.05952) and n-step returns (as in Hessel et al. 2018,
+arXiv:1710.02298).
+
+`steps`, `_act`, `_learn`, `_targets` and `_update` are the algorithm, in this order; its mathematics is called from
+`taurl.functional`.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taurl.control.action_values import TargetNetwork, ValuePolicy
+from taurl.control.algorithms.dqn_config import DQNConfig
+from taurl.control.environments import Array, Transition, batched
+from taurl.control.replay import Batch, PrioritizedReplay, Replay
+from taurl.control.spaces import encode
+from taurl.control.trainer import Trainer
+from taurl.control.updates import FlatAdam
+from taurl.functional.value_losses import huber_value_loss
+from taurl.functional.value_slopes import huber_value_slope
+from taurl.functional.values import double_q_target, q_learning_target
+from taurl.runtime.optimization import learning_rate
+from taurl.runtime.run import Record
+
+ROWS_AT_ONCE = 1024  # of targets: operators cost by number and not by size up to here
+
+
+class DQN(Trainer):
+    __doc__ = Trainer.__doc__
+    algorithm = "dqn"
+    config_class = DQNConfig
+    config: DQNConfig
+    policy: ValuePolicy
+
+    def set_up(self) -> None:
+        config, environments = self.config, self.environments
+        self.policy = ValuePolicy.create(environments, config)
+        self.network = self.policy.network
+        self.target = TargetNetwork(self.network)
+        self.optimizer = FlatAdam({"network": self.network}, None, config)
+        space = config.buffer_size, self.policy.width, environments.count
+        self.replay = (
+            PrioritizedReplay(*space, exponent=config.priority_exponent) if config.prioritized else Replay(*space)
+        )
+        # Fixed when the run begins: with more steps given on resume, those already taken keep what they had.
+        self.planned_steps = self.run.chosen.setdefault("planned_steps", config.steps)
+
+    def steps(self) -> Iterator[Record]:
+        config = self.config
+        iterations = self.iterations(config.train_every)
+        with self.begin(optimizer=self.optimizer, target=self.target, replay=self.replay):
+            for step in self.run.steps(width=config.train_every * iterations):
+                figures: list[Record] = []
+                for iteration in range(iterations):
+                    taken = self.run.step + iteration * config.train_every
+                    with step.phase("rollout", "acting"):
+                        self._act(taken)
+                    taken += config.train_every
+                    self._move_target(taken)
+                    if taken > config.learning_starts:
+                        with step.phase("update", "updating"):
+                            figures += self._learn(taken)
+                self.policy.epsilon = self._epsilon(step.number)
+                exploration = {"train/epsilon": self.policy.epsilon, "updates": len(figures)}
+                record = self.finish(step, {**means(figures), **exploration})
+                yield record
+                if self.reached(record):
+                    return
+
+    def _act(self, taken: int) -> None:
+        """Act ε-greedily for `train_every` steps and keep them."""
+        environments, replay = self.environments, self.replay
+        observations = encode(environments.observation_space, environments.observations)
+        if environments.fresh:
+            replay.cut()
+        shape = self.config.train_every // environments.count, environments.count
+        epsilons = np.array([self._epsilon(taken + t * environments.count) for t in range(shape[0])])
+        explores = np.random.random(shape) < epsilons[:, None]
+        explored = np.random.randint(self.policy.actions, size=shape)
+        for t in range(shape[0]):
+            actions = explored[t]
+            if not explores[t].all():
+                actions = np.where(explores[t], actions, self.policy.greedy(observations))
+            transition = environments.step(actions + self.policy.start)
+            following = encode(environments.observation_space, transition.observations)
+            self._keep(observations.numpy(), actions, transition, following.numpy())
+            observations = following
+
+    def _keep(self, observations: Array, actions: Array, transition: Transition, following: Array) -> None:
+        """Put into replay what were actions: steps that only reset are none."""
+        if transition.last_observations:
+            following = following.copy()  # copies that have reset already: what followed is not what is acted on next
+            for copy, seen in transition.last_observations.items():
+                following[copy] = encode(self.environments.observation_space, batched(seen)).numpy()[0]
+        copies = np.flatnonzero(~transition.only_reset)
+        columns = (observations, actions, transition.rewards, following, transition.terminated, transition.truncated)
+        self.replay.add(copies, *(column[copies] for column in columns))
+
+    def _move_target(self, taken: int) -> None:
+        """As often as it was due in the last `train_every` steps, in one go."""
+        config = self.config
+        due = taken // config.target_every - (taken - config.train_every) // config.target_every
+        if due:
+            self.target.move(self.network, 1 - (1 - config.target_share) ** due)
+
+    def _learn(self, taken: int) -> list[Record]:
+        """Updates on steps drawn from replay."""
+        config = self.config
+        rate = learning_rate(min(taken, config.steps), config)
+        # Targets depend on nothing that an update changes, so those of several come at once; but the double target
+        # depends on the network, and what is drawn by priority on the last errors.
+        at_once = 1 if config.double or config.prioritized else max(1, ROWS_AT_ONCE // config.batch_size)
+        figures = []
+        for start in range(0, config.gradient_steps, at_once):
+            count = min(at_once, config.gradient_steps - start)
+            batch = self._draw(count * config.batch_size, taken)
+            targets = self._targets(batch).split(config.batch_size)
+            for part, goals in zip(minibatches(batch, config.batch_size), targets, strict=True):
+                figures.append(self._update(part, goals, rate))
+        return figures
+
+    def _draw(self, count: int, taken: int) -> Batch:
+        config, replay = self.config, self.replay
+        if isinstance(replay, PrioritizedReplay):
+            share = min(1.0, taken / self.planned_steps)
+            weight_exponent = config.weight_exponent + (1 - config.weight_exponent) * share
+            return replay.draw_weighted(
+                count, discount=config.discount, steps=config.n_step, weight_exponent=weight_exponent
+            )
+        return replay.draw(count, discount=config.discount, steps=config.n_step)
+
+    @torch.no_grad()
+    def _targets(self, batch: Batch) -> Tensor:
+        """What Q of each step moves towards, [N]."""
+        following = self.target.network(batch.next_observations)
+        if self.config.double:
+            online = self.network(batch.next_observations)
+            return double_q_target(batch.rewards, online, following, batch.terminated, discount=batch.discounts)
+        return q_learning_target(batch.rewards, following, batch.terminated, discount=batch.discounts)
+
+    @torch.no_grad()
+    def _update(self, batch: Batch, targets: Tensor, rate: float) -> Record:
+        """One step down Huber's loss of a minibatch, whose gradient is put together by hand."""
+        action_values, pullback = self.network.with_pullback(batch.observations)
+        actions = batch.actions[:, None]
+        values = action_values.gather(1, actions).squeeze(1)
+        slopes = batch.weights * huber_value_slope(values, targets) / len(targets)
+        pullback(torch.zeros_like(action_values).scatter_(1, actions, slopes[:, None]))
+        norm = self.optimizer.step(rate)
+        if isinstance(self.replay, PrioritizedReplay):
+            self.replay.set_errors(batch.places.numpy(), targets - values)
+        loss = huber_value_loss(values, targets).dot(batch.weights) / len(targets)
+        return {"loss": loss, "train/q_mean": values.mean(), "grad_norm": norm}
+
+    def _epsilon(self, taken: int) -> float:
+        """Probability of an action at random: 1 while nothing is learnt, else falling linearly."""
+        config = self.config
+        if taken < config.learning_starts:
+            return 1.0
+        falls_over = config.epsilon_fraction * self.planned_steps
+        share = taken / falls_over if taken < falls_over else 1.0
+        return config.epsilon_start + (config.epsilon_end - config.epsilon_start) * share
+
+
+def minibatches(batch: Batch, size: int) -> Iterator[Batch]:
+    """`size` steps at a time."""
+    for columns in zip(*(column.split(size) for column in batch), strict=True):
+        yield Batch(*columns)
+
+
+def means(figures: list[Record]) -> Record:
+    """Of each figure over the updates; nothing where there was none."""
+    names = figures[0] if figures else ()
+    return {name: float(sum(one[name] for one in figures)) / len(figures) for name in names}

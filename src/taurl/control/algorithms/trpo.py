@@ -1,0 +1,161 @@
+"""TRPO: trust region policy optimisation (Schulman et al. 2015, arXiv:1502.05477).
+
+`steps`, `_iterate`, `_improve` and `_fit` are the algorithm, in this order; its mathematics is called from
+`taurl.functional`.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+
+from taurl.control.algorithms.trpo_config import TRPOConfig
+from taurl.control.networks import Critic
+from taurl.control.policies import Policy
+from taurl.control.rollouts import Collector, Rollout
+from taurl.control.trainer import Trainer
+from taurl.control.updates import FlatAdam
+from taurl.functional.aggregation import row_weights, weighted_sum
+from taurl.functional.fisher import output_fisher_vector_product
+from taurl.functional.importance import token_ratios
+from taurl.functional.returns import generalized_advantage
+from taurl.functional.surrogates import importance_weighted
+from taurl.functional.trust_region import backtracking_line_search, conjugate_gradient, maximum_step
+from taurl.functional.value_losses import explained_variance, squared_value_loss
+from taurl.functional.whitening import whiten
+from taurl.runtime.optimization import learning_rate
+from taurl.runtime.run import Record
+
+
+class Batch(NamedTuple):
+    """The steps of a rollout, [N, ..] each. Those that only reset have weight 0, and finite figures."""
+
+    observations: Tensor
+    actions: Tensor
+    advantages: Tensor
+    returns: Tensor
+    valid: Tensor
+
+
+class Weights:
+    """A network's weights, for the checkpoint. (Those that Adam trains are with its state already.)"""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.changes = module, 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.module.state_dict()
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.module.load_state_dict(tensors)
+
+
+class TRPO(Trainer):
+    __doc__ = Trainer.__doc__
+    algorithm = "trpo"
+    config_class = TRPOConfig
+    config: TRPOConfig
+
+    def set_up(self) -> None:
+        config = self.config
+        self.policy = Policy.create(self.environments, config)
+        self.weights = Weights(self.policy.actor)
+        self.critic = Critic(self.policy.width, config.hidden, config.activation)
+        self.optimizer = FlatAdam({"critic": self.critic}, self._value_loss, config, compiled=config.compile)
+        self.collector = Collector(self.environments, self.policy.distribution, self.policy.normalizer)
+
+    def steps(self) -> Iterator[Record]:
+        config = self.config
+        steps = config.rollout_steps * config.environments
+        iterations = self.iterations(steps)
+        with self.begin(actor=self.weights, critic=self.optimizer, normalizer=self.policy.normalizer):
+            for step in self.run.steps(width=steps * iterations):
+                for iteration in range(1, iterations + 1):
+                    with step.phase("rollout", "acting"):
+                        rollout = self.collector.collect(self.policy.actor, self.critic, config.rollout_steps)
+                    with step.phase("update", "updating"):
+                        figures = self._iterate(rollout, self.run.step + iteration * steps)
+                record = self.finish(step, figures)
+                yield record
+                if self.reached(record):
+                    return
+
+    def _iterate(self, rollout: Rollout, step: int) -> Record:
+        """Advantages, one step of the policy, then epochs of the critic."""
+        config = self.config
+        advantages = generalized_advantage(
+            rollout.rewards,
+            rollout.values,
+            rollout.next_values,
+            rollout.terminated,
+            rollout.truncated,
+            discount=config.discount,
+            trace_decay=config.trace_decay,
+        )
+        returns = advantages + rollout.values
+        columns = (rollout.observations, rollout.actions, advantages, returns, rollout.valid)
+        batch = Batch(*(column.flatten(0, 1) for column in columns))
+        explained = float(explained_variance(rollout.values, returns, rollout.valid))
+        improved = self._improve(batch)
+        return improved | self._fit(batch, learning_rate(step, config)) | {"train/explained_variance": explained}
+
+    def _improve(self, batch: Batch) -> Record:
+        """Move the policy along the natural gradient, at most `max_kl` away."""
+        config, actor, distribution = self.config, self.policy.actor, self.policy.distribution
+        weights = list(actor.parameters())
+        # One batch, one mean: the advantages' scale does not matter to the step, and a shift only adds variance.
+        advantages = whiten(batch.advantages, batch.valid)
+        counts = row_weights(batch.valid)
+        outputs = actor(batch.observations)
+        old = outputs.detach()
+        old_logprobs = distribution.logprobs(old, batch.actions)
+
+        def surrogate(parameters: Tensor) -> Tensor:
+            ratios = token_ratios(distribution.logprobs(parameters, batch.actions), old_logprobs)
+            return weighted_sum(importance_weighted(ratios, advantages), counts)
+
+        def kl(parameters: Tensor) -> Tensor:
+            return weighted_sum(distribution.kl(old, parameters), counts)
+
+        gradient = torch.autograd.grad(surrogate(outputs), weights, retain_graph=True)
+        fisher = output_fisher_vector_product(outputs, kl, weights)
+
+        def curvature(vector: Tensor) -> Tensor:
+            return fisher(vector) + config.damping * vector
+
+        solution = conjugate_gradient(
+            curvature, -parameters_to_vector(gradient), iterations=config.conjugate_gradient_steps
+        )
+        found = backtracking_line_search(
+            lambda: surrogate(actor(batch.observations)),
+            lambda: kl(actor(batch.observations)),
+            weights,
+            maximum_step(curvature, solution.vector, max_kl=config.max_kl),
+            max_kl=config.max_kl,
+        )
+        self.weights.changes += 1
+        return {
+            "train/kl": found.kl,
+            "train/surrogate_improvement": found.improvement,
+            "train/step_accepted": float(found.accepted),
+            "train/step_fraction": found.fraction,
+            "train/residual": solution.residual,
+            "entropy": float(weighted_sum(distribution.entropy(old), counts)),
+        }
+
+    def _fit(self, batch: Batch, rate: float) -> Record:
+        """Epochs of the critic, towards the returns."""
+        config = self.config
+        columns = (batch.observations, batch.returns, batch.valid)
+        losses: list[Tensor] = []
+        for _ in range(config.critic_epochs):
+            for rows in torch.split(torch.randperm(len(batch.returns)), config.minibatch_size):
+                _, found = self.optimizer.update(rate, *(column[rows] for column in columns))
+                losses.append(found["loss"])
+        return {"train/value_loss": torch.stack(losses).mean().item(), "learning_rate": rate}
+
+    def _value_loss(self, observations: Tensor, returns: Tensor, valid: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = weighted_sum(squared_value_loss(self.critic(observations), returns), row_weights(valid))
+        return loss, {"loss": loss.detach()}

@@ -1,0 +1,177 @@
+"""What environments hold between steps, as text for a checkpoint: `state_text` and `restore`.
+
+gymnasium has no common way to save an environment. One that has `get_state()` and `set_state(state)` is asked for its
+state; of any other all attributes are taken: numbers, text, arrays, random generators, lists and dictionaries of these,
+MuJoCo's data, and the same of wrapped environments and of spaces. Functions, types and the spec are constants. An
+attribute of another kind (a Box2D world, an emulator, a process) hides what it holds: then there is no state.
+"""
+
+import base64
+import json
+import types
+from collections import deque
+from enum import Enum
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
+from gymnasium.wrappers import PassiveEnvChecker
+
+PLAIN = (type(None), bool, int, float, str)
+CONSTANTS = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, np.dtype, EnvSpec, Enum)
+CONSTANT_KINDS = ("MjModel", "MujocoRenderer")  # by name: MuJoCo need not be installed
+# Arguments of the constructor: whoever makes the environment again gives them again.
+CONSTANT_NAMES = ("_saved_kwargs", "_cached_spec", "_ezpickle_args", "_ezpickle_kwargs", "env_fns")
+OBJECTS = (gymnasium.Env, VectorEnv, gymnasium.Space)
+# Positions that some environments read before they step, and that MuJoCo does not compute again until they do.
+MUJOCO_DERIVED = ("xpos", "xipos")
+
+
+class NoState(Exception):
+    """Says which attribute hides the state of an environment."""
+
+
+def state_text(vector: VectorEnv[Any, Any, Any], others: list[Any]) -> str:
+    """The state of all copies, and of other plain values, as JSON. Raises: NoState."""
+    writer = _Writer()
+    return json.dumps([writer.write(one, path) for one, path in (*_roots(vector), (others, "others"))])
+
+
+def restore(text: str, vector: VectorEnv[Any, Any, Any]) -> list[Any]:
+    """Put back what `state_text` gave into the same environments made anew; returns the other values."""
+    reader = _Reader()
+    roots = [one for one, _ in _roots(vector)]
+    found = [reader.read(saved, one) for saved, one in zip(json.loads(text), [*roots, None], strict=True)]
+    return list(found[-1])
+
+
+def _roots(vector: VectorEnv[Any, Any, Any]) -> list[tuple[Any, str]]:
+    if isinstance(vector, AsyncVectorEnv):
+        raise NoState("they run in processes of their own")
+    if isinstance(vector, SyncVectorEnv):  # what it holds beside them belongs to one step
+        return [(one, type(one.unwrapped).__name__) for one in vector.envs]
+    return [(vector, type(vector).__name__)]
+
+
+class _Writer:
+    """Values → JSON: plain ones as they are, others as [kind, content]; what was met before as ["same", number]."""
+
+    def __init__(self) -> None:
+        self.met: dict[int, tuple[int, Any]] = {}  # with the value itself, so that its id stays taken
+
+    def write(self, value: Any, path: str) -> Any:
+        if type(value) in PLAIN:
+            return value
+        if id(value) in self.met:
+            return ["same", self.met[id(value)][0]]
+        self.met[id(value)] = len(self.met), value
+        if isinstance(value, OBJECTS):
+            return self._object(value, path)
+        if type(value) in (list, tuple):
+            return [type(value).__name__, self._parts(value, path)]
+        if type(value) is deque:
+            return ["deque", self._parts(value, path), value.maxlen]
+        if type(value) is dict:
+            names = [self.write(name, path) for name in value]
+            return ["dict", names, [self.write(one, f"{path}[{name!r}]") for name, one in value.items()]]
+        if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufcSU":
+            kind = "array" if isinstance(value, np.ndarray) else "scalar"
+            return [kind, value.dtype.str, value.shape, base64.b64encode(value.tobytes()).decode()]
+        if isinstance(value, np.random.Generator):
+            return ["generator", self.write(value.bit_generator.state, path)]
+        raise NoState(f"{path} is of type {type(value).__name__}")
+
+    def _parts(self, values: Any, path: str) -> list[Any]:
+        return [self.write(one, f"{path}[{place}]") for place, one in enumerate(values)]
+
+    def _object(self, value: Any, path: str) -> Any:
+        if callable(getattr(value, "get_state", None)) and callable(getattr(value, "set_state", None)):
+            return ["asked", self.write(value.get_state(), f"{path}.get_state()")]
+        written = {}
+        for name, one in _attributes(value).items():
+            where = f"{path}.{name}"
+            is_data = type(one).__name__ == "MjData"
+            written[name] = (
+                ["mujoco", self.write(_mujoco(value.model, one), where)] if is_data else self.write(one, where)
+            )
+        return ["object", written]
+
+
+class _Reader:
+    """JSON → values; objects are filled in place. Numbers what it meets in the writer's order."""
+
+    def __init__(self) -> None:
+        self.met: list[Any] = []
+
+    def read(self, saved: Any, current: Any = None) -> Any:
+        if type(saved) in PLAIN:
+            return saved
+        kind, content, *more = saved
+        if kind == "same":
+            return self.met[content]
+        number = len(self.met)
+        self.met.append(current)
+        self.met[number] = self._made(kind, content, more, current, number)
+        return self.met[number]
+
+    def _made(self, kind: str, content: Any, more: list[Any], current: Any, number: int) -> Any:
+        match kind:
+            case "object":
+                for name, saved in content.items():
+                    self._set(current, name, saved)
+                return current
+            case "asked":
+                current.set_state(self.read(content))
+                return current
+            case "dict":
+                known = current if isinstance(current, dict) else {}
+                names = [self.read(name) for name in content]
+                return {name: self.read(one, known.get(name)) for name, one in zip(names, *more, strict=True)}
+            case "array" | "scalar":
+                shape, data = more
+                array = np.frombuffer(base64.b64decode(data), dtype=content).reshape(shape).copy()
+                return array if kind == "array" else array[()]
+            case "generator":
+                state = self.read(content)
+                generator = np.random.Generator(getattr(np.random, state["bit_generator"])())
+                generator.bit_generator.state = state
+                return generator
+        known = current if isinstance(current, list | tuple) and len(current) == len(content) else [None] * len(content)
+        parts = [self.read(one, other) for one, other in zip(content, known, strict=True)]
+        return deque(parts, *more) if kind == "deque" else tuple(parts) if kind == "tuple" else parts
+
+    def _set(self, owner: Any, name: str, saved: Any) -> None:
+        if isinstance(saved, list) and saved[0] == "mujoco":
+            _restore_mujoco(owner.model, getattr(owner, name), self.read(saved[1]))
+            return
+        setattr(owner, name, self.read(saved, getattr(owner, name, None)))
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """The attributes that may change."""
+    if isinstance(value, PassiveEnvChecker):  # looks at an environment's first steps only, and they are over
+        return {"env": value.env, "checked_reset": True, "checked_step": True, "checked_data_reuse": True}
+    return {
+        name: one
+        for name, one in vars(value).items()
+        if name not in CONSTANT_NAMES and not isinstance(one, CONSTANTS) and type(one).__name__ not in CONSTANT_KINDS
+    }
+
+
+def _mujoco(model: Any, data: Any) -> dict[str, Any]:
+    import mujoco
+
+    kind = mujoco.mjtState.mjSTATE_INTEGRATION
+    state = np.empty(mujoco.mj_stateSize(model, kind))
+    mujoco.mj_getState(model, data, state, kind)
+    return {"integration": state, **{name: getattr(data, name).copy() for name in MUJOCO_DERIVED}}
+
+
+def _restore_mujoco(model: Any, data: Any, saved: dict[str, Any]) -> None:
+    import mujoco
+
+    mujoco.mj_setState(model, data, saved["integration"], mujoco.mjtState.mjSTATE_INTEGRATION)
+    for name in MUJOCO_DERIVED:
+        getattr(data, name)[:] = saved[name]

@@ -1,0 +1,169 @@
+"""Environments: what followed each action in both autoreset modes, what is passed on, and what is refused."""
+
+import functools
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+from small_environments import Broken, Counting, Showing, resetting_on_the_next_step
+
+from taurl.control.environments import Environments, SingleEpisodes
+from taurl.runtime.errors import InputError, RunError
+
+
+def transitions_of(environments, steps):
+    """Of each copy: (observation, action, reward, terminated, truncated, what followed) of every action."""
+    found = [[] for _ in range(environments.count)]
+    observations = environments.reset()
+    for _ in range(steps):
+        actions = observations.sum(1).astype(int) % 2  # depends on what is seen only
+        given = environments.step(actions)
+        for copy in range(environments.count):
+            if not given.only_reset[copy]:
+                followed = given.last_observations.get(copy, given.observations[copy])
+                ends = bool(given.terminated[copy]), bool(given.truncated[copy])
+                seen = tuple(observations[copy].tolist()), tuple(np.asarray(followed).tolist())
+                found[copy].append((seen[0], int(actions[copy]), float(given.rewards[copy]), *ends, seen[1]))
+        observations = given.observations
+    return found
+
+
+def test_both_autoreset_modes_give_the_same_transitions(monkeypatch):
+    same = transitions_of(Environments(Counting, 2, seed=0), 40)
+    resetting_on_the_next_step(monkeypatch)
+    environments = Environments(Counting, 2, seed=0)
+    assert not environments.resets_in_same_step
+    later = transitions_of(environments, 40)
+    for one, other in zip(same, later, strict=True):
+        assert len(one) == 40
+        assert len(other) == 40 - 10  # 10 of its steps only reset
+        assert one[: len(other)] == other
+    # The first episode by hand: two steps, terminated; the next one is cut after three.
+    assert same[0][:2] == [((0, 0), 0, 0.0, False, False, (0, 1)), ((0, 1), 1, 11.0, True, False, (0, 2))]
+    assert same[0][4] == ((1, 2), 1, 21.0, False, True, (1, 3))
+
+
+def test_both_modes_count_the_same_episodes(monkeypatch):
+    counted = []
+    for _ in range(2):
+        environments = Environments(Counting, 1, seed=0)
+        transitions_of(environments, 40)
+        counted.append(environments.take_episodes())
+        assert environments.take_episodes() == []
+        resetting_on_the_next_step(monkeypatch)
+    same, later = counted
+    assert same[: len(later)] == later
+    assert [episode.length for episode in later[:4]] == [2, 3, 4, 2]
+    assert later[0].reward == 11.0
+
+
+def test_steps_of_native_cartpole_obey_its_physics_but_for_those_that_only_reset():
+    environments = Environments("CartPole-v1", 4, seed=0)
+    assert not environments.resets_in_same_step
+    single = gymnasium.make("CartPole-v1").unwrapped
+    single.reset()
+    rng = np.random.default_rng(0)
+    observations, resets = environments.reset(), 0
+    for _ in range(60):
+        actions = rng.integers(2, size=4)
+        given = environments.step(actions)
+        for copy in range(4):
+            single.state, single.steps_beyond_terminated = observations[copy].astype(np.float64), None
+            expected = single.step(int(actions[copy]))[0]
+            obeys = np.allclose(expected, given.observations[copy], atol=1e-5)
+            assert obeys != given.only_reset[copy]
+        resets += given.only_reset.sum()
+        observations = given.observations
+    assert resets > 4
+
+
+def test_actions_of_a_box_are_clipped_for_the_environment_and_left_as_they_were():
+    class Box(Counting):
+        action_space = spaces.Box(-1, 2, (2,), np.float32)
+
+        def step(self, action):
+            taken.append(action.copy())
+            return super().step(0)
+
+    taken = []
+    environments = Environments(Box, 1, seed=0)
+    environments.reset()
+    actions = np.array([[-3.0, 5.0]], dtype=np.float32)
+    environments.step(actions)
+    np.testing.assert_array_equal(taken, [[-1.0, 2.0]])
+    np.testing.assert_array_equal(actions, [[-3.0, 5.0]])
+
+
+@pytest.mark.parametrize("what", ["reward", "observation"])
+@pytest.mark.parametrize("at", [1, 2])  # the second step ends an episode: what it shows is not what is acted on next
+def test_what_is_not_finite_is_named_with_copy_and_step(what, at):
+    makers = iter([Counting, Counting, functools.partial(Broken, what, at)] * 2)
+    environments = Environments(lambda: next(makers)(), 3, seed=0)
+    environments.reset()
+    with pytest.raises(RunError) as caught:
+        for _ in range(at):
+            environments.step(np.zeros(3, dtype=int))
+    assert f"copy 2 gave the {what}" in str(caught.value)
+    assert f"at step {at}," in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_parts_of_observations_are_looked_at_too():
+    class Parts(Showing):
+        def step(self, action):
+            shown, *rest = super().step(action)
+            return {**shown, "b": (shown["b"][0], np.array([np.nan], np.float32))}, *rest
+
+    box = spaces.Box(-1, 1, (1,), np.float32)
+    environments = Environments(lambda: Parts(spaces.Dict(a=box, b=spaces.Tuple([box, box]))), 2, seed=0)
+    environments.reset()
+    with pytest.raises(RunError, match=r"copy 0 gave the observation 'b' \[1\] \[nan\] at step 1"):
+        environments.step(np.zeros(2, dtype=int))
+
+
+def test_a_sum_that_overflows_is_no_error():
+    class Large(Counting):
+        def step(self, action):
+            observation, _, *rest = super().step(action)
+            return observation, 1e308, *rest
+
+    environments = Environments(Large, 3, seed=0)
+    environments.reset()
+    with np.errstate(over="ignore"):
+        environments.step(np.zeros(3, dtype=int))
+
+
+def test_later_resets_are_others_and_repeat_with_the_seed():
+    def beginnings():
+        environments = Environments("CartPole-v1", 2, seed=3)
+        first = environments.reset()
+        environments.step(np.zeros(2, dtype=int))
+        return first, environments.reset()
+
+    first, second = beginnings()
+    assert not np.array_equal(first, second)
+    for one, other in zip((first, second), beginnings(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_single_episodes_end_and_wait():
+    environments = SingleEpisodes("CartPole-v1", 3, seed=0)
+    environments.reset()
+    counts, rewards = np.zeros(3, dtype=int), np.zeros(3)
+    while not environments.finished.all():
+        given = environments.step(np.ones(3, dtype=int))
+        counts += ~given.only_reset
+        rewards += given.rewards
+        assert not (given.only_reset & (given.terminated | given.truncated)).any()
+    episodes = environments.take_episodes()
+    assert sorted(counts) == sorted(episode.length for episode in episodes)
+    assert len(set(counts)) > 1, "nobody had to wait"
+    np.testing.assert_array_equal(rewards, counts)
+
+
+def test_environments_that_cannot_be_made_are_named():
+    with pytest.raises(InputError, match="env is 'NoSuch-v0'"):
+        Environments("NoSuch-v0", 1, seed=0)
+    with pytest.raises(InputError, match="environments is 2, but one environment object"):
+        Environments(Counting(), 2, seed=0)
