@@ -16,14 +16,14 @@ SMALL = {"environments": 8, "group_size": 4, "record_every": 1, "eval_episodes":
 
 
 class Echo(gymnasium.Env):
-    """The reward is 1 where the action is the digit that is shown; choosing 2 makes an episode of 4 to 8 shorter."""
+    """The reward is 1 where the action is the digit that is shown; choosing 2 makes an episode of 6 to 9 shorter."""
 
     observation_space = spaces.Discrete(3)
     action_space = spaces.Discrete(3)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.left, self.shown = int(self.np_random.integers(4, 9)), int(self.np_random.integers(3))
+        self.left, self.shown = int(self.np_random.integers(6, 10)), int(self.np_random.integers(3))
         return self.shown, {}
 
     def step(self, action):
@@ -76,7 +76,7 @@ def test_an_episode_is_trained_on_up_to_its_end_and_no_further(tmp_path):
 @pytest.mark.parametrize("masked", [False, True])
 def test_loss_and_gradient_are_those_of_a_plain_loop_over_the_episodes(tmp_path, loss_type, masked):
     trainer = trainer_of(tmp_path, Echo, loss_type=loss_type, discount=0.9, clip_low=0.1, clip_high=0.3, epochs=1,
-                         minibatches=1, mask_truncated=masked, max_episode_steps=5, hidden=(5,))  # fmt: skip
+                         minibatches=1, mask_truncated=masked, max_episode_steps=6, hidden=(5,))  # fmt: skip
     rollout = trainer._play(0)
     with torch.no_grad():  # so that ratios are not 1, and some are clipped
         for parameter in trainer.policy.actor.parameters():
@@ -108,7 +108,7 @@ def test_loss_and_gradient_are_those_of_a_plain_loop_over_the_episodes(tmp_path,
             bounded = min(max(ratio, torch.tensor(0.9)), torch.tensor(1.3))
             clipped += float(bounded) != float(ratio)
             gain = torch.minimum(ratio * advantage, bounded * advantage)
-            share = {"grpo": len(counted) * lengths[i], "dapo": steps, "dr_grpo": len(counted) * 5}[loss_type]
+            share = {"grpo": len(counted) * lengths[i], "dapo": steps, "dr_grpo": len(counted) * 6}[loss_type]
             expected = expected - gain / share
     assert clipped > 3
     assert float(loss) == pytest.approx(float(expected), rel=1e-4)
@@ -120,7 +120,7 @@ def test_the_first_ratio_is_1_and_groups_without_variance_teach_nothing(tmp_path
     class Equal(Echo):
         def step(self, action):
             observation, _, *rest = super().step(action)
-            return observation, 1.0, *rest
+            return observation, 0.0, *rest
 
     trainer = trainer_of(tmp_path, Equal, epochs=1, minibatches=1)
     before = weights_of(trainer)

@@ -120,7 +120,7 @@ def test_actions_have_the_shape_and_numbers_of_their_space(space):
     actions = distribution.to_environment(distribution.mode(parameters_of(distribution, 4).float()))
     assert actions.shape == (BATCH, *space.shape)
     for action in actions:
-        clipped = np.clip(action, space.low, space.high) if isinstance(space, spaces.Box) else action
+        clipped = np.asarray(np.clip(action, space.low, space.high)) if isinstance(space, spaces.Box) else action
         assert space.contains(clipped), action
 
 

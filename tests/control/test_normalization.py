@@ -31,11 +31,11 @@ def test_rewards_are_divided_by_the_deviation_of_the_discounted_sums():
     rewards = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 0.0]])
     done = torch.tensor([[False, True], [False, False], [False, False]])
     valid = torch.tensor([[True, True], [True, True], [True, False]])
-    scaled = normalizer.rewards(rewards, done, valid)
+    scaled = normalizer.rewards(rewards, done, valid).numpy()
     sums = [1.0, 2.0, 3.5, 4.0, 6.75]  # 2.0 ended an episode; the last step of the second copy only reset
     for t, count in enumerate((2, 4, 5)):
         deviation = np.sqrt(np.var(sums[:count]) + 1e-8)
-        np.testing.assert_allclose(scaled[t], np.clip(rewards[t] / deviation, -BOUND, BOUND), rtol=1e-6)
+        np.testing.assert_allclose(scaled[t], np.clip(rewards[t].numpy() / deviation, -BOUND, BOUND), rtol=1e-6)
 
 
 def test_what_is_not_asked_for_passes_through():

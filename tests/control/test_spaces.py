@@ -15,7 +15,7 @@ from taurl.runtime.errors import InputError
 BOX = spaces.Box(np.array([-np.inf, 0.0]).astype(np.float32), np.array([1.5, np.inf]).astype(np.float32))
 CASES = {
     "box": (BOX, [0.5, 7.0], [0.5, 7.0]),
-    "image": (spaces.Box(0, 255, (2, 2), np.uint8), [[1, 2], [3, 255]], [1, 2, 3, 255]),
+    "image": (spaces.Box(0, 255, (2, 2), np.uint8), np.array([[1, 2], [3, 255]], np.uint8), [1, 2, 3, 255]),
     "discrete": (spaces.Discrete(3, start=4), 6, [0, 0, 1]),
     "multi_discrete": (spaces.MultiDiscrete([2, 3], start=[0, 5]), [1, 6], [0, 1, 0, 1, 0]),
     "multi_discrete_2d": (spaces.MultiDiscrete([[2], [2]]), [[0], [1]], [1, 0, 0, 1]),

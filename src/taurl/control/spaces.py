@@ -1,5 +1,6 @@
 """Observations as numbers: a batch of whatever a gymnasium space holds, as one float32 tensor [B, d]."""
 
+from collections import OrderedDict
 from typing import Any
 
 import gymnasium
@@ -87,9 +88,11 @@ def space_of(facts: dict[str, Any]) -> gymnasium.Space[Any]:
         case "MultiDiscrete":
             return spaces.MultiDiscrete(facts["nvec"], start=facts["start"])
         case "MultiBinary":
-            return spaces.MultiBinary(facts["shape"])
+            shape = facts["shape"]
+            return spaces.MultiBinary(shape[0] if len(shape) == 1 else shape)
         case "Dict":
-            return spaces.Dict({name: space_of(part) for name, part in facts["parts"].items()})
+            # A plain dictionary would be sorted, and the policy's inputs with it.
+            return spaces.Dict(OrderedDict((name, space_of(part)) for name, part in facts["parts"].items()))
         case "Tuple":
             return spaces.Tuple([space_of(part) for part in facts["parts"]])
     raise InputError(f"space {facts} is not known")

@@ -182,8 +182,9 @@ def kl_loss(
 
     A log-weight is clamped to LARGEST_LOG_RATIO before its exp.
 
-    GRPO and TRL (`beta`) use k3 per token without ratios, which descends R. TRL's `use_bias_correction_kl` is k3 per
-    token with the token's own ratio, and descends F; with its sequence-level ratios, a geometric mean, it is neither.
+    GRPO uses k3 per token without ratios, which descends R. TRL's `beta` is k3 per token with the token's own ratio
+    (`use_bias_correction_kl`, on by default in 1.16), and descends F; with its sequence-level ratios, a geometric mean,
+    it is neither.
 
     Args:
         logprobs, reference_logprobs: float [N, L], the sampled tokens under π and π_ref.

@@ -10,8 +10,8 @@ from taurl.functional._inputs import at_least_float32, require_mask, require_pos
 
 Divergence = Literal["reverse_kl", "js_divergence", "forward_kl", "alpha_divergence"]
 
-# Its square, which IPO takes, and a sum over a batch of squares stay finite in float32.
-LARGEST_SCORE = math.exp(40.0)  # 2e17
+# A score's square, which IPO takes, and the sum over a batch of squares stay finite: 2e17 in float32, 6e138 in float64.
+LARGEST_SCORE_EXPONENT = 0.45  # of the dtype's largest number
 
 
 def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def divergence_scores(log_ratios: Tensor, divergence: Divergence, *, alpha: floa
         log_ratios: float [N], x.
         alpha: α in [0, 1], for "alpha_divergence" only.
     Returns: scores, [N], 0 where x is; float32, or float64 for float64. Where π is so unlikely that a power of u would
-        take its score below −LARGEST_SCORE, the score stops there and the gradient is 0.
+        take its score below −2e17 (float64: −6e138), the score stops there and the gradient is 0.
     Raises: ValueError if log_ratios are not float [N], the divergence is unknown or alpha is outside [0, 1].
     Source: Wang et al. 2023, arXiv:2309.16240.
     """
@@ -117,5 +117,6 @@ def divergence_scores(log_ratios: Tensor, divergence: Divergence, *, alpha: floa
 def _power_score(log_ratios: Tensor, alpha: float) -> Tensor:
     # expm1: near 0, and for small α everywhere, 1 − exp(−αx) would lose its digits. The exponent's bound depends on α,
     # for what is bounded is the quotient. float64, where αx does not underflow: they are a few numbers.
-    exponents = (-alpha * log_ratios.double()).clamp(max=math.log1p(alpha * LARGEST_SCORE))
+    largest = torch.finfo(log_ratios.dtype).max ** LARGEST_SCORE_EXPONENT
+    exponents = (-alpha * log_ratios.double()).clamp(max=math.log1p(alpha * largest))
     return (-torch.expm1(exponents) / alpha).to(log_ratios.dtype)
