@@ -130,3 +130,32 @@ def resetting_on_the_next_step(monkeypatch):
         return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
 
     monkeypatch.setattr(taurl.control.environments, "synchronous", synchronous)
+
+
+def same_records(one, other):
+    """Whether two runs wrote the same metrics, times aside."""
+    return without_times(one) == without_times(other)
+
+
+def without_times(trainer):
+    apart = ("time/", "seconds", "memory/")
+    records = trainer.run.records()
+    return [{name: value for name, value in record.items() if not name.startswith(apart)} for record in records]
+
+
+def same_weights(one, other):
+    pairs = zip(one.policy.actor.parameters(), other.policy.actor.parameters(), strict=True)
+    return all(bool((mine == theirs).all()) for mine, theirs in pairs)
+
+
+def unbroken_and_resumed(trainer_class, config_class, folder, *, stop_after, env=None, **settings):
+    """A run in one piece, and one that was left after so many steps and goes on from its last checkpoint."""
+    configs = [config_class(out=folder / name, **settings) for name in ("whole", "parts")]
+    whole = trainer_class(env, configs[0]).train()
+    for record in trainer_class(env, configs[1]).steps():
+        if record["step"] >= stop_after:
+            break
+    given = {} if env is None or isinstance(env, str) else {"env": env}
+    resumed = trainer_class.resume(folder / "parts", **given)
+    assert 0 < resumed.run.step < stop_after, "nothing is done again: the test would show less"
+    return whole, resumed.train()

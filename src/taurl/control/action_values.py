@@ -34,8 +34,8 @@ class QNetwork(nn.Module):
         return found
 
     def with_pullback(self, observations: Tensor) -> tuple[Tensor, Pullback]:
-        """Action values [N, A], and what sets the parameters' gradients from theirs."""
-        return self.layers.with_pullback(observations)
+        """Action values [N, A], and what sets the parameters' gradients from theirs; see `dense`."""
+        return self.layers.with_pullback(observations, to_inputs=False)
 
 
 class DuelingNetwork(nn.Module):
@@ -59,8 +59,8 @@ class DuelingNetwork(nn.Module):
         return dueling_action_values(self.value(features).squeeze(-1), self.advantages(features))
 
     def with_pullback(self, observations: Tensor) -> tuple[Tensor, Pullback]:
-        """Action values [N, A], and what sets the parameters' gradients from theirs."""
-        features, to_observations = self.trunk.with_pullback(observations)
+        """Action values [N, A], and what sets the parameters' gradients from theirs; see `dense`."""
+        features, to_observations = self.trunk.with_pullback(observations, to_inputs=False)
         values, value_back = self.value.with_pullback(features)
         advantages, advantages_back = self.advantages.with_pullback(features)
 

@@ -46,9 +46,14 @@ class Dense(nn.Module):
                 inputs = inputs.relu() if self.relu else inputs.tanh()
         return inputs
 
-    @torch.no_grad()
-    def with_pullback(self, inputs: Tensor) -> tuple[Tensor, Pullback]:
-        """Outputs [N, k] for inputs [N, d], and their pullback, to be called before the weights change."""
+    def with_pullback(self, inputs: Tensor, *, to_inputs: bool = True) -> tuple[Tensor, Pullback]:
+        """Outputs [N, k] for inputs [N, d], and their pullback, to be called before the weights change.
+
+        Both under `torch.no_grad`.
+
+        Args:
+            to_inputs: whether the gradient of the inputs is wanted; if not, that of the first layer's outputs is given.
+        """
         parts = self._parts()
         seen = [inputs]
         for (weight, bias), activated in zip(parts, self.activated, strict=True):
@@ -57,7 +62,6 @@ class Dense(nn.Module):
                 outputs = outputs.relu_() if self.relu else outputs.tanh_()
             seen.append(outputs)
 
-        @torch.no_grad()
         def pullback(gradient: Tensor) -> Tensor:
             for place in range(len(parts) - 1, -1, -1):
                 weight, bias = parts[place]
@@ -66,7 +70,8 @@ class Dense(nn.Module):
                 assert weight.grad is not None and bias.grad is not None, "the parameters have no .grad to be set"
                 torch.mm(gradient.t(), seen[place], out=weight.grad)
                 torch.sum(gradient, 0, out=bias.grad)
-                gradient = gradient.mm(weight)
+                if place or to_inputs:
+                    gradient = gradient.mm(weight)
             return gradient
 
         return seen[-1], pullback

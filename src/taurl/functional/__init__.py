@@ -4,13 +4,17 @@
     token_returns      the same for rows of tokens
     values             targets of Q-learning and its kin; Q, V and A from each other
     value_losses       losses of a critic, explained variance
+    value_slopes       their slopes, for gradients that are written out
+    replay             n-step rewards and priorities of steps that are kept and drawn again
     advantages         the group, the batch or the greedy answer as a baseline
     whitening          mean 0 and standard deviation 1 over the batch
     importance         ratios and weights for samples of another policy
+    off_policy         advantages of one policy from episodes of another
     surrogates         losses whose gradient is a policy gradient
     loss_types         the surrogates with their aggregation, by TRL's names
     kl                 divergence from a reference: exact, estimated, as a reward and as a loss
     trust_region       the natural gradient step of TRPO
+    fisher             its products through a policy's outputs
     preference         reward models from pairs, lists, scores and labels
     dpo                direct preference optimization by TRL's names, made of
     direct_preference      its losses, and

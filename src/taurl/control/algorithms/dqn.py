@@ -66,8 +66,7 @@ class DQN(Trainer):
                         with step.phase("update", "updating"):
                             figures += self._learn(taken)
                 self.policy.epsilon = self._epsilon(step.number)
-                exploration = {"train/epsilon": self.policy.epsilon, "updates": len(figures)}
-                record = self.finish(step, {**means(figures), **exploration})
+                record = self.finish(step, {**means(figures), "train/epsilon": self.policy.epsilon})
                 yield record
                 if self.reached(record):
                     return
@@ -108,6 +107,7 @@ class DQN(Trainer):
         if due:
             self.target.move(self.network, 1 - (1 - config.target_share) ** due)
 
+    @torch.no_grad()
     def _learn(self, taken: int) -> list[Record]:
         """Updates on steps drawn from replay."""
         config = self.config
@@ -115,13 +115,14 @@ class DQN(Trainer):
         # Targets depend on nothing that an update changes, so those of several come at once; but the double target
         # depends on the network, and what is drawn by priority on the last errors.
         at_once = 1 if config.double or config.prioritized else max(1, ROWS_AT_ONCE // config.batch_size)
-        figures = []
+        figures: list[Record] = []
         for start in range(0, config.gradient_steps, at_once):
-            count = min(at_once, config.gradient_steps - start)
-            batch = self._draw(count * config.batch_size, taken)
-            targets = self._targets(batch).split(config.batch_size)
-            for part, goals in zip(minibatches(batch, config.batch_size), targets, strict=True):
-                figures.append(self._update(part, goals, rate))
+            updates = min(at_once, config.gradient_steps - start)
+            batch = self._draw(updates * config.batch_size, taken)
+            targets = self._targets(batch)
+            parts = zip(minibatches(batch, config.batch_size), targets.split(config.batch_size), strict=True)
+            values, norms = zip(*(self._update(part, goals, rate) for part, goals in parts), strict=True)
+            figures.append(self._figures(batch, targets, torch.cat(values), norms))
         return figures
 
     def _draw(self, count: int, taken: int) -> Batch:
@@ -134,7 +135,6 @@ class DQN(Trainer):
             )
         return replay.draw(count, discount=config.discount, steps=config.n_step)
 
-    @torch.no_grad()
     def _targets(self, batch: Batch) -> Tensor:
         """What Q of each step moves towards, [N]."""
         following = self.target.network(batch.next_observations)
@@ -143,19 +143,29 @@ class DQN(Trainer):
             return double_q_target(batch.rewards, online, following, batch.terminated, discount=batch.discounts)
         return q_learning_target(batch.rewards, following, batch.terminated, discount=batch.discounts)
 
-    @torch.no_grad()
-    def _update(self, batch: Batch, targets: Tensor, rate: float) -> Record:
-        """One step down Huber's loss of a minibatch, whose gradient is put together by hand."""
+    def _update(self, batch: Batch, targets: Tensor, rate: float) -> tuple[Tensor, float]:
+        """One step down the weighted mean of Huber's losses of a minibatch; the gradient is put together by hand.
+
+        Returns: Q of the actions before it, [N], and the gradient's norm.
+        """
         action_values, pullback = self.network.with_pullback(batch.observations)
         actions = batch.actions[:, None]
         values = action_values.gather(1, actions).squeeze(1)
-        slopes = batch.weights * huber_value_slope(values, targets) / len(targets)
-        pullback(torch.zeros_like(action_values).scatter_(1, actions, slopes[:, None]))
+        slopes = huber_value_slope(values, targets) * batch.weights
+        pullback(torch.zeros_like(action_values).scatter_(1, actions, slopes[:, None] / len(slopes)))
         norm = self.optimizer.step(rate)
         if isinstance(self.replay, PrioritizedReplay):
             self.replay.set_errors(batch.places.numpy(), targets - values)
-        loss = huber_value_loss(values, targets).dot(batch.weights) / len(targets)
-        return {"loss": loss, "train/q_mean": values.mean(), "grad_norm": norm}
+        return values, norm
+
+    def _figures(self, batch: Batch, targets: Tensor, values: Tensor, norms: tuple[float, ...]) -> Record:
+        """Of some updates together: they cost as much as those of one."""
+        losses = huber_value_loss(values, targets)
+        return {
+            "loss": (losses * batch.weights).mean(),
+            "train/q_mean": values.mean(),
+            "grad_norm": sum(norms) / len(norms),
+        }
 
     def _epsilon(self, taken: int) -> float:
         """Probability of an action at random: 1 while nothing is learnt, else falling linearly."""
@@ -174,6 +184,6 @@ def minibatches(batch: Batch, size: int) -> Iterator[Batch]:
 
 
 def means(figures: list[Record]) -> Record:
-    """Of each figure over the updates; nothing where there was none."""
+    """Of each figure; nothing where there were no updates."""
     names = figures[0] if figures else ()
     return {name: float(sum(one[name] for one in figures)) / len(figures) for name in names}

@@ -1,0 +1,157 @@
+"""PPO: environments that it solves, values at time limits, the first ratio, and runs that repeat and go on."""
+
+import dataclasses
+
+import pytest
+import torch
+from gymnasium import spaces
+from small_environments import Endless, Hidden, Identity, same_records, same_weights, unbroken_and_resumed
+
+from taurl.control.algorithms.ppo import PPO, flat
+from taurl.control.algorithms.ppo_config import PPOConfig
+from taurl.control.rollouts import Collector
+
+SMALL = {"environments": 4, "rollout_steps": 16, "minibatch_size": 32, "epochs": 2, "record_every": 64}
+QUIET = {**SMALL, "eval_episodes": 0}
+
+
+def trainer_of(folder, env="CartPole-v1", **settings):
+    return PPO(env, PPOConfig(out=folder / "run", **{**QUIET, **settings}))
+
+
+@pytest.mark.parametrize(
+    ("space", "enough"),
+    [(spaces.Discrete(3), 7.9), (spaces.Box(-1, 1, (1,)), -1.2)],  # of 8, and of −5.3 for always 0
+    ids=["discrete", "box"],
+)
+def test_the_identity_is_solved_in_two_thousand_steps(space, enough, tmp_path):
+    settings = {"learning_rate": 1e-2, "discount": 0.0, "epochs": 10, "eval_episodes": 20}
+    trainer = trainer_of(tmp_path, lambda: Identity(space), steps=2048, **settings).train()
+    assert trainer.run.records()[-1]["eval/mean_reward"] >= enough
+
+
+def value_of_an_endless_reward(folder):
+    """V after some learning, for γ = 0.8; a time limit cuts every 5 steps."""
+    settings = {"discount": 0.8, "learning_rate": 1e-2, "epochs": 4, "max_grad_norm": 10.0, "steps": 6000}
+    trainer = trainer_of(folder, Endless, **settings).train()
+    with torch.no_grad():
+        return float(trainer.critic(torch.ones(1, 1)))
+
+
+def test_an_endless_reward_is_worth_one_over_one_minus_the_discount(tmp_path):
+    assert value_of_an_endless_reward(tmp_path) == pytest.approx(5, abs=0.1)
+
+
+def test_it_would_not_be_if_truncation_were_termination(tmp_path, monkeypatch):
+    collect = Collector.collect
+
+    def mistaken(*arguments):
+        rollout = collect(*arguments)
+        nothing = torch.zeros_like(rollout.truncated)
+        return dataclasses.replace(rollout, terminated=rollout.terminated | rollout.truncated, truncated=nothing)
+
+    monkeypatch.setattr(Collector, "collect", mistaken)
+    # The mean of (1 − γ^k) / (1 − γ) over k = 1 … 5, where all steps look alike.
+    assert value_of_an_endless_reward(tmp_path) == pytest.approx(2.31, abs=0.2)
+
+
+def test_the_first_ratio_is_one(tmp_path):
+    trainer = trainer_of(tmp_path)
+    first = []
+    update = trainer.optimizer.update
+
+    def watched(*arguments):
+        found = update(*arguments)
+        first.append(found[1])
+        return found
+
+    trainer.optimizer.update = watched
+    rollout = trainer.collector.collect(trainer.policy.actor, trainer.critic, 16)
+    trainer._iterate(rollout, 64)
+    assert len(first) == 4
+    # 0 but for the last bit of a float32: a minibatch is another matrix product than the one that acted.
+    assert float(first[0]["train/approx_kl"]) < 1e-10
+    assert float(first[0]["train/clip_fraction"]) == 0
+    assert float(first[1]["train/approx_kl"]) > 1e-10
+
+
+def test_its_first_gradient_is_the_policy_gradient(tmp_path):
+    trainer = trainer_of(tmp_path, value_coefficient=0.0, whiten_advantages=False)
+    actor = trainer.policy.actor
+    rollout = trainer.collector.collect(actor, trainer.critic, 16)
+    advantages = torch.randn(16, 4)
+    loss, _ = trainer._loss(flat(rollout, advantages, rollout.values), 0.2)
+    found = torch.autograd.grad(loss, list(actor.parameters()))
+    logits = actor(rollout.observations[rollout.valid])
+    logprobs = torch.distributions.Categorical(logits=logits).log_prob(rollout.actions[rollout.valid])
+    expected = torch.autograd.grad(-(logprobs * advantages[rollout.valid]).mean(), list(actor.parameters()))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_steps_that_only_reset_change_nothing(tmp_path):
+    trainer = trainer_of(tmp_path, rollout_steps=128)
+    rollout = trainer.collector.collect(trainer.policy.actor, trainer.critic, 128)
+    assert not rollout.valid.all()
+    advantages, returns = torch.randn(2, 128, 4)
+    nothing = ~rollout.valid
+    other = dataclasses.replace(
+        rollout,
+        observations=rollout.observations.masked_fill(nothing[..., None], 3.0),
+        actions=torch.where(nothing, 1 - rollout.actions, rollout.actions),
+    )
+    gradients = []
+    for one, shift in ((rollout, 0.0), (other, 100.0)):
+        batch = trainer._whitened(flat(one, advantages + shift * nothing, returns + shift * nothing))
+        parameters = [*trainer.policy.actor.parameters(), *trainer.critic.parameters()]
+        gradients.append(torch.autograd.grad(trainer._loss(batch, 0.2)[0], parameters))
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path):
+    runs = [trainer_of(tmp_path / name, steps=512, seed=seed).train() for name, seed in (("a", 5), ("b", 5), ("c", 6))]
+    assert same_weights(runs[0], runs[1])
+    assert same_records(runs[0], runs[1])
+    assert not same_weights(runs[0], runs[2])
+
+
+RESUMED = {**SMALL, "steps": 1024, "save_every": 256, "eval_every": 256, "eval_episodes": 3, "schedule": "linear"}
+SCALES = {"normalize_observations": True, "normalize_rewards": True}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    ["CartPole-v1", "Acrobot-v1", Identity, Hidden],
+    ids=["native", "classic", "own", "no state"],
+)
+def test_a_resumed_run_is_an_unbroken_one(environment, tmp_path):
+    whole, resumed = unbroken_and_resumed(
+        PPO, PPOConfig, tmp_path, env=environment, stop_after=700, **RESUMED, **SCALES
+    )
+    assert same_records(whole, resumed)
+    assert same_weights(whole, resumed)
+    assert torch.equal(whole.optimizer.mean, resumed.optimizer.mean)
+
+
+def test_saving_changes_nothing_where_the_state_can_be_had(tmp_path):
+    often, never = (
+        trainer_of(tmp_path / str(every), steps=512, save_every=every, **SCALES).train() for every in (64, 0)
+    )
+    assert same_weights(often, never)
+
+
+def test_that_a_state_cannot_be_had_is_said_once(tmp_path):
+    trainer, said = trainer_of(tmp_path, Hidden, steps=512, save_every=64), []
+    trainer.run.view.note = said.append
+    trainer.train()
+    assert len(said) == 1
+    assert "Hidden.world is of type object" in said[0]
+    assert "\n" not in said[0]
+
+
+def test_nothing_is_said_where_it_does_not_matter(tmp_path):
+    trainer, said = trainer_of(tmp_path, Hidden, steps=128), []  # saved at the end only
+    trainer.run.view.note = said.append
+    trainer.train()
+    assert said == []
