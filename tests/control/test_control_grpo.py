@@ -16,14 +16,14 @@ SMALL = {"environments": 8, "group_size": 4, "record_every": 1, "eval_episodes":
 
 
 class Echo(gymnasium.Env):
-    """The reward is 1 where the action is the digit that is shown; choosing 2 makes an episode of 6 to 9 shorter."""
+    """The reward is 1 where the action is the digit that is shown; choosing 2 makes an episode of 8 to 10 shorter."""
 
     observation_space = spaces.Discrete(3)
     action_space = spaces.Discrete(3)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.left, self.shown = int(self.np_random.integers(6, 10)), int(self.np_random.integers(3))
+        self.left, self.shown = int(self.np_random.integers(8, 11)), int(self.np_random.integers(3))
         return self.shown, {}
 
     def step(self, action):
@@ -106,7 +106,7 @@ def test_loss_and_gradient_are_those_of_a_plain_loop_over_the_episodes(tmp_path,
             logprob = logits[rollout.actions[t, i]] - logits.logsumexp(0)
             ratio = torch.exp(logprob - rollout.logprobs[t, i])
             bounded = min(max(ratio, torch.tensor(0.9)), torch.tensor(1.3))
-            clipped += float(bounded) != float(ratio)
+            clipped += not 0.9 < ratio < 1.3
             gain = torch.minimum(ratio * advantage, bounded * advantage)
             share = {"grpo": len(counted) * lengths[i], "dapo": steps, "dr_grpo": len(counted) * 6}[loss_type]
             expected = expected - gain / share

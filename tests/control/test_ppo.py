@@ -32,7 +32,7 @@ def test_the_identity_is_solved_in_two_thousand_steps(space, enough, tmp_path):
 
 def value_of_an_endless_reward(folder):
     """V after some learning, for γ = 0.8; a time limit cuts every 5 steps."""
-    settings = {"discount": 0.8, "learning_rate": 1e-2, "epochs": 4, "max_grad_norm": 10.0, "steps": 6000}
+    settings = {"discount": 0.8, "learning_rate": 1e-2, "epochs": 4, "max_grad_norm": 10.0, "steps": 4000}
     trainer = trainer_of(folder, Endless, **settings).train()
     with torch.no_grad():
         return float(trainer.critic(torch.ones(1, 1)))
@@ -51,8 +51,8 @@ def test_it_would_not_be_if_truncation_were_termination(tmp_path, monkeypatch):
         return dataclasses.replace(rollout, terminated=rollout.terminated | rollout.truncated, truncated=nothing)
 
     monkeypatch.setattr(Collector, "collect", mistaken)
-    # The mean of (1 − γ^k) / (1 − γ) over k = 1 … 5, where all steps look alike.
-    assert value_of_an_endless_reward(tmp_path) == pytest.approx(2.31, abs=0.2)
+    # All steps look alike: the mean return of (1 − γ^k) / (1 − γ), k = 1 … 5, is 2.3, and V = 1 + γ · 4/5 · V gives 2.8.
+    assert 2.2 < value_of_an_endless_reward(tmp_path) < 2.9
 
 
 def test_the_first_ratio_is_one(tmp_path):

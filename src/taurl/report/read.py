@@ -15,7 +15,13 @@ from taurl.report.samples import Samples, read_samples
 from taurl.runtime.errors import InputError
 
 RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl")
-PICTURE_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
+PICTURE_TYPES = {
+    ".gif": "image/gif",
+    ".jpg": "image/jpeg",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+    ".webp": "image/webp",
+}
 PICTURE_BYTES = 600_000  # all pictures together, so that the page stays small beside plotly's script (4.8 MB)
 
 Points = list[tuple[int, float]]
@@ -27,6 +33,11 @@ class Picture:
 
     name: str
     uri: str
+
+    @property
+    def caption(self) -> str:
+        """The name as words, without its suffix."""
+        return self.name.rpartition(".")[0].replace("-", " ").replace("_", " ")
 
 
 @dataclass
@@ -62,10 +73,11 @@ def read_run(run_directory: Path) -> RunRecord:
             f"{run_directory}: no run directory, none of {', '.join(RUN_FILES)} is there; give the --out of a run"
         )
     run = RunRecord(run_directory.resolve().name, finished=False)
-    for name in RUN_FILES:
-        if not (run_directory / name).is_file():
-            run.notices.append(f"{name} is missing, so the parts of this page that come from it are left out.")
     run.config = _read_mapping(run_directory / "config.yaml", run.notices)
+    for name in RUN_FILES:
+        sampled = name != "samples.jsonl" or "env" not in run.config  # who acts in an environment samples no text
+        if sampled and not (run_directory / name).is_file():
+            run.notices.append(f"{name} is missing, so the parts of this page that come from it are left out.")
     run.environment = _read_mapping(run_directory / "environment.json", run.notices)
     run.metrics = _read_metrics(run_directory / "metrics.jsonl", run.notices)
     # A run that was given more steps still has the `final/` of the fewer ones.
