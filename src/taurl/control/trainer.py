@@ -167,9 +167,12 @@ class Trainer(ABC):
         return record
 
     def reached(self, record: Record) -> bool:
-        """Whether an evaluation has come to `stop_at`."""
+        """Whether an evaluation has come to `stop_at`; the run is then saved as it stands."""
         target = self.config.stop_at
-        return target is not None and record.get("eval/mean_reward", -math.inf) >= target
+        if target is None or record.get("eval/mean_reward", -math.inf) < target:
+            return False
+        self.run.save()
+        return True
 
     def _evaluation_due(self, step: int) -> bool:
         every, before = self.config.eval_every, self.run.step

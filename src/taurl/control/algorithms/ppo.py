@@ -65,7 +65,7 @@ class PPO(Trainer):
                     with step.phase("rollout", "acting"):
                         rollout = self.collector.collect(self.policy.actor, self.critic, config.rollout_steps)
                     with step.phase("update", "updating"):
-                        figures = self._iterate(rollout, self.run.step + iteration * steps)
+                        figures = self._iterate(rollout, min(self.run.step + iteration * steps, config.steps))
                 record = self.finish(step, figures)
                 yield record
                 if self.reached(record):
@@ -85,7 +85,7 @@ class PPO(Trainer):
         )
         returns = advantages + rollout.values
         batch = flat(rollout, advantages, returns)
-        rate, share = learning_rate(step, config), max(0.0, 1 - step / config.steps)
+        rate, share = learning_rate(step, config), 1 - (step - 1) / config.steps
         clip = config.clip * share if config.anneal_clip else config.clip
         figures: list[dict[str, Tensor]] = []
         norms: list[float] = []
