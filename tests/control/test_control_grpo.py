@@ -8,6 +8,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from pydantic import ValidationError
+from small_environments import same_records, same_weights, unbroken_and_resumed
 
 from taurl.control.algorithms.grpo import GRPO
 from taurl.control.algorithms.grpo_config import GRPOConfig
@@ -111,7 +112,7 @@ def test_loss_and_gradient_are_those_of_a_plain_loop_over_the_episodes(tmp_path,
             share = {"grpo": len(counted) * lengths[i], "dapo": steps, "dr_grpo": len(counted) * 6}[loss_type]
             expected = expected - gain / share
     assert clipped > 3
-    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+    assert loss.item() == pytest.approx(float(expected), rel=1e-4)
     for one, other in zip(found, torch.autograd.grad(expected, trainer.policy.actor.parameters()), strict=True):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-6)
 
@@ -175,20 +176,10 @@ def test_continuous_actions_are_trained_on(tmp_path):
 
 
 def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path):
-    settings = {**SMALL, "normalize_observations": True, "save_every": 100, "steps": 1500}
-    whole = GRPO("CartPole-v1", GRPOConfig(out=tmp_path / "whole", **settings)).train()
-    broken = GRPO("CartPole-v1", GRPOConfig(out=tmp_path / "broken", **settings))
-    records = broken.steps()
-    last = [next(records) for _ in range(3)][-1]  # and then the process is gone
-    records.close()
-    resumed = GRPO.resume(tmp_path / "broken")
-    assert 0 < resumed.run.step == last["step"] < 1500
-    resumed.train()
-    assert all(torch.equal(a, b) for a, b in zip(weights_of(whole), weights_of(resumed), strict=True))
-    for one, other in zip(whole.run.records(), resumed.run.records(), strict=True):
-        for name in one:
-            if not name.startswith(("time/", "memory/", "seconds")):
-                assert one[name] == other[name], name
+    settings = {**SMALL, "normalize_observations": True, "save_every": 900, "steps": 3000}
+    whole, resumed = unbroken_and_resumed(GRPO, GRPOConfig, tmp_path, stop_after=1000, env="CartPole-v1", **settings)
+    assert same_weights(whole, resumed)
+    assert same_records(whole, resumed)
 
 
 def test_settings_that_do_not_fit_are_refused():

@@ -1,4 +1,4 @@
-"""Action distributions against torch.distributions: log-probability, entropy, divergence, and how often what is drawn."""
+"""Action distributions against torch.distributions: log-probability, entropy, divergence, frequencies."""
 
 import numpy as np
 import pytest
@@ -132,5 +132,5 @@ def test_the_gaussian_scores_what_was_drawn_outside_of_the_box():
 
 @pytest.mark.parametrize("space", [spaces.Text(3), spaces.MultiDiscrete([2, 2], start=[1, 0])], ids=["text", "start"])
 def test_other_spaces_are_refused(space):
-    with pytest.raises(InputError, match="action space .* is not one of"):
+    with pytest.raises(InputError, match=r"action space .* is not one of"):
         distribution_for(space)

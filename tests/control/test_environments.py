@@ -101,9 +101,10 @@ def test_what_is_not_finite_is_named_with_copy_and_step(what, at):
     makers = iter([Counting, Counting, functools.partial(Broken, what, at)] * 2)
     environments = Environments(lambda: next(makers)(), 3, seed=0)
     environments.reset()
+    for _ in range(at - 1):
+        environments.step(np.zeros(3, dtype=int))
     with pytest.raises(RunError) as caught:
-        for _ in range(at):
-            environments.step(np.zeros(3, dtype=int))
+        environments.step(np.zeros(3, dtype=int))
     assert f"copy 2 gave the {what}" in str(caught.value)
     assert f"at step {at}," in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -61,7 +61,9 @@ def test_it_travels_with_the_policy(tmp_path):
     trainer = PPO(lambda: Counting(), PPOConfig(out=tmp_path / "run", steps=256, **SMALL, **SCALES)).train()
     loaded = Policy.load(tmp_path / "run")
     batch = np.random.default_rng(0).uniform(0, 50, (64, 2)).astype(np.float32)
-    mine, theirs = (policy.actor(policy.normalizer.apply(torch.from_numpy(batch))) for policy in (trainer.policy, loaded))
+    mine, theirs = (
+        policy.actor(policy.normalizer.apply(torch.from_numpy(batch))) for policy in (trainer.policy, loaded)
+    )
     assert torch.equal(mine, theirs)
     np.testing.assert_array_equal(trainer.policy.act(batch), loaded.act(batch))
     loaded.normalizer.load_tensors(Normalizer(2, 1, observations=True, rewards=False, discount=1.0).tensors())

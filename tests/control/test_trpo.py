@@ -1,11 +1,14 @@
 """TRPO: its step on real rollouts and in closed form, an environment that it solves, and a run that is resumed."""
 
+import copy
+
 import gymnasium
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 from pydantic import ValidationError
+from small_environments import same_records, same_weights, unbroken_and_resumed
 
 from taurl.control.algorithms.trpo import TRPO, Batch
 from taurl.control.algorithms.trpo_config import TRPOConfig
@@ -47,17 +50,14 @@ class Echo(gymnasium.Env):
 
 
 def rollout_of(trainer: TRPO):
-    return trainer.collector.collect(trainer.policy.actor, trainer.critic, trainer.config.rollout_steps)
+    return trainer.collector.collect(trainer.policy.actor, trainer.values, trainer.config.rollout_steps)
 
 
 def batch_of(trainer: TRPO, *, equal: bool = False) -> Batch:
-    """Steps that were actions, and one that only reset, of which nothing may be read."""
     rollout = rollout_of(trainer)
     observations, actions = rollout.observations[rollout.valid], rollout.actions[rollout.valid]
     advantages = torch.full((len(actions),), 3.0) if equal else torch.randn(len(actions))
-    valid = torch.ones(len(actions), dtype=torch.bool)
-    valid[-1], advantages[-1], observations[-1] = False, 1e6, 1e3
-    return Batch(observations, actions, advantages, torch.zeros_like(advantages), valid)
+    return Batch(observations, actions, advantages, torch.randn(len(actions)))
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
@@ -65,7 +65,7 @@ def batch_of(trainer: TRPO, *, equal: bool = False) -> Batch:
 def test_the_step_raises_the_surrogate_and_stays_within_the_divergence(tmp_path, env, max_kl):
     trainer = TRPO(env, TRPOConfig(out=tmp_path / "run", max_kl=max_kl, **SMALL))
     batch = batch_of(trainer)
-    observations, actions, advantages = (column[:-1] for column in batch[:3])
+    observations, actions, advantages = batch[:3]
     distribution, actor = trainer.policy.distribution, trainer.policy.actor
     with torch.no_grad():
         old = actor(observations)
@@ -89,7 +89,7 @@ def test_the_step_of_a_linear_gaussian_policy_is_the_natural_gradient_in_closed_
     settings = {**SMALL, "rollout_steps": 256, "max_kl": 1e-5}
     trainer = TRPO("Pendulum-v1", TRPOConfig(out=tmp_path / "run", hidden=(), damping=0.0, **settings))
     batch = batch_of(trainer)
-    observations, actions, advantages = (column[:-1] for column in batch[:3])
+    observations, actions, advantages = batch[:3]
     actor = trainer.policy.actor
     with torch.no_grad():
         actor.log_std.fill_(-0.5)
@@ -146,6 +146,21 @@ def test_an_environment_that_says_what_to_do_is_solved(tmp_path, action_space, b
     assert found > -1.5 if box else found == best
 
 
+def test_the_critic_goes_down_the_squared_error(tmp_path):
+    """One epoch of one minibatch, against automatic differentiation and PyTorch's Adam."""
+    settings = {**SMALL, "critic_epochs": 1, "minibatch_size": 256, "learning_rate": 0.01, "max_grad_norm": 1e9}
+    trainer = TRPO("Pendulum-v1", TRPOConfig(out=tmp_path / "run", **settings))
+    batch = batch_of(trainer)
+    twin = copy.deepcopy(trainer.critic)
+    adam = torch.optim.Adam(twin.parameters(), lr=0.01)
+    adam.zero_grad()
+    (0.5 * (twin(batch.observations)[:, 0] - batch.returns) ** 2).mean().backward()
+    adam.step()
+    trainer._fit(batch, 0.01)
+    for one, other in zip(trainer.critic.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
 def test_the_critic_learns_that_a_time_limit_is_no_end(tmp_path):
     """A reward of 1 for ever is worth 1/(1 − γ) = 5, though every episode is cut after 8 steps."""
 
@@ -155,28 +170,17 @@ def test_the_critic_learns_that_a_time_limit_is_no_end(tmp_path):
 
     settings = {**SMALL, "critic_epochs": 10, "minibatch_size": 64, "learning_rate": 5e-3}
     trainer = TRPO(Endless, TRPOConfig(out=tmp_path / "run", steps=15_000, discount=0.8, **settings)).train()
-    values = trainer.critic(torch.eye(3))
+    values = trainer.values(torch.eye(3))
     assert values.detach().numpy() == pytest.approx(5.0, abs=0.1)
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, env):
-    settings = {**SMALL, "normalize_observations": True, "normalize_rewards": True, "save_every": 256, "steps": 1280}
-    whole = TRPO(env, TRPOConfig(out=tmp_path / "whole", **settings)).train()
-    broken = TRPO(env, TRPOConfig(out=tmp_path / "broken", **settings)).steps()
-    for _ in range(3):  # the third step's record is there, its checkpoint too; then the process is gone
-        next(broken)
-    broken.close()
-    resumed = TRPO.resume(tmp_path / "broken")
-    assert resumed.run.step == 768
-    resumed.train()
-    for mine, theirs in ((whole.policy.actor, resumed.policy.actor), (whole.critic, resumed.critic)):
-        for one, other in zip(mine.parameters(), theirs.parameters(), strict=True):
-            assert torch.equal(one, other)
-    for one, other in zip(whole.run.records(), resumed.run.records(), strict=True):
-        for name in one:
-            if not name.startswith(("time/", "memory/", "seconds")):
-                assert one[name] == other[name], name
+    settings = {**SMALL, "normalize_observations": True, "normalize_rewards": True, "save_every": 512, "steps": 1280}
+    whole, resumed = unbroken_and_resumed(TRPO, TRPOConfig, tmp_path, stop_after=600, env=env, **settings)
+    assert same_weights(whole, resumed)
+    assert torch.equal(whole.optimizer.parameters, resumed.optimizer.parameters)
+    assert same_records(whole, resumed)
 
 
 def test_a_minibatch_larger_than_an_iteration_is_refused():

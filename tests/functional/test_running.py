@@ -12,7 +12,9 @@ def stream(seed=0, shift=1e4):
     return torch.randn(60, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + shift
 
 
-@pytest.mark.parametrize("sizes", [[60], [1] * 60, [7, 0, 13, 40], [59, 1]], ids=["whole", "one by one", "parts", "rest"])
+@pytest.mark.parametrize(
+    "sizes", [[60], [1] * 60, [7, 0, 13, 40], [59, 1]], ids=["whole", "one by one", "parts", "rest"]
+)
 def test_moments_of_parts_are_those_of_the_whole(sizes):
     values, moments = stream(), no_moments(3)
     for part in torch.split(values, sizes):

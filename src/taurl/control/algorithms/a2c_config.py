@@ -17,13 +17,13 @@ class A2CConfig(NetworkSettings, ControlConfig):
     """Added to the root of Adam's second moment (PyTorch: 1e-8; Stable-Baselines3's RMSprop for A2C: 1e-5)."""
     max_grad_norm: float = Field(0.5, gt=0)
     """The gradient is scaled down to this norm where it exceeds it."""
-    rollout_steps: int = Field(5, ge=1)
-    """Steps of each environment in one iteration, the n of the n-step returns."""
+    rollout_steps: int = Field(16, ge=1)
+    """Steps of each environment in one iteration, the n of the n-step returns. (The paper and Stable-Baselines3: 5.)"""
     trace_decay: float = Field(1.0, ge=0, le=1)
     """λ of GAE: 1 gives the paper's n-step returns, less trusts the value estimate more."""
     value_coefficient: float = Field(1.0, ge=0)
     """Weight of the value loss, half the squared error. (Stable-Baselines3 leaves out the half: its 0.5 is 1 here.)"""
-    entropy_coefficient: float = Field(0.01, ge=0)
-    """Weight of the entropy bonus. (Stable-Baselines3: 0; the paper: 0.01.)"""
+    entropy_coefficient: float = Field(0.0, ge=0)
+    """Weight of the entropy bonus. (The paper: 0.01 on Atari; Stable-Baselines3: 0.)"""
     whiten_advantages: bool = False
     """Shift and scale the advantages of each rollout to mean 0 and deviation 1."""

@@ -4,6 +4,7 @@
 `taurl.functional`.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,31 +13,30 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from taurl.control.algorithms.trpo_config import TRPOConfig
-from taurl.control.networks import Critic
+from taurl.control.dense import Dense
 from taurl.control.policies import Policy
 from taurl.control.rollouts import Collector, Rollout
 from taurl.control.trainer import Trainer
 from taurl.control.updates import FlatAdam
-from taurl.functional.aggregation import row_weights, weighted_sum
 from taurl.functional.fisher import output_fisher_vector_product
 from taurl.functional.importance import token_ratios
 from taurl.functional.returns import generalized_advantage
 from taurl.functional.surrogates import importance_weighted
 from taurl.functional.trust_region import backtracking_line_search, conjugate_gradient, maximum_step
 from taurl.functional.value_losses import explained_variance, squared_value_loss
+from taurl.functional.value_slopes import huber_value_slope
 from taurl.functional.whitening import whiten
 from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import Record
 
 
 class Batch(NamedTuple):
-    """The steps of a rollout, [N, ..] each. Those that only reset have weight 0, and finite figures."""
+    """The steps of a rollout that were actions, [N, ..] each."""
 
     observations: Tensor
     actions: Tensor
     advantages: Tensor
     returns: Tensor
-    valid: Tensor
 
 
 class Weights:
@@ -62,8 +62,8 @@ class TRPO(Trainer):
         config = self.config
         self.policy = Policy.create(self.environments, config)
         self.weights = Weights(self.policy.actor)
-        self.critic = Critic(self.policy.width, config.hidden, config.activation)
-        self.optimizer = FlatAdam({"critic": self.critic}, self._value_loss, config, compiled=config.compile)
+        self.critic = Dense([self.policy.width, *config.hidden, 1], config.activation, last_gain=1.0)
+        self.optimizer = FlatAdam({"critic": self.critic}, None, config)
         self.collector = Collector(self.environments, self.policy.distribution, self.policy.normalizer)
 
     def steps(self) -> Iterator[Record]:
@@ -74,13 +74,18 @@ class TRPO(Trainer):
             for step in self.run.steps(width=steps * iterations):
                 for iteration in range(1, iterations + 1):
                     with step.phase("rollout", "acting"):
-                        rollout = self.collector.collect(self.policy.actor, self.critic, config.rollout_steps)
+                        rollout = self.collector.collect(self.policy.actor, self.values, config.rollout_steps)
                     with step.phase("update", "updating"):
                         figures = self._iterate(rollout, self.run.step + iteration * steps)
                 record = self.finish(step, figures)
                 yield record
                 if self.reached(record):
                     return
+
+    def values(self, observations: Tensor) -> Tensor:
+        """The critic's: observations [.., d] → values [..]."""
+        found: Tensor = self.critic(observations)
+        return found.squeeze(-1)
 
     def _iterate(self, rollout: Rollout, step: int) -> Record:
         """Advantages, one step of the policy, then epochs of the critic."""
@@ -95,8 +100,8 @@ class TRPO(Trainer):
             trace_decay=config.trace_decay,
         )
         returns = advantages + rollout.values
-        columns = (rollout.observations, rollout.actions, advantages, returns, rollout.valid)
-        batch = Batch(*(column.flatten(0, 1) for column in columns))
+        columns = (rollout.observations, rollout.actions, advantages, returns)
+        batch = Batch(*(column[rollout.valid] for column in columns))
         explained = float(explained_variance(rollout.values, returns, rollout.valid))
         improved = self._improve(batch)
         return improved | self._fit(batch, learning_rate(step, config)) | {"train/explained_variance": explained}
@@ -106,18 +111,17 @@ class TRPO(Trainer):
         config, actor, distribution = self.config, self.policy.actor, self.policy.distribution
         weights = list(actor.parameters())
         # One batch, one mean: the advantages' scale does not matter to the step, and a shift only adds variance.
-        advantages = whiten(batch.advantages, batch.valid)
-        counts = row_weights(batch.valid)
+        advantages = whiten(batch.advantages)
         outputs = actor(batch.observations)
         old = outputs.detach()
         old_logprobs = distribution.logprobs(old, batch.actions)
 
         def surrogate(parameters: Tensor) -> Tensor:
             ratios = token_ratios(distribution.logprobs(parameters, batch.actions), old_logprobs)
-            return weighted_sum(importance_weighted(ratios, advantages), counts)
+            return importance_weighted(ratios, advantages).mean()
 
         def kl(parameters: Tensor) -> Tensor:
-            return weighted_sum(distribution.kl(old, parameters), counts)
+            return distribution.kl(old, parameters).mean()
 
         gradient = torch.autograd.grad(surrogate(outputs), weights, retain_graph=True)
         fisher = output_fisher_vector_product(outputs, kl, weights)
@@ -142,20 +146,18 @@ class TRPO(Trainer):
             "train/step_accepted": float(found.accepted),
             "train/step_fraction": found.fraction,
             "train/residual": solution.residual,
-            "entropy": float(weighted_sum(distribution.entropy(old), counts)),
+            "entropy": float(distribution.entropy(old).mean()),
         }
 
+    @torch.no_grad()
     def _fit(self, batch: Batch, rate: float) -> Record:
-        """Epochs of the critic, towards the returns."""
+        """Epochs of the critic, towards the returns, down the squared error."""
         config = self.config
-        columns = (batch.observations, batch.returns, batch.valid)
-        losses: list[Tensor] = []
         for _ in range(config.critic_epochs):
             for rows in torch.split(torch.randperm(len(batch.returns)), config.minibatch_size):
-                _, found = self.optimizer.update(rate, *(column[rows] for column in columns))
-                losses.append(found["loss"])
-        return {"train/value_loss": torch.stack(losses).mean().item(), "learning_rate": rate}
-
-    def _value_loss(self, observations: Tensor, returns: Tensor, valid: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = weighted_sum(squared_value_loss(self.critic(observations), returns), row_weights(valid))
-        return loss, {"loss": loss.detach()}
+                values, pullback = self.critic.with_pullback(batch.observations[rows], to_inputs=False)
+                slopes = huber_value_slope(values[:, 0], batch.returns[rows], threshold=math.inf)
+                pullback(slopes[:, None] / len(rows))
+                self.optimizer.step(rate)
+        loss = squared_value_loss(self.values(batch.observations), batch.returns).mean()
+        return {"train/value_loss": float(loss), "learning_rate": rate}

@@ -33,9 +33,6 @@ class TRPOConfig(NetworkSettings, ControlConfig):
     """Passes of the critic over an iteration's steps."""
     minibatch_size: int = Field(128, ge=1)
     """Steps in one update of the critic; an epoch's last minibatch takes what is left."""
-    compile: bool = False
-    """Compile the critic's updates with torch.compile: takes some seconds at the start and a C++ compiler, then they
-    are several times faster. For long runs."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
