@@ -100,7 +100,7 @@ class Broken(Counting):
         self.taken += 1
         if self.taken >= self.at:
             reward = float("nan") if self.what == "reward" else reward
-            observation = observation * float("inf") if self.what == "observation" else observation
+            observation = np.full_like(observation, np.inf) if self.what == "observation" else observation
         return observation, reward, terminated, truncated, info
 
 

@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from taurl.control.action_values import DuelingNetwork, QNetwork, TargetNetwork, ValuePolicy
 from taurl.control.algorithms.dqn import DQN
 from taurl.control.algorithms.dqn_config import DQNConfig
+from taurl.control.dense import Dense
+from taurl.control.networks import layers
 from taurl.control.replay import Batch
 from taurl.control.saved import load_policy
 from taurl.functional.value_losses import huber_value_loss
@@ -111,6 +113,18 @@ def test_the_gradient_by_hand_is_the_automatic_one(kind, hidden, activation):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_a_dense_network_is_that_of_layers_one_after_the_other(activation):
+    torch.manual_seed(0)
+    dense = Dense([3, 5, 4, 2], activation, last_gain=0.5, activate_last=True)
+    torch.manual_seed(0)
+    plain = layers([3, 5, 4, 2], activation, last_gain=0.5)
+    observations = torch.randn(9, 3)
+    expected = getattr(torch, activation)(plain(observations))
+    assert torch.equal(dense(observations), expected)
+    assert torch.equal(dense(observations.view(3, 3, 3)), expected.view(3, 3, 2))
+
+
 def test_the_slope_of_hubers_loss_is_its_automatic_gradient():
     values = torch.linspace(-4, 4, 41).double().requires_grad_()
     targets = torch.zeros(41).double()
@@ -152,6 +166,32 @@ def test_an_update_is_a_step_of_adam_down_the_weighted_loss(tmp_path):
         adam.step()
     for mine, theirs in zip(trainer.network.parameters(), other.parameters(), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-6)
+
+
+def test_an_update_leaves_its_errors_as_priorities(tmp_path):
+    trainer = trained(tmp_path, "CartPole-v1", prioritized=True, priority_exponent=0.5, train_every=40)
+    trainer._act(0)
+    with torch.no_grad():
+        batch = trainer.replay.batch(np.array([3, 1, 8]), discount=0.9, steps=1)
+        errors = torch.tensor([1.0, -2.0, 0.0])
+        values = trainer.network(batch.observations).gather(1, batch.actions[:, None]).squeeze(1)
+        trainer._update(batch, values + errors, 0.01)
+    expected = (errors.abs() + 1e-6).sqrt().tolist()
+    assert trainer.replay.tree.priorities[[3, 1, 8]].tolist() == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "each"), [({}, [160]), ({"double": True}, [32] * 5), ({"prioritized": True}, [32] * 5)]
+)
+def test_what_an_update_changes_is_seen_by_the_next(tmp_path, options, each, monkeypatch):
+    """Several are drawn and have their targets at once only where neither depends on the updates between."""
+    trainer = trained(tmp_path, "CartPole-v1", gradient_steps=5, train_every=40, **options)
+    trainer._act(0)
+    drawn, draw = [], trainer._draw
+    monkeypatch.setattr(trainer, "_draw", lambda count, taken: drawn.append(count) or draw(count, taken))
+    trainer._learn(40)
+    assert drawn == each
+    assert trainer.optimizer.changes == 5
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -217,6 +257,17 @@ def test_replay_holds_each_step_with_what_followed_it_before_any_reset(tmp_path,
     batch = replay.batch(np.flatnonzero(observations == 1)[:5], discount=1.0, steps=3)
     assert batch.rewards.tolist() == [5.0] * 5  # 2 + 3, then the time limit
     assert batch.next_observations[:, 0].tolist() == [3.0] * 5
+
+
+def test_no_return_reaches_from_an_episode_into_one_begun_anew(tmp_path):
+    """As after a checkpoint that could not hold where the environments stand."""
+    trainer = trained(tmp_path, Counting, environments=1, train_every=2)
+    trainer._act(0)
+    trainer.environments.begin_anew()
+    trainer._act(2)
+    batch = trainer.replay.batch(np.array([1, 2]), discount=1.0, steps=2)
+    assert batch.rewards.tolist() == [2, 1 + 2]
+    assert batch.next_observations[:, 0].tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("n_step", [1, 3])

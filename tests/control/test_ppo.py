@@ -51,7 +51,7 @@ def test_it_would_not_be_if_truncation_were_termination(tmp_path, monkeypatch):
         return dataclasses.replace(rollout, terminated=rollout.terminated | rollout.truncated, truncated=nothing)
 
     monkeypatch.setattr(Collector, "collect", mistaken)
-    # All steps look alike: the mean return of (1 − γ^k) / (1 − γ), k = 1 … 5, is 2.3, and V = 1 + γ · 4/5 · V gives 2.8.
+    # All steps look alike: (1 − γ^k) / (1 − γ) is 2.3 in the mean of k = 1 … 5, and V = 1 + γ · 4/5 · V gives 2.8.
     assert 2.2 < value_of_an_endless_reward(tmp_path) < 2.9
 
 

@@ -67,7 +67,8 @@ class Dense(nn.Module):
                 weight, bias = parts[place]
                 if self.activated[place]:
                     gradient = self._before_activation(gradient, seen[place + 1])
-                assert weight.grad is not None and bias.grad is not None, "the parameters have no .grad to be set"
+                assert weight.grad is not None  # or it would be given back and lost
+                assert bias.grad is not None
                 torch.mm(gradient.t(), seen[place], out=weight.grad)
                 torch.sum(gradient, 0, out=bias.grad)
                 if place or to_inputs:

@@ -138,8 +138,9 @@ class _Reader:
                 generator = np.random.Generator(getattr(np.random, state["bit_generator"])())
                 generator.bit_generator.state = state
                 return generator
-        known = current if isinstance(current, list | tuple) and len(current) == len(content) else [None] * len(content)
-        parts = [self.read(one, other) for one, other in zip(content, known, strict=True)]
+        fits = isinstance(current, list | tuple) and len(current) == len(content)
+        others = current if fits else [None] * len(content)
+        parts: Any = [self.read(one, other) for one, other in zip(content, others, strict=True)]
         return deque(parts, *more) if kind == "deque" else tuple(parts) if kind == "tuple" else parts
 
     def _set(self, owner: Any, name: str, saved: Any) -> None:

@@ -114,8 +114,10 @@ class Environments:
         """
         self.ended = np.zeros(self.count, dtype=bool)
         self._returns[:], self._lengths[:] = 0, 0
-        first = int(np.random.SeedSequence([self.seed, self._steps]).generate_state(1)[0]) if self._steps else self.seed
-        self._observations = self.vector.reset(seed=first if seeds is None else list(seeds))[0]
+        given: Any = self.seed if seeds is None else list(seeds)  # gymnasium declares no list, and takes one
+        if seeds is None and self._steps:
+            given = int(np.random.SeedSequence([self.seed, self._steps]).generate_state(1)[0])
+        self._observations = self.vector.reset(seed=given)[0]
         self._check("observation", self.observation_space, self._observations, range(self.count))
         self.fresh = True
         return self._observations

@@ -37,7 +37,12 @@ class FlatAdam:
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], loss: LossFunction | None, config: TrainingConfig, *, compiled: bool = False
+        self,
+        modules: Mapping[str, nn.Module],
+        loss: LossFunction | None,
+        config: TrainingConfig,
+        *,
+        compiled: bool = False,
     ):
         self.config, self.loss = config, loss
         self.named = {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}

@@ -120,7 +120,7 @@ class DQN(Trainer):
             updates = min(at_once, config.gradient_steps - start)
             batch = self._draw(updates * config.batch_size, taken)
             targets = self._targets(batch)
-            parts = zip(minibatches(batch, config.batch_size), targets.split(config.batch_size), strict=True)
+            parts = zip(minibatches(batch, config.batch_size), torch.split(targets, config.batch_size), strict=True)
             values, norms = zip(*(self._update(part, goals, rate) for part, goals in parts), strict=True)
             figures.append(self._figures(batch, targets, torch.cat(values), norms))
         return figures
@@ -179,7 +179,7 @@ class DQN(Trainer):
 
 def minibatches(batch: Batch, size: int) -> Iterator[Batch]:
     """`size` steps at a time."""
-    for columns in zip(*(column.split(size) for column in batch), strict=True):
+    for columns in zip(*(torch.split(column, size) for column in batch), strict=True):
         yield Batch(*columns)
 
 

@@ -104,8 +104,10 @@ class GRPO(Trainer):
         mask = rollout.valid
         if config.mask_truncated:
             mask = mask & rollout.terminated.any(0)
-        columns = (rollout.observations, rollout.actions, rollout.logprobs, mask)
-        episodes = Episodes(*(column.transpose(0, 1) for column in columns), advantages=advantages.reshape(-1, 1))
+        observations, actions, logprobs, mask = (
+            column.transpose(0, 1) for column in (rollout.observations, rollout.actions, rollout.logprobs, mask)
+        )
+        episodes = Episodes(observations, actions, logprobs, mask, advantages.reshape(-1, 1))
         rate = learning_rate(step, config)
         norms: list[float] = []
         figures: list[dict[str, Tensor]] = []
@@ -131,10 +133,10 @@ class GRPO(Trainer):
         found = distribution.logprobs(parameters, episodes.actions[mask])
         logprobs = torch.zeros(mask.shape).masked_scatter(mask, found)
         given = (config.loss_type, logprobs, episodes.logprobs, episodes.advantages, mask)
-        clips = {"clip_low": config.clip_low, "clip_high": config.clip_high}
-        loss = weighted_sum(policy_loss(*given, **clips), weights)
+        clip_low, clip_high = config.clip_low, config.clip_high
+        loss = weighted_sum(policy_loss(*given, clip_low=clip_low, clip_high=clip_high), weights)
         with torch.no_grad():
-            low, high = clipped_tokens(*given, **clips)
+            low, high = clipped_tokens(*given, clip_low=clip_low, clip_high=clip_high)
             log_ratios = found - episodes.logprobs[mask]
             values = {
                 "entropy": distribution.entropy(parameters),

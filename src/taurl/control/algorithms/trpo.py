@@ -121,7 +121,7 @@ class TRPO(Trainer):
             return importance_weighted(ratios, advantages).mean()
 
         def kl(parameters: Tensor) -> Tensor:
-            return distribution.kl(old, parameters).mean()
+            return torch.mean(distribution.kl(old, parameters))
 
         gradient = torch.autograd.grad(surrogate(outputs), weights, retain_graph=True)
         fisher = output_fisher_vector_product(outputs, kl, weights)
