@@ -12,7 +12,19 @@ from taurl.control.distributions import ActionDistribution
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
-def layers(widths: Sequence[int], activation: str, *, last_gain: float) -> nn.Sequential:
+class Layers(nn.Sequential):
+    """Linear layers and activations, applied without calling each as a module: that costs as much as their products."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        for part in self._modules.values():
+            if isinstance(part, nn.Linear):
+                inputs = nn.functional.linear(inputs, part.weight, part.bias)
+            else:
+                inputs = inputs.tanh() if isinstance(part, nn.Tanh) else inputs.relu()
+        return inputs
+
+
+def layers(widths: Sequence[int], activation: str, *, last_gain: float) -> Layers:
     """Linear layers with an activation between them, orthogonal weights and biases of 0.
 
     Args:
@@ -26,7 +38,7 @@ def layers(widths: Sequence[int], activation: str, *, last_gain: float) -> nn.Se
         nn.init.orthogonal_(linear.weight, last_gain if last else math.sqrt(2))
         nn.init.zeros_(linear.bias)
         found += [linear] if last else [linear, ACTIVATIONS[activation]()]
-    return nn.Sequential(*found)
+    return Layers(*found)
 
 
 class Actor(nn.Module):

@@ -154,10 +154,12 @@ class TRPO(Trainer):
         """Epochs of the critic, towards the returns, down the squared error."""
         config = self.config
         for _ in range(config.critic_epochs):
-            for rows in torch.split(torch.randperm(len(batch.returns)), config.minibatch_size):
-                values, pullback = self.critic.with_pullback(batch.observations[rows], to_inputs=False)
-                slopes = huber_value_slope(values[:, 0], batch.returns[rows], threshold=math.inf)
-                pullback(slopes[:, None] / len(rows))
+            order = torch.randperm(len(batch.returns))
+            shuffled = (column[order].split(config.minibatch_size) for column in (batch.observations, batch.returns))
+            for observations, returns in zip(*shuffled, strict=True):
+                values, pullback = self.critic.with_pullback(observations, to_inputs=False)
+                slopes = huber_value_slope(values, returns[:, None], threshold=math.inf)
+                pullback(slopes / len(returns))
                 self.optimizer.step(rate)
         loss = squared_value_loss(self.values(batch.observations), batch.returns).mean()
         return {"train/value_loss": float(loss), "learning_rate": rate}
