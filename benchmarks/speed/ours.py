@@ -27,14 +27,12 @@ ROWS = {
 
 name, env, settings, before, measured = ROWS[sys.argv[1]]
 config_class = getattr(control, f"{name}Config")
-compiled = {"compile": True} if "compile" in config_class.model_fields else {}
 config = config_class(
     out=Path(sys.argv[3]),
     steps=before + measured,
     eval_episodes=0,
     record_every=before,
     vectorization=sys.argv[2],
-    **compiled,
     **settings,
 )
 steps = getattr(control, name)(env, config).steps()

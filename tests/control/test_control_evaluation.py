@@ -61,7 +61,7 @@ def test_the_metrics():
 def test_training_goes_on_alike_with_and_without_evaluations(tmp_path):
     def weights(name, **settings):
         config = PPOConfig(env="CartPole-v1", out=tmp_path / name, steps=128, **{**SMALL, **settings})
-        return PPO(config=config).train().policy.actor.layers[0].weight
+        return PPO(config=config).train().policy.actor.layers.linears[0].weight
 
     assert (weights("often", eval_every=16) == weights("never", eval_episodes=0)).all()
 

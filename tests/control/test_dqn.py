@@ -14,11 +14,10 @@ from taurl.control.action_values import DuelingNetwork, QNetwork, TargetNetwork,
 from taurl.control.algorithms.dqn import DQN
 from taurl.control.algorithms.dqn_config import DQNConfig
 from taurl.control.dense import Dense
-from taurl.control.networks import layers
 from taurl.control.replay import Batch
 from taurl.control.saved import load_policy
+from taurl.functional.slopes import huber_value_slope
 from taurl.functional.value_losses import huber_value_loss
-from taurl.functional.value_slopes import huber_value_slope
 from taurl.runtime.errors import InputError
 
 SMALL = {
@@ -117,12 +116,19 @@ def test_the_gradient_by_hand_is_the_automatic_one(kind, hidden, activation):
 def test_a_dense_network_is_that_of_layers_one_after_the_other(activation):
     torch.manual_seed(0)
     dense = Dense([3, 5, 4, 2], activation, last_gain=0.5, activate_last=True)
-    torch.manual_seed(0)
-    plain = layers([3, 5, 4, 2], activation, last_gain=0.5)
-    observations = torch.randn(9, 3)
-    expected = getattr(torch, activation)(plain(observations))
-    assert torch.equal(dense(observations), expected)
-    assert torch.equal(dense(observations.view(3, 3, 3)), expected.view(3, 3, 2))
+    expected = observations = torch.randn(9, 3)
+    for linear, gain in zip(dense.linears, (2**0.5, 2**0.5, 0.5), strict=True):
+        torch.nn.init.uniform_(linear.bias)
+        smaller = min(linear.weight.shape)
+        products = linear.weight @ linear.weight.T if smaller == len(linear.weight) else linear.weight.T @ linear.weight
+        torch.testing.assert_close(products, gain**2 * torch.eye(smaller))  # orthogonal
+        expected = getattr(torch, activation)(linear(expected))
+    for found in (dense(observations), dense(observations.view(3, 3, 3)).view(9, 2)):
+        torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        for found in (dense(observations), dense(observations.view(3, 3, 3)).view(9, 2)):
+            torch.testing.assert_close(found, expected, rtol=0, atol=3e-7)
+    torch.testing.assert_close(torch.from_numpy(dense.of_arrays()(observations.numpy())), expected)
 
 
 def test_the_slope_of_hubers_loss_is_its_automatic_gradient():

@@ -25,7 +25,7 @@ def trainer_of(folder, env="CartPole-v1", **settings):
     ids=["discrete", "box"],
 )
 def test_the_identity_is_solved_in_two_thousand_steps(space, enough, tmp_path):
-    settings = {"learning_rate": 1e-2, "discount": 0.0, "epochs": 10, "eval_episodes": 20}
+    settings = {"learning_rate": 3e-3, "discount": 0.0, "epochs": 10, "entropy_coefficient": 0.01, "eval_episodes": 20}
     trainer = trainer_of(tmp_path, lambda: Identity(space), steps=2048, **settings).train()
     assert trainer.run.records()[-1]["eval/mean_reward"] >= enough
 
@@ -58,18 +58,18 @@ def test_it_would_not_be_if_truncation_were_termination(tmp_path, monkeypatch):
 def test_the_first_ratio_is_one(tmp_path):
     trainer = trainer_of(tmp_path)
     first = []
-    update = trainer.optimizer.update
+    descend = trainer._descend
 
-    def watched(*arguments):
-        found = update(*arguments)
+    def watched(*arguments, measured):
+        found = descend(*arguments, measured=True)
         first.append(found[1])
         return found
 
-    trainer.optimizer.update = watched
+    trainer._descend = watched
     rollout = trainer.collector.collect(trainer.policy.actor, trainer.critic, 16)
     trainer._iterate(rollout, 64)
     assert len(first) == 4
-    # 0 but for the last bit of a float32: a minibatch is another matrix product than the one that acted.
+    # 0 but for the last bit of a float32: a minibatch is another matrix product than the whole rollout.
     assert float(first[0]["train/approx_kl"]) < 1e-10
     assert float(first[0]["train/clip_fraction"]) == 0
     assert float(first[1]["train/approx_kl"]) > 1e-10
@@ -80,7 +80,8 @@ def test_its_first_gradient_is_the_policy_gradient(tmp_path):
     actor = trainer.policy.actor
     rollout = trainer.collector.collect(actor, trainer.critic, 16)
     advantages = torch.randn(16, 4)
-    loss, _ = trainer._loss(flat(rollout, advantages, rollout.values), 0.2)
+    batch = flat(rollout, advantages, rollout.values)
+    loss, _ = trainer._loss(actor(batch.observations), trainer.critic(batch.observations), batch, 0.2)
     found = torch.autograd.grad(loss, list(actor.parameters()))
     logits = actor(rollout.observations[rollout.valid])
     logprobs = torch.distributions.Categorical(logits=logits).log_prob(rollout.actions[rollout.valid])
@@ -102,9 +103,10 @@ def test_steps_that_only_reset_change_nothing(tmp_path):
     )
     gradients = []
     for one, shift in ((rollout, 0.0), (other, 100.0)):
-        batch = trainer._whitened(flat(one, advantages + shift * nothing, returns + shift * nothing))
+        batch = trainer._prepared(flat(one, advantages + shift * nothing, returns + shift * nothing))
         parameters = [*trainer.policy.actor.parameters(), *trainer.critic.parameters()]
-        gradients.append(torch.autograd.grad(trainer._loss(batch, 0.2)[0], parameters))
+        outputs = trainer.policy.actor(batch.observations), trainer.critic(batch.observations)
+        gradients.append(torch.autograd.grad(trainer._loss(*outputs, batch, 0.2)[0], parameters))
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -155,3 +157,44 @@ def test_nothing_is_said_where_it_does_not_matter(tmp_path):
     trainer.run.view.note = said.append
     trainer.train()
     assert said == []
+
+
+SPACES = {
+    "discrete": spaces.Discrete(3),
+    "box": spaces.Box(-1, 1, (2,)),
+    "multidiscrete": spaces.MultiDiscrete([2, 3]),
+    "multibinary": spaces.MultiBinary(2),
+}
+
+
+@pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("value_clip", [None, 0.1])
+def test_the_written_gradient_is_that_of_the_loss(space, activation, value_clip, tmp_path):
+    settings = {"activation": activation, "value_clip": value_clip, "entropy_coefficient": 0.3}
+    trainer = trainer_of(tmp_path, lambda: Identity(space), **settings)
+    actor, critic = trainer.policy.actor, trainer.critic
+    rollout = trainer.collector.collect(actor, critic, 16)
+    batch = trainer._prepared(flat(rollout, torch.randn(16, 4), rollout.values + torch.randn(16, 4)))
+    # As if the policy and the critic had moved: some ratios and values are clipped, some are not.
+    moved = {"logprobs": batch.logprobs + 0.3 * torch.randn(64), "values": batch.values + 0.3 * torch.randn(64)}
+    batch = batch._replace(**moved)
+    with torch.no_grad():
+        trainer._set_gradient(batch, 0.2)
+    written = trainer.optimizer.gradient.clone()
+    loss, figures = trainer._loss(actor(batch.observations), critic(batch.observations), batch, 0.2)
+    assert 0 < figures["train/clip_fraction"] < 1
+    expected = torch.autograd.grad(loss, list(trainer.optimizer.named.values()))
+    torch.testing.assert_close(written, torch.cat([one.flatten() for one in expected]), rtol=1e-4, atol=1e-6)
+
+
+def test_what_acts_and_what_learns_are_one_network(tmp_path):
+    for activation in ("tanh", "relu"):
+        trainer = trainer_of(tmp_path / activation, lambda: Identity(spaces.Box(-1, 1, (2,))), activation=activation)
+        observations = torch.randn(9, trainer.policy.width)
+        act = trainer.policy.actor.of_arrays()
+        for _ in range(2):  # before and after the weights move
+            with torch.no_grad():
+                found = torch.from_numpy(act(observations.numpy()))
+                torch.testing.assert_close(found, trainer.policy.actor(observations), rtol=1e-5, atol=1e-6)
+                trainer.optimizer.parameters += 0.1

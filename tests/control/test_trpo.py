@@ -50,7 +50,7 @@ class Echo(gymnasium.Env):
 
 
 def rollout_of(trainer: TRPO):
-    return trainer.collector.collect(trainer.policy.actor, trainer.values, trainer.config.rollout_steps)
+    return trainer.collector.collect(trainer.policy.actor, trainer.critic, trainer.config.rollout_steps)
 
 
 def batch_of(trainer: TRPO, *, equal: bool = False) -> Batch:
@@ -75,7 +75,7 @@ def test_the_step_raises_the_surrogate_and_stays_within_the_divergence(tmp_path,
         # By the density of each sample and an average over many draws, not by the functions that the step used.
         ratios = distribution.logprobs(new, actions).exp() / distribution.logprobs(old, actions).exp()
         gain = float((ratios * advantages).mean() - advantages.mean() * ratios.mean())
-        draws = [distribution.sample(old) for _ in range(500)]
+        draws = [torch.from_numpy(distribution.sample(old.numpy())) for _ in range(500)]
         changes = torch.stack([distribution.logprobs(new, a) - distribution.logprobs(old, a) for a in draws])
     divergence = float((changes.expm1() - changes).mean())
     assert figures["train/step_accepted"] == 1.0
@@ -93,7 +93,7 @@ def test_the_step_of_a_linear_gaussian_policy_is_the_natural_gradient_in_closed_
     actor = trainer.policy.actor
     with torch.no_grad():
         actor.log_std.fill_(-0.5)
-        before = torch.cat([p.reshape(-1) for p in (*actor.layers[0].parameters(), actor.log_std)]).double()
+        before = torch.cat([p.reshape(-1) for p in (*actor.layers.linears[0].parameters(), actor.log_std)]).double()
         x = torch.cat([observations, torch.ones(len(actions), 1)], 1).double()
         error = (actions[:, 0].double() - x @ before[:4]) / np.exp(-0.5)  # standard normal
         weighted = whiten(advantages).double()
@@ -106,7 +106,7 @@ def test_the_step_of_a_linear_gaussian_policy_is_the_natural_gradient_in_closed_
         direction = torch.linalg.solve(fisher, gradient)
         expected = direction * torch.sqrt(2e-5 / (direction @ fisher @ direction))
     figures = trainer._improve(batch)
-    after = torch.cat([p.detach().reshape(-1) for p in (*actor.layers[0].parameters(), actor.log_std)]).double()
+    after = torch.cat([p.detach().reshape(-1) for p in (*actor.layers.linears[0].parameters(), actor.log_std)]).double()
     assert figures["train/step_accepted"] == 1.0
     taken = (after - before) / figures["train/step_fraction"]
     assert torch.allclose(taken, expected, rtol=2e-3, atol=1e-6)
@@ -154,7 +154,7 @@ def test_the_critic_goes_down_the_squared_error(tmp_path):
     twin = copy.deepcopy(trainer.critic)
     adam = torch.optim.Adam(twin.parameters(), lr=0.01)
     adam.zero_grad()
-    (0.5 * (twin(batch.observations)[:, 0] - batch.returns) ** 2).mean().backward()
+    (0.5 * (twin(batch.observations) - batch.returns) ** 2).mean().backward()
     adam.step()
     trainer._fit(batch, 0.01)
     for one, other in zip(trainer.critic.parameters(), twin.parameters(), strict=True):
@@ -170,7 +170,7 @@ def test_the_critic_learns_that_a_time_limit_is_no_end(tmp_path):
 
     settings = {**SMALL, "critic_epochs": 10, "minibatch_size": 64, "learning_rate": 5e-3}
     trainer = TRPO(Endless, TRPOConfig(out=tmp_path / "run", steps=15_000, discount=0.8, **settings)).train()
-    values = trainer.values(torch.eye(3))
+    values = trainer.critic(torch.eye(3))
     assert values.detach().numpy() == pytest.approx(5.0, abs=0.1)
 
 

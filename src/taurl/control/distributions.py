@@ -1,20 +1,27 @@
 """Action distributions of a policy network: what its outputs mean, by action space.
 
-`parameters` is what the network gives for a batch, [.., width]; an action is [..] or [.., K]. Functions of tensors
-only, so that every algorithm reads the same: draw, score, compare.
+`parameters` is what the network gives for a batch, [.., width + free]; an action is [..] or [.., K]. Functions only, so
+that every algorithm reads the same: act, score, compare. What acts (`drawn`, `mode`, `to_environment`) takes arrays of
+numpy, which for a handful of rows is several times faster; what learns takes tensors.
 """
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
+import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor
 
 from taurl.functional.kl import categorical_kl, diagonal_gaussian_kl
 from taurl.runtime.errors import InputError
+
+Array = np.ndarray[Any, Any]
+LogprobPullback = Callable[..., Tensor]
+"""From slopes [N] in log π, and None or slopes [N] in the entropy, to those in the parameters [N, width + free]."""
 
 
 class ActionDistribution(ABC):
@@ -24,16 +31,40 @@ class ActionDistribution(ABC):
     free: int = 0
 
     @abstractmethod
-    def sample(self, parameters: Tensor) -> Tensor:
-        """Draw an action for each row, from torch's global generator."""
+    def noise(self, *shape: int) -> Array:
+        """What makes draws of as many actions random, [*shape, width], from torch's global generator."""
 
     @abstractmethod
-    def mode(self, parameters: Tensor) -> Tensor:
+    def drawn(self, parameters: Array, noise: Array) -> Array:
+        """The action of each row that this noise picks."""
+
+    def sample(self, parameters: Array) -> Array:
+        """Draw an action for each row, from torch's global generator."""
+        return self.drawn(parameters, self.noise(*parameters.shape[:-1]))
+
+    @abstractmethod
+    def mode(self, parameters: Array) -> Array:
         """The most likely action of each row."""
 
     @abstractmethod
     def logprobs(self, parameters: Tensor, actions: Tensor) -> Tensor:
         """log π(a|s) of each row, [..]."""
+
+    def with_pullback(self, parameters: Tensor, actions: Tensor) -> tuple[Tensor, LogprobPullback]:
+        """log π(a|s) [N], and what takes a loss's slopes in it and in the entropy back to the parameters [N, ..].
+
+        Here by automatic differentiation; written out where much depends on it.
+        """
+        with torch.enable_grad():
+            leaf = parameters.detach().requires_grad_()
+            logprobs, entropy = self.logprobs(leaf, actions), self.entropy(leaf)
+
+        def pullback(slopes: Tensor, entropy_slopes: Tensor | None = None) -> Tensor:
+            pairs = [(logprobs, slopes)] + ([] if entropy_slopes is None else [(entropy, entropy_slopes)])
+            outputs, gradients = zip(*pairs, strict=True)
+            return torch.autograd.grad(outputs, leaf, gradients)[0]
+
+        return logprobs.detach(), pullback
 
     @abstractmethod
     def entropy(self, parameters: Tensor) -> Tensor:
@@ -43,9 +74,9 @@ class ActionDistribution(ABC):
     def kl(self, parameters: Tensor, other: Tensor) -> Tensor:
         """KL(π(parameters) ‖ π(other)) of each row, [..]."""
 
-    def to_environment(self, actions: Tensor) -> Any:
+    def to_environment(self, actions: Array) -> Array:
         """Actions as the environment takes them."""
-        return actions.numpy()
+        return actions
 
 
 class Categorical(ActionDistribution):
@@ -54,16 +85,32 @@ class Categorical(ActionDistribution):
     def __init__(self, choices: int, start: int = 0):
         self.width, self.start = choices, start
 
-    def sample(self, parameters: Tensor) -> Tensor:
+    def noise(self, *shape: int) -> Array:
         # Gumbel's trick: the argmax of logits plus such noise is a draw from their softmax.
-        noise = torch.empty_like(parameters).exponential_().log_()
-        return (parameters - noise).argmax(-1)
+        return torch.empty(*shape, self.width).exponential_().log_().neg_().numpy()
 
-    def mode(self, parameters: Tensor) -> Tensor:
-        return parameters.argmax(-1)
+    def drawn(self, parameters: Array, noise: Array) -> Array:
+        return self.mode(parameters + noise)
+
+    def mode(self, parameters: Array) -> Array:
+        chosen: Array = parameters.argmax(-1)
+        return chosen
 
     def logprobs(self, parameters: Tensor, actions: Tensor) -> Tensor:
         return parameters.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+    def with_pullback(self, parameters: Tensor, actions: Tensor) -> tuple[Tensor, LogprobPullback]:
+        logprobs, chosen = parameters.log_softmax(-1), actions.unsqueeze(-1)
+
+        def pullback(slopes: Tensor, entropy_slopes: Tensor | None = None) -> Tensor:
+            probabilities, own = logprobs.exp(), slopes.unsqueeze(-1)
+            gradient = (probabilities * -own).scatter_add_(-1, chosen, own)  # ∂ log π_a / ∂z = 1_a − π
+            if entropy_slopes is not None:  # ∂H / ∂z = −π (log π + H)
+                surprise = logprobs - (probabilities * logprobs).sum(-1, keepdim=True)
+                gradient.addcmul_(probabilities * surprise, entropy_slopes.unsqueeze(-1), value=-1)
+            return gradient
+
+        return logprobs.gather(-1, chosen).squeeze(-1), pullback
 
     def entropy(self, parameters: Tensor) -> Tensor:
         logprobs = parameters.log_softmax(-1)
@@ -72,8 +119,8 @@ class Categorical(ActionDistribution):
     def kl(self, parameters: Tensor, other: Tensor) -> Tensor:
         return categorical_kl(parameters, other)
 
-    def to_environment(self, actions: Tensor) -> Any:
-        return actions.numpy() + self.start if self.start else actions.numpy()
+    def to_environment(self, actions: Array) -> Array:
+        return actions + self.start
 
 
 class MultiCategorical(ActionDistribution):
@@ -85,11 +132,15 @@ class MultiCategorical(ActionDistribution):
     def _parts(self, parameters: Tensor) -> list[tuple[Categorical, Tensor]]:
         return [(Categorical(part.shape[-1]), part) for part in torch.split(parameters, self.choices, -1)]
 
-    def sample(self, parameters: Tensor) -> Tensor:
-        return torch.stack([one.sample(part) for one, part in self._parts(parameters)], -1)
+    def noise(self, *shape: int) -> Array:
+        return np.concatenate([Categorical(n).noise(*shape) for n in self.choices], -1)
 
-    def mode(self, parameters: Tensor) -> Tensor:
-        return torch.stack([one.mode(part) for one, part in self._parts(parameters)], -1)
+    def drawn(self, parameters: Array, noise: Array) -> Array:
+        return self.mode(parameters + noise)
+
+    def mode(self, parameters: Array) -> Array:
+        parts = np.split(parameters, np.cumsum(self.choices)[:-1], -1)
+        return np.stack([part.argmax(-1) for part in parts], -1)
 
     def logprobs(self, parameters: Tensor, actions: Tensor) -> Tensor:
         found = [one.logprobs(part, actions[..., k]) for k, (one, part) in enumerate(self._parts(parameters))]
@@ -102,8 +153,8 @@ class MultiCategorical(ActionDistribution):
         pairs = zip(self._parts(parameters), torch.split(other, self.choices, -1), strict=True)
         return torch.stack([one.kl(mine, theirs) for (one, mine), theirs in pairs], -1).sum(-1)
 
-    def to_environment(self, actions: Tensor) -> Any:
-        return actions.reshape(*actions.shape[:-1], *self.shape).numpy()
+    def to_environment(self, actions: Array) -> Array:
+        return actions.reshape(*actions.shape[:-1], *self.shape)
 
 
 class Bernoulli(ActionDistribution):
@@ -112,11 +163,14 @@ class Bernoulli(ActionDistribution):
     def __init__(self, switches: int, shape: tuple[int, ...]):
         self.width, self.shape = switches, shape
 
-    def sample(self, parameters: Tensor) -> Tensor:
-        return (torch.rand_like(parameters) < parameters.sigmoid()).long()
+    def noise(self, *shape: int) -> Array:
+        return torch.rand(*shape, self.width).logit_().numpy()
 
-    def mode(self, parameters: Tensor) -> Tensor:
-        return (parameters > 0).long()
+    def drawn(self, parameters: Array, noise: Array) -> Array:
+        return (noise < parameters).astype(np.int64)
+
+    def mode(self, parameters: Array) -> Array:
+        return (parameters > 0).astype(np.int64)
 
     def logprobs(self, parameters: Tensor, actions: Tensor) -> Tensor:
         return -torch.nn.functional.softplus(torch.where(actions > 0, -parameters, parameters)).sum(-1)
@@ -130,8 +184,8 @@ class Bernoulli(ActionDistribution):
         mine, theirs = torch.stack([nothing, parameters], -1), torch.stack([nothing, other], -1)
         return categorical_kl(mine, theirs).sum(-1)
 
-    def to_environment(self, actions: Tensor) -> Any:
-        return actions.to(torch.int8).reshape(*actions.shape[:-1], *self.shape).numpy()
+    def to_environment(self, actions: Array) -> Array:
+        return actions.astype(np.int8).reshape(*actions.shape[:-1], *self.shape)
 
 
 class Gaussian(ActionDistribution):
@@ -145,17 +199,34 @@ class Gaussian(ActionDistribution):
         self.width = self.free = dimensions
         self.shape = shape
 
-    def sample(self, parameters: Tensor) -> Tensor:
-        mean, log_std = parameters.chunk(2, -1)
-        return mean + log_std.exp() * torch.randn_like(mean)
+    def noise(self, *shape: int) -> Array:
+        return torch.randn(*shape, self.width).numpy()
 
-    def mode(self, parameters: Tensor) -> Tensor:
-        return parameters.chunk(2, -1)[0]
+    def drawn(self, parameters: Array, noise: Array) -> Array:
+        mean, log_std = np.split(parameters, 2, -1)
+        return np.asarray(mean + np.exp(log_std) * noise)
+
+    def mode(self, parameters: Array) -> Array:
+        return np.split(parameters, 2, -1)[0]
 
     def logprobs(self, parameters: Tensor, actions: Tensor) -> Tensor:
         mean, log_std = parameters.chunk(2, -1)
         standard = (actions - mean) * (-log_std).exp()
         return -(0.5 * standard.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def with_pullback(self, parameters: Tensor, actions: Tensor) -> tuple[Tensor, LogprobPullback]:
+        mean, log_std = parameters.chunk(2, -1)
+        inverse = (-log_std).exp()
+        standard = (actions - mean) * inverse
+
+        def pullback(slopes: Tensor, entropy_slopes: Tensor | None = None) -> Tensor:
+            own = slopes.unsqueeze(-1)
+            to_mean, to_log_std = standard * inverse * own, (standard.square() - 1) * own
+            if entropy_slopes is not None:
+                to_log_std += entropy_slopes.unsqueeze(-1)
+            return torch.cat([to_mean, to_log_std], -1)
+
+        return -(0.5 * standard.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(-1), pullback
 
     def entropy(self, parameters: Tensor) -> Tensor:
         return (parameters.chunk(2, -1)[1] + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
@@ -163,8 +234,8 @@ class Gaussian(ActionDistribution):
     def kl(self, parameters: Tensor, other: Tensor) -> Tensor:
         return diagonal_gaussian_kl(*parameters.chunk(2, -1), *other.chunk(2, -1))
 
-    def to_environment(self, actions: Tensor) -> Any:
-        return actions.reshape(*actions.shape[:-1], *self.shape).numpy()
+    def to_environment(self, actions: Array) -> Array:
+        return actions.reshape(*actions.shape[:-1], *self.shape)
 
 
 def distribution_for(space: gymnasium.Space[Any]) -> ActionDistribution:

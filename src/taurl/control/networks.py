@@ -1,44 +1,13 @@
-"""Networks of the wing: layers of a few dozen units, initialised as PPO's reference code does."""
+"""Networks of the wing: layers of a few dozen units."""
 
-import itertools
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from taurl.control.dense import Array, Dense, Pullback
 from taurl.control.distributions import ActionDistribution
-
-ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
-
-
-class Layers(nn.Sequential):
-    """Linear layers and activations, applied without calling each as a module: that costs as much as their products."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        for part in self._modules.values():
-            if isinstance(part, nn.Linear):
-                inputs = nn.functional.linear(inputs, part.weight, part.bias)
-            else:
-                inputs = inputs.tanh() if isinstance(part, nn.Tanh) else inputs.relu()
-        return inputs
-
-
-def layers(widths: Sequence[int], activation: str, *, last_gain: float) -> Layers:
-    """Linear layers with an activation between them, orthogonal weights and biases of 0.
-
-    Args:
-        widths: of the input, the hidden layers and the output.
-        last_gain: scale of the output layer's weights; the hidden ones have √2.
-    """
-    found: list[nn.Module] = []
-    for place, (before, after) in enumerate(itertools.pairwise(widths)):
-        linear = nn.Linear(before, after)
-        last = place == len(widths) - 2
-        nn.init.orthogonal_(linear.weight, last_gain if last else math.sqrt(2))
-        nn.init.zeros_(linear.bias)
-        found += [linear] if last else [linear, ACTIVATIONS[activation]()]
-    return Layers(*found)
 
 
 class Actor(nn.Module):
@@ -47,11 +16,41 @@ class Actor(nn.Module):
     def __init__(self, inputs: int, distribution: ActionDistribution, hidden: Sequence[int], activation: str):
         super().__init__()
         # Nearly the same output for every observation at first: no action is preferred by accident.
-        self.layers = layers([inputs, *hidden, distribution.width], activation, last_gain=0.01)
+        self.layers = Dense([inputs, *hidden, distribution.width], activation, last_gain=0.01)
         self.log_std = nn.Parameter(torch.zeros(distribution.free)) if distribution.free else None
 
     def forward(self, observations: Tensor) -> Tensor:
-        found: Tensor = self.layers(observations)
+        return self._with_free(self.layers.forward(observations))  # past what a module's call costs
+
+    def of_arrays(self) -> Callable[[Array], Array]:
+        """The same as a function of arrays; see `dense`."""
+        act = self.layers.of_arrays()
+        if self.log_std is None:
+            return act
+        log_std = self.log_std.detach().numpy()
+
+        def act_with_free(observations: Array) -> Array:
+            found = act(observations)
+            return np.concatenate([found, np.broadcast_to(log_std, found.shape)], -1)
+
+        return act_with_free
+
+    def with_pullback(self, observations: Tensor) -> tuple[Tensor, Pullback]:
+        """Parameters [N, width + free], and what sets the weights' gradients from theirs; see `dense`."""
+        found, to_layers = self.layers.with_pullback(observations, to_inputs=False)
+        log_std = self.log_std
+        if log_std is None:
+            return found, to_layers
+
+        def pullback(gradient: Tensor) -> Tensor:
+            assert log_std.grad is not None
+            mean, free = gradient.chunk(2, -1)
+            torch.sum(free, 0, out=log_std.grad)
+            return to_layers(mean)
+
+        return self._with_free(found), pullback
+
+    def _with_free(self, found: Tensor) -> Tensor:
         return found if self.log_std is None else torch.cat([found, self.log_std.expand_as(found)], -1)
 
 
@@ -60,8 +59,12 @@ class Critic(nn.Module):
 
     def __init__(self, inputs: int, hidden: Sequence[int], activation: str):
         super().__init__()
-        self.layers = layers([inputs, *hidden, 1], activation, last_gain=1.0)
+        self.layers = Dense([inputs, *hidden, 1], activation, last_gain=1.0)
 
     def forward(self, observations: Tensor) -> Tensor:
-        found: Tensor = self.layers(observations)
-        return found.squeeze(-1)
+        return self.layers.forward(observations).squeeze(-1)
+
+    def with_pullback(self, observations: Tensor) -> tuple[Tensor, Pullback]:
+        """Values [N], and what sets the weights' gradients from theirs; see `dense`."""
+        found, to_layers = self.layers.with_pullback(observations, to_inputs=False)
+        return found.squeeze(-1), lambda gradient: to_layers(gradient.unsqueeze(-1))

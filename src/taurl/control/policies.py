@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from taurl.control.dense import of_arrays
 from taurl.control.distributions import ActionDistribution, distribution_for
 from taurl.control.environments import batched, bounds
 from taurl.control.networks import Actor
@@ -22,9 +23,7 @@ WEIGHTS, FACTS = "policy.safetensors", "policy.json"
 class Policy:
     """An actor with the spaces it acts in and the normalisation it was trained with, which no longer changes."""
 
-    def __init__(
-        self, actor: torch.nn.Module, distribution: ActionDistribution, normalizer: Normalizer, facts: dict[str, Any]
-    ):
+    def __init__(self, actor: Actor, distribution: ActionDistribution, normalizer: Normalizer, facts: dict[str, Any]):
         self.actor, self.distribution, self.normalizer, self.facts = actor, distribution, normalizer, facts
         self.observation_space = space_of(facts["observation_space"])
         self.width = width(self.observation_space)
@@ -42,6 +41,8 @@ class Policy:
             "normalize_observations": config.normalize_observations,
         }
         policy = cls._of(facts)
+        if policy.actor.log_std is not None:
+            policy.actor.log_std.data.fill_(config.initial_log_std)
         policy.normalizer = Normalizer(
             width(environments.observation_space),
             environments.count,
@@ -63,8 +64,7 @@ class Policy:
     def act(self, batch: Any, *, deterministic: bool = True) -> Any:
         """Actions for a batch of observations, as the environments take them."""
         observed = self.normalizer.apply(encode(self.observation_space, batch))
-        parameters: Tensor = self.actor(observed)
-        distribution = self.distribution
+        parameters, distribution = of_arrays(self.actor)(observed.numpy()), self.distribution
         actions = distribution.mode(parameters) if deterministic else distribution.sample(parameters)
         return distribution.to_environment(actions)
 

@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from taurl.control.dense import of_arrays
 from taurl.control.distributions import ActionDistribution
 from taurl.control.environments import Environments, SingleEpisodes, Transition, batched
 from taurl.control.normalization import Normalizer
 from taurl.control.spaces import encode
 
 Network = Callable[[Tensor], Tensor]
+NOISE_STEPS = 32  # whose actions' noise is drawn at once
 
 
 @dataclass
@@ -82,17 +84,18 @@ class Collector:
     def _collect(self, actor: Network, critic: Network | None, goes_on: Callable[[int], bool]) -> Rollout:
         environments, distribution, normalizer = self.environments, self.distribution, self.normalizer
         seen = [self._current()]
-        drawn: list[tuple[Tensor, Tensor]] = []
+        act, drawn = of_arrays(actor), []
         given: list[Transition] = []
         while goes_on(len(given)):
-            parameters = actor(seen[-1])
-            actions = distribution.sample(parameters)
-            transition = environments.step(distribution.to_environment(actions))
+            place = len(given) % NOISE_STEPS
+            if not place:
+                noise = distribution.noise(NOISE_STEPS, environments.count)
+            drawn.append(distribution.drawn(act(seen[-1].numpy()), noise[place]))
+            transition = environments.step(distribution.to_environment(drawn[-1]))
             seen.append(normalizer.observe(encode(self.space, transition.observations)))
-            drawn.append((parameters, actions))
             given.append(transition)
         observations = torch.stack(seen)
-        parameters, actions = (torch.stack(column) for column in zip(*drawn, strict=True))
+        parameters, actions = actor(observations[:-1]), torch.from_numpy(np.stack(drawn))
         rewards, terminated, truncated, only_reset = (
             torch.from_numpy(np.stack(column)) for column in list(zip(*given, strict=True))[1:5]
         )

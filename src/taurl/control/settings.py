@@ -48,6 +48,8 @@ class NetworkSettings(Settings):
     """Widths of the hidden layers, of policy and value each."""
     activation: Literal["tanh", "relu"] = "tanh"
     """Between the layers."""
+    initial_log_std: float = 0.0
+    """Logarithm of the standard deviation of actions in a box at first."""
     normalize_observations: bool = False
     """Shift and scale observations by their running mean and deviation, and clip them to ±10."""
     normalize_rewards: bool = False

@@ -1,8 +1,7 @@
 """Updates of small networks: one flat vector of parameters, one of gradients, and Adam on them.
 
 A network of a dozen tensors costs more in operators launched than in arithmetic. Gradients are accumulated into one
-vector, so that zeroing, measuring, clipping and stepping are one operator each, whatever the network. Compiled, the
-whole update from the minibatch to the new parameters is one call.
+vector, so that zeroing, measuring, clipping and stepping are one operator each, whatever the network.
 """
 
 import math
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from taurl.runtime.config import TrainingConfig
 from taurl.runtime.errors import RunError
@@ -30,7 +28,6 @@ class FlatAdam:
         modules: what is trained, by name.
         loss: (minibatch, …) → loss and figures, computed with these modules; None for gradients set by hand.
         config: rates, bounds.
-        compiled: compile the update with torch.compile at its first call, once for each shape of minibatch.
 
     Attributes:
         changes: counts the updates, taken or not.
@@ -41,8 +38,6 @@ class FlatAdam:
         modules: Mapping[str, nn.Module],
         loss: LossFunction | None,
         config: TrainingConfig,
-        *,
-        compiled: bool = False,
     ):
         self.config, self.loss = config, loss
         self.named = {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
@@ -56,8 +51,6 @@ class FlatAdam:
             self.named.values(), self._views(self.parameters), self._views(self.gradient), strict=True
         ):
             parameter.data, parameter.grad = own, gradient
-        self._holder = _Loss(modules, loss)
-        self._compiled = torch.compile(self._whole_update, dynamic=False) if compiled else None
 
     def _views(self, vector: Tensor) -> list[Tensor]:
         parts = torch.split(vector, [parameter.numel() for parameter in self.named.values()])
@@ -69,22 +62,11 @@ class FlatAdam:
         A gradient that is not finite takes no step. Returns the gradient's norm before clipping, and the loss's
         figures. Raises: RunError after `stop_after_non_finite` gradients in a row that were not finite.
         """
-        self.changes += 1
-        if self._compiled is None:
-            figures, norm = self._eager_update(rate, *inputs)
-        else:
-            vectors = (self.parameters, self.mean, self.square, self.step_count)
-            figures, measured = self._compiled(*vectors, torch.tensor(rate), *inputs)
-            norm = float(measured)
-        self._count_non_finite(norm)
-        return norm, figures
-
-    def _eager_update(self, rate: float, *inputs: Any) -> tuple[Figures, float]:
         assert self.loss is not None, "made without a loss: set the gradients and take a step"
         self.gradient.zero_()
         loss, figures = self.loss(*inputs)
         loss.backward()  # type: ignore[no-untyped-call]
-        return figures, self._descend(rate)
+        return self.step(rate), figures
 
     def step(self, rate: float) -> float:
         """One step down the gradient that the parameters' `.grad` hold already; otherwise as `update`.
@@ -104,14 +86,15 @@ class FlatAdam:
         if norm > config.max_grad_norm:
             self.gradient.mul_(config.max_grad_norm / (norm + 1e-6))
         with torch.no_grad():
-            adamw(
+            self.step_count += 1
+            # What torch.optim.AdamW(fused=True) calls, whose bookkeeping takes longer than the step of a small network.
+            torch._fused_adamw_(
                 [self.parameters],
                 [self.gradient],
                 [self.mean],
                 [self.square],
                 [],
                 [self.step_count],
-                fused=True,
                 amsgrad=False,
                 beta1=beta1,
                 beta2=beta2,
@@ -121,32 +104,6 @@ class FlatAdam:
                 maximize=False,
             )
         return norm
-
-    def _whole_update(
-        self, parameters: Tensor, mean: Tensor, square: Tensor, step_count: Tensor, rate: Tensor, *inputs: Any
-    ) -> tuple[Figures, Tensor]:
-        """The same as one function of tensors, which a compiler can see through."""
-        config, (beta1, beta2) = self.config, self.config.adam_betas
-
-        gradient, figures = torch.func.grad(self._loss_at, has_aux=True)(parameters, *inputs)
-        norm = gradient.norm()
-        taken = norm.isfinite()
-        gradient = gradient * torch.where(
-            norm > config.max_grad_norm, config.max_grad_norm / (norm + 1e-6), torch.ones_like(norm)
-        )
-        count = step_count + 1
-        new_mean = mean + (1 - beta1) * (gradient - mean)
-        new_square = beta2 * square + (1 - beta2) * gradient * gradient
-        root = (new_square / (1 - beta2**count)).sqrt() + config.adam_epsilon
-        moved = parameters * (1 - rate * config.weight_decay) - rate / (1 - beta1**count) * new_mean / root
-        for old, new in ((parameters, moved), (mean, new_mean), (square, new_square), (step_count, count)):
-            old.copy_(torch.where(taken, new, old))
-        return figures, norm
-
-    def _loss_at(self, vector: Tensor, *inputs: Any) -> tuple[Tensor, Figures]:
-        named = dict(zip(self._holder.names, self._views(vector), strict=True))
-        found: tuple[Tensor, Figures] = torch.func.functional_call(self._holder, named, inputs)
-        return found
 
     def _count_non_finite(self, norm: float) -> None:
         if math.isfinite(norm):
@@ -175,17 +132,3 @@ class FlatAdam:
             for name in ("parameters", "mean", "square", "step_count"):
                 getattr(self, name).copy_(tensors[name])
         self.non_finite_in_a_row = int(tensors["non_finite_in_a_row"])
-
-
-class _Loss(nn.Module):
-    """The loss as a module that owns what is trained, so that it can be called with other parameters."""
-
-    def __init__(self, modules: Mapping[str, nn.Module], loss: LossFunction | None):
-        super().__init__()
-        self.trained = nn.ModuleDict(dict(modules))
-        self.loss = loss
-        self.names = [name for name, _ in self.named_parameters()]
-
-    def forward(self, *inputs: Any) -> tuple[Tensor, Figures]:
-        assert self.loss is not None
-        return self.loss(*inputs)

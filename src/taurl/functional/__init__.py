@@ -4,7 +4,7 @@
     token_returns      the same for rows of tokens
     values             targets of Q-learning and its kin; Q, V and A from each other
     value_losses       losses of a critic, explained variance
-    value_slopes       their slopes, for gradients that are written out
+    slopes             slopes of losses, for gradients that are written out
     replay             n-step rewards and priorities of steps that are kept and drawn again
     advantages         the group, the batch or the greedy answer as a baseline
     whitening          mean 0 and standard deviation 1 over the batch

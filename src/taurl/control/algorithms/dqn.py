@@ -21,8 +21,8 @@ from taurl.control.replay import Batch, PrioritizedReplay, Replay
 from taurl.control.spaces import encode
 from taurl.control.trainer import Trainer
 from taurl.control.updates import FlatAdam
+from taurl.functional.slopes import huber_value_slope
 from taurl.functional.value_losses import huber_value_loss
-from taurl.functional.value_slopes import huber_value_slope
 from taurl.functional.values import double_q_target, q_learning_target
 from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import Record

@@ -1,6 +1,7 @@
 """PPO: proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347).
 
 `steps`, `_iterate` and `_loss` are the algorithm, in this order; its mathematics is called from `taurl.functional`.
+`_descend` is one update; its gradient, that of `_loss`, is written out.
 """
 
 from collections.abc import Iterator
@@ -14,10 +15,11 @@ from taurl.control.networks import Critic
 from taurl.control.policies import Policy
 from taurl.control.rollouts import Collector, Rollout
 from taurl.control.trainer import Trainer
-from taurl.control.updates import FlatAdam
+from taurl.control.updates import Figures, FlatAdam
 from taurl.functional.aggregation import row_weights, weighted_sum
 from taurl.functional.importance import token_ratios
 from taurl.functional.returns import generalized_advantage
+from taurl.functional.slopes import clipped_surrogate_slope, clipped_value_slope
 from taurl.functional.surrogates import clipped_surrogate
 from taurl.functional.value_losses import clipped_value_loss, explained_variance, squared_value_loss
 from taurl.functional.whitening import whiten
@@ -28,7 +30,10 @@ from taurl.runtime.run import Record
 class Minibatch(NamedTuple):
     """Some steps of a rollout, in any order: all that an update needs, [N, ..] each.
 
-    Steps that only reset stay in, with weight 0: minibatches of one size are compiled once.
+    Steps that only reset stay in, with weight 0.
+
+    Attributes:
+        weights: float [N], what each step counts in the minibatch's mean.
     """
 
     observations: Tensor
@@ -38,6 +43,7 @@ class Minibatch(NamedTuple):
     advantages: Tensor
     returns: Tensor
     valid: Tensor
+    weights: Tensor
 
 
 class PPO(Trainer):
@@ -51,8 +57,7 @@ class PPO(Trainer):
         self.policy = Policy.create(self.environments, config)
         inputs = self.policy.width
         self.critic = Critic(inputs, config.hidden, config.activation)
-        trained = {"actor": self.policy.actor, "critic": self.critic}
-        self.optimizer = FlatAdam(trained, self._loss, config, compiled=config.compile)
+        self.optimizer = FlatAdam({"actor": self.policy.actor, "critic": self.critic}, None, config)
         self.collector = Collector(self.environments, self.policy.distribution, self.policy.normalizer)
 
     def steps(self) -> Iterator[Record]:
@@ -65,14 +70,15 @@ class PPO(Trainer):
                     with step.phase("rollout", "acting"):
                         rollout = self.collector.collect(self.policy.actor, self.critic, config.rollout_steps)
                     with step.phase("update", "updating"):
-                        figures = self._iterate(rollout, min(self.run.step + iteration * steps, config.steps))
+                        reached = min(self.run.step + iteration * steps, config.steps)
+                        figures = self._iterate(rollout, reached, measured=iteration == iterations)
                 record = self.finish(step, figures)
                 yield record
                 if self.reached(record):
                     return
 
-    def _iterate(self, rollout: Rollout, step: int) -> Record:
-        """Advantages, then epochs of minibatches."""
+    def _iterate(self, rollout: Rollout, step: int, *, measured: bool = True) -> Record:
+        """Advantages, then epochs of minibatches. Returns the last epoch's figures, if they are measured."""
         config = self.config
         advantages = generalized_advantage(
             rollout.rewards,
@@ -87,34 +93,62 @@ class PPO(Trainer):
         batch = flat(rollout, advantages, returns)
         rate, share = learning_rate(step, config), 1 - (step - 1) / config.steps
         clip = config.clip * share if config.anneal_clip else config.clip
-        figures: list[dict[str, Tensor]] = []
         norms: list[float] = []
-        whole = self._whitened(batch) if len(batch.actions) <= config.minibatch_size else None
-        for _ in range(config.epochs):
-            for minibatch in [whole] if whole else map(self._whitened, minibatches(batch, config.minibatch_size)):
-                norm, found = self.optimizer.update(rate, minibatch, clip)
+        whole = [self._prepared(batch)] if len(batch.actions) <= config.minibatch_size else None
+        for epoch in range(1, config.epochs + 1):
+            figures: list[Figures] = []
+            seen = config.target_kl is not None or (measured and epoch == config.epochs)
+            for minibatch in whole or map(self._prepared, minibatches(batch, config.minibatch_size)):
+                norm, found = self._descend(minibatch, rate, clip, measured=seen)
                 norms.append(norm)
                 figures.append(found)
             if config.target_kl is not None and figures[-1]["train/approx_kl"] > 1.5 * config.target_kl:
                 break
+        if not measured:
+            return {}
         means = {name: torch.stack([one[name] for one in figures]).mean().item() for name in figures[0]}
         explained = float(explained_variance(rollout.values, returns, rollout.valid))
-        means |= {"grad_norm": sum(norms) / len(norms), "train/explained_variance": explained, "learning_rate": rate}
-        return means
+        return means | {
+            "grad_norm": sum(norms) / len(norms),
+            "train/explained_variance": explained,
+            "learning_rate": rate,
+        }
 
-    def _whitened(self, batch: Minibatch) -> Minibatch:
-        """By the minibatch's own mean and deviation, as the reference code does."""
-        if not self.config.whiten_advantages:
-            return batch
-        return batch._replace(advantages=whiten(batch.advantages, batch.valid))
+    @torch.inference_mode()
+    def _descend(self, batch: Minibatch, rate: float, clip: float, *, measured: bool) -> tuple[float, Figures]:
+        """One update. Returns the gradient's norm and, if they are measured, the figures before it."""
+        parameters, values = self._set_gradient(batch, clip)
+        figures = self._loss(parameters, values, batch, clip)[1] if measured else {}
+        return self.optimizer.step(rate), figures
 
-    def _loss(self, batch: Minibatch, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Clipped surrogate, value loss and entropy bonus of one minibatch."""
+    def _set_gradient(self, batch: Minibatch, clip: float) -> tuple[Tensor, Tensor]:
+        """Set the gradient of `_loss`, written out. Returns what the networks give for the minibatch."""
+        config = self.config
+        parameters, to_actor = self.policy.actor.with_pullback(batch.observations)
+        values, to_critic = self.critic.with_pullback(batch.observations)
+        logprobs, to_parameters = self.policy.distribution.with_pullback(parameters, batch.actions)
+        ratios = token_ratios(logprobs, batch.logprobs)
+        slopes = clipped_surrogate_slope(ratios, batch.advantages, clip_low=clip, clip_high=clip)
+        entropy_slopes = batch.weights * -config.entropy_coefficient if config.entropy_coefficient else None
+        if config.value_clip is None:
+            value_slopes = values - batch.returns
+        else:
+            value_slopes = clipped_value_slope(values, batch.values, batch.returns, clip=config.value_clip)
+        to_actor(to_parameters(slopes * batch.weights, entropy_slopes))
+        to_critic(value_slopes * batch.weights * config.value_coefficient)
+        return parameters, values
+
+    def _prepared(self, batch: Minibatch) -> Minibatch:
+        """Each step's weight, and advantages whitened by the minibatch's own mean and deviation."""
+        advantages = whiten(batch.advantages, batch.valid) if self.config.whiten_advantages else batch.advantages
+        return batch._replace(weights=row_weights(batch.valid), advantages=advantages)
+
+    def _loss(self, parameters: Tensor, values: Tensor, batch: Minibatch, clip: float) -> tuple[Tensor, Figures]:
+        """Clipped surrogate, value loss and entropy bonus of one minibatch, from what the networks gave for it."""
         config, distribution = self.config, self.policy.distribution
-        parameters, values = self.policy.actor(batch.observations), self.critic(batch.observations)
         logprobs = distribution.logprobs(parameters, batch.actions)
         ratios = token_ratios(logprobs, batch.logprobs)
-        weights = row_weights(batch.valid)
+        weights = batch.weights
         surrogates = clipped_surrogate(ratios, batch.advantages, clip_low=clip, clip_high=clip)
         if config.value_clip is None:
             value_losses = squared_value_loss(values, batch.returns)
@@ -139,11 +173,13 @@ class PPO(Trainer):
 
 def minibatches(batch: Minibatch, size: int) -> Iterator[Minibatch]:
     """The steps in an order drawn anew, `size` at a time."""
-    for rows in torch.split(torch.randperm(len(batch.actions)), size):
-        yield Minibatch(*(tensor[rows] for tensor in batch))
+    order = torch.randperm(len(batch.actions))
+    shuffled = (torch.split(column[order], size) for column in batch)
+    return (Minibatch(*columns) for columns in zip(*shuffled, strict=True))
 
 
 def flat(rollout: Rollout, advantages: Tensor, returns: Tensor) -> Minibatch:
     """All steps, [N, ..]. The weights of those that only reset are 0, and their figures finite."""
+    weights = row_weights(rollout.valid.flatten()).view_as(advantages)
     columns = (rollout.observations, rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
-    return Minibatch(*(tensor.flatten(0, 1) for tensor in (*columns, rollout.valid)))
+    return Minibatch(*(tensor.flatten(0, 1) for tensor in (*columns, rollout.valid, weights)))

@@ -43,9 +43,6 @@ class PPOConfig(NetworkSettings, ControlConfig):
     """Shift and scale the advantages of each minibatch to mean 0 and deviation 1."""
     target_kl: float | None = Field(None, gt=0)
     """End an iteration's epochs when the divergence from the policy that acted exceeds 1.5 times this."""
-    compile: bool = False
-    """Compile the loss with torch.compile: takes some 20 s at the start and a C++ compiler, then updates are several
-    times faster. For long runs."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

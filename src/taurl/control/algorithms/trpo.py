@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from taurl.control.algorithms.trpo_config import TRPOConfig
-from taurl.control.dense import Dense
+from taurl.control.networks import Critic
 from taurl.control.policies import Policy
 from taurl.control.rollouts import Collector, Rollout
 from taurl.control.trainer import Trainer
@@ -21,10 +21,10 @@ from taurl.control.updates import FlatAdam
 from taurl.functional.fisher import output_fisher_vector_product
 from taurl.functional.importance import token_ratios
 from taurl.functional.returns import generalized_advantage
+from taurl.functional.slopes import huber_value_slope
 from taurl.functional.surrogates import importance_weighted
 from taurl.functional.trust_region import backtracking_line_search, conjugate_gradient, maximum_step
 from taurl.functional.value_losses import explained_variance, squared_value_loss
-from taurl.functional.value_slopes import huber_value_slope
 from taurl.functional.whitening import whiten
 from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import Record
@@ -62,7 +62,7 @@ class TRPO(Trainer):
         config = self.config
         self.policy = Policy.create(self.environments, config)
         self.weights = Weights(self.policy.actor)
-        self.critic = Dense([self.policy.width, *config.hidden, 1], config.activation, last_gain=1.0)
+        self.critic = Critic(self.policy.width, config.hidden, config.activation)
         self.optimizer = FlatAdam({"critic": self.critic}, None, config)
         self.collector = Collector(self.environments, self.policy.distribution, self.policy.normalizer)
 
@@ -74,18 +74,13 @@ class TRPO(Trainer):
             for step in self.run.steps(width=steps * iterations):
                 for iteration in range(1, iterations + 1):
                     with step.phase("rollout", "acting"):
-                        rollout = self.collector.collect(self.policy.actor, self.values, config.rollout_steps)
+                        rollout = self.collector.collect(self.policy.actor, self.critic, config.rollout_steps)
                     with step.phase("update", "updating"):
                         figures = self._iterate(rollout, self.run.step + iteration * steps)
                 record = self.finish(step, figures)
                 yield record
                 if self.reached(record):
                     return
-
-    def values(self, observations: Tensor) -> Tensor:
-        """The critic's: observations [.., d] → values [..]."""
-        found: Tensor = self.critic(observations)
-        return found.squeeze(-1)
 
     def _iterate(self, rollout: Rollout, step: int) -> Record:
         """Advantages, one step of the policy, then epochs of the critic."""
@@ -155,11 +150,13 @@ class TRPO(Trainer):
         config = self.config
         for _ in range(config.critic_epochs):
             order = torch.randperm(len(batch.returns))
-            shuffled = (column[order].split(config.minibatch_size) for column in (batch.observations, batch.returns))
+            shuffled = (
+                torch.split(column[order], config.minibatch_size) for column in (batch.observations, batch.returns)
+            )
             for observations, returns in zip(*shuffled, strict=True):
-                values, pullback = self.critic.with_pullback(observations, to_inputs=False)
-                slopes = huber_value_slope(values, returns[:, None], threshold=math.inf)
+                values, pullback = self.critic.with_pullback(observations)
+                slopes = huber_value_slope(values, returns, threshold=math.inf)
                 pullback(slopes / len(returns))
                 self.optimizer.step(rate)
-        loss = squared_value_loss(self.values(batch.observations), batch.returns).mean()
+        loss = squared_value_loss(self.critic(batch.observations), batch.returns).mean()
         return {"train/value_loss": float(loss), "learning_rate": rate}
