@@ -17,7 +17,14 @@ import venv
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = ["torch==2.13.0", "trl==1.16.0", "stable-baselines3==2.9.2", "sb3-contrib==2.9.2"]
+PACKAGES = [
+    "torch==2.13.0",
+    "trl==1.16.0",
+    "stable-baselines3==2.9.2",
+    "sb3-contrib==2.9.2",
+    "sbx-rl==0.28.0",
+    "mujoco",
+]
 TITLE = "Agreement of the mathematics with TRL and Stable-Baselines3"
 
 

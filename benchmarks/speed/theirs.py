@@ -1,4 +1,8 @@
-"""One measurement of Stable-Baselines3 or sb3-contrib: `python theirs.py ROW`, prints environment steps a second."""
+"""One measurement of a peer: `python theirs.py ROW sb3|sbx`, prints environment steps a second.
+
+"sb3" is Stable-Baselines3 or sb3-contrib on one thread, "sbx" its relative in JAX, which compiles its updates in the
+steps before the clock starts.
+"""
 
 import sys
 import time
@@ -36,7 +40,12 @@ class Clock(BaseCallback):
 
 
 algorithm, name, copies, arguments, before, measured = ROWS[sys.argv[1]]
-model = algorithm("MlpPolicy", make_vec_env(name, n_envs=copies, seed=0), device="cpu", seed=0, **arguments)
+if sys.argv[2] == "sbx":
+    import sbx
+
+    algorithm = getattr(sbx, algorithm.__name__)
+device = {} if sys.argv[2] == "sbx" else {"device": "cpu"}
+model = algorithm("MlpPolicy", make_vec_env(name, n_envs=copies, seed=0), seed=0, **device, **arguments)
 clock = Clock(before)
 model.learn(before + measured, callback=clock)
 print((model.num_timesteps - clock.at) / (time.perf_counter() - clock.started))

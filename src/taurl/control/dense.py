@@ -46,7 +46,7 @@ class Dense(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs [.., d] → outputs [.., k]."""
         if not torch.is_grad_enabled():  # the same numbers as `with_pullback`
-            return self._seen(inputs.reshape(-1, inputs.shape[-1]))[-1].view(*inputs.shape[:-1], -1)
+            return self._seen(self._parts(), inputs.reshape(-1, inputs.shape[-1]))[-1].view(*inputs.shape[:-1], -1)
         for (weight, bias), activated in zip(self._parts(), self.activated, strict=True):
             inputs = nn.functional.linear(inputs, weight, bias)
             if activated:
@@ -77,7 +77,8 @@ class Dense(nn.Module):
         Args:
             to_inputs: whether the gradient of the inputs is wanted; if not, that of the first layer's outputs is given.
         """
-        parts, seen = self._parts(), self._seen(inputs)
+        parts = self._parts()
+        seen = self._seen(parts, inputs)
 
         def pullback(gradient: Tensor) -> Tensor:
             for place in range(len(parts) - 1, -1, -1):
@@ -97,10 +98,10 @@ class Dense(nn.Module):
 
         return seen[-1], pullback
 
-    def _seen(self, inputs: Tensor) -> list[Tensor]:
+    def _seen(self, parts: list[tuple[Tensor, Tensor]], inputs: Tensor) -> list[Tensor]:
         """Inputs [N, d], and what each layer makes of them."""
         seen = [inputs]
-        for (weight, bias), activated in zip(self._parts(), self.activated, strict=True):
+        for (weight, bias), activated in zip(parts, self.activated, strict=True):
             if not activated:
                 outputs = torch.addmm(bias, seen[-1], weight.t())
             elif self.relu:
