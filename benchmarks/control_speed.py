@@ -4,7 +4,8 @@
 
 Same environment, network, batch sizes and number of gradient steps, one thread each; medians. Two figures for taurl:
 with the peer's way of stepping the environments (one after the other), and with its own best (the environment's own
-vector class where it has one). The clock starts after the first 2,048 steps. The peers get an environment of their own, as in functional_agreement.py.
+vector class where it has one). The clock starts after the first 2,048 steps; sbx has compiled its updates by then. The
+peers get an environment of their own, as in functional_agreement.py.
 """
 
 import argparse

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from taurl import control
+from taurl.runtime.machine import keep_freed_memory
 
 CARTPOLE = {
     "rollout_steps": 32,
@@ -25,6 +26,7 @@ ROWS = {
     "dqn-cartpole": ("DQN", "CartPole-v1", {**DQN, "train_every": 256, "gradient_steps": 128}, 2_048, 20_480),
 }
 
+keep_freed_memory()  # as the command line does
 name, env, settings, before, measured = ROWS[sys.argv[1]]
 config_class = getattr(control, f"{name}Config")
 config = config_class(

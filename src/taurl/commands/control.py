@@ -32,6 +32,9 @@ def train(name: str, words: Sequence[str]) -> int:
     if config.env is None:
         raise InputError(f"no environment given: taurl control {command} --env CartPole-v1")
 
+    from taurl.runtime.machine import keep_freed_memory
+
+    keep_freed_memory()
     trainer_class = getattr(importlib.import_module(f"taurl.control.algorithms.{module}"), name)
 
     from taurl.report import write_report

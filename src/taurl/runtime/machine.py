@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import threadpoolctl
 import torch
 
 from taurl.runtime.errors import InputError, RunError, reason
@@ -52,6 +53,7 @@ def set_threads(threads: int | None) -> int:
     if threads is None:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(threads)
+    threadpoolctl.threadpool_limits(threads, user_api="blas")  # numpy's
     return threads
 
 

@@ -123,19 +123,20 @@ class PPO(Trainer):
 
     def _set_gradient(self, batch: Minibatch, clip: float) -> tuple[Tensor, Tensor]:
         """Set the gradient of `_loss`, written out. Returns what the networks give for the minibatch."""
-        config = self.config
+        config, weights = self.config, batch.weights
         parameters, to_actor = self.policy.actor.with_pullback(batch.observations)
-        values, to_critic = self.critic.with_pullback(batch.observations)
         logprobs, to_parameters = self.policy.distribution.with_pullback(parameters, batch.actions)
         ratios = token_ratios(logprobs, batch.logprobs)
         slopes = clipped_surrogate_slope(ratios, batch.advantages, clip_low=clip, clip_high=clip)
-        entropy_slopes = batch.weights * -config.entropy_coefficient if config.entropy_coefficient else None
+        entropy_slopes = weights * -config.entropy_coefficient if config.entropy_coefficient else None
+        to_actor(to_parameters(slopes * weights, entropy_slopes))
+
+        values, to_critic = self.critic.with_pullback(batch.observations)
         if config.value_clip is None:
             value_slopes = values - batch.returns
         else:
             value_slopes = clipped_value_slope(values, batch.values, batch.returns, clip=config.value_clip)
-        to_actor(to_parameters(slopes * batch.weights, entropy_slopes))
-        to_critic(value_slopes * batch.weights * config.value_coefficient)
+        to_critic(value_slopes * weights * config.value_coefficient)
         return parameters, values
 
     def _prepared(self, batch: Minibatch) -> Minibatch:
