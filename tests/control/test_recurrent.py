@@ -224,7 +224,7 @@ def test_evaluation_forgets_at_each_episode_and_leaves_the_policy_alone(tmp_path
         found.append(trainer.evaluate(20))  # 2 of each of 10 copies
         resetting_on_the_next_step(monkeypatch)
     assert policy.state is before
-    assert sorted(found[0]) == sorted(found[1])
+    assert sorted(found[0].returns) == sorted(found[1].returns)
     environment, returns = Counting(2), []
     for _ in range(2):
         observation, _ = environment.reset()

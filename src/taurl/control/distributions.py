@@ -57,14 +57,15 @@ class ActionDistribution(ABC):
 
         Here by automatic differentiation; written out where much depends on it.
         """
-        with torch.enable_grad():
-            leaf = parameters.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = parameters.detach().clone().requires_grad_()
             logprobs, entropy = self.logprobs(leaf, actions), self.entropy(leaf)
 
+        @torch.inference_mode(False)
         def pullback(slopes: Tensor, entropy_slopes: Tensor | None = None) -> Tensor:
             pairs = [(logprobs, slopes)] + ([] if entropy_slopes is None else [(entropy, entropy_slopes)])
             outputs, gradients = zip(*pairs, strict=True)
-            return torch.autograd.grad(outputs, leaf, gradients)[0]
+            return torch.autograd.grad(outputs, leaf, [gradient.clone() for gradient in gradients])[0]
 
         return logprobs.detach(), pullback
 

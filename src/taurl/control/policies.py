@@ -161,7 +161,7 @@ class Policy:
         return policy
 
 
-def actor_for(facts: dict[str, Any], inputs: int, distribution: ActionDistribution) -> torch.nn.Module:
+def actor_for(facts: dict[str, Any], inputs: int, distribution: ActionDistribution) -> Any:
     """The network that the facts of a policy describe."""
     hidden, activation = facts["hidden"], facts["activation"]
     if memory := facts.get("memory"):

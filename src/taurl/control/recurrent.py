@@ -199,7 +199,7 @@ class _Walk:
         self.values.append(values)
         self.before.append(before)
         self.after.append((collector.actor_state, collector.critic_state))
-        return parameters.numpy()  # type: ignore[no-any-return]
+        return parameters.numpy()
 
     def __call__(self, observations: Tensor) -> Tensor:
         """The parameters of all steps [T, B, ..] again."""

@@ -243,9 +243,7 @@ def flat(rollout: Rollout, advantages: Tensor, returns: Tensor) -> Minibatch:
     """All steps, [N, ..]. The weights of those that only reset are 0, and their figures finite."""
     weights = row_weights(rollout.valid.flatten()).view_as(advantages)
     columns = (rollout.actions, rollout.logprobs, rollout.values, advantages, returns, rollout.valid, weights)
+    found: list[Any] = [tensor.flatten(0, 1) for tensor in (*columns, rollout.parameters)]
+    observations = rollout.sequences() if isinstance(rollout, RecurrentRollout) else rollout.observations.flatten(0, 1)
     masks = rollout.action_masks
-    return Minibatch(
-        rollout.sequences() if isinstance(rollout, RecurrentRollout) else rollout.observations.flatten(0, 1),
-        *(tensor.flatten(0, 1) for tensor in (*columns, rollout.parameters)),
-        None if masks is None else masks.flatten(0, 1),
-    )
+    return Minibatch(*[observations, *found, None if masks is None else masks.flatten(0, 1)])
