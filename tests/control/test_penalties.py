@@ -81,6 +81,18 @@ def test_a_run_keeps_near_its_target(tmp_path):
     assert records[-1]["eval/mean_reward"] > 100  # of 9 to 22 at first
 
 
+def test_the_divergence_is_that_from_the_policy_that_acted(tmp_path):
+    trainer = PPO("CartPole-v1", PPOConfig(out=tmp_path / "run", **{**PRICED, "learning_rate": 0.02}))
+    rollout = trainer.collector.collect(trainer.policy.actor, trainer.critic, 64)
+    figures = trainer._iterate(rollout, 256)
+    with torch.no_grad():
+        new = trainer.policy.actor(rollout.observations)
+    pair = [torch.distributions.Categorical(logits=logits[rollout.valid]) for logits in (rollout.parameters, new)]
+    found, turned = (float(torch.distributions.kl_divergence(*each).mean()) for each in (pair, pair[::-1]))
+    assert figures["train/kl"] == pytest.approx(found, rel=1e-3)
+    assert abs(turned - found) > 0.005 * found
+
+
 def test_a_resumed_run_with_a_price_is_an_unbroken_one(tmp_path):
     whole, resumed = unbroken_and_resumed(
         PPO, PPOConfig, tmp_path, env="CartPole-v1", stop_after=2000, steps=3072, save_every=1024, **PRICED
