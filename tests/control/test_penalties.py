@@ -34,7 +34,7 @@ def test_the_gradient_is_that_of_the_priced_objective(env, tmp_path):
     with torch.no_grad():
         for weight in actor.parameters():  # away from where the divergence and its gradient are 0
             weight.add_(0.1 * torch.randn_like(weight))
-    batch = trainer._prepared(flat(rollout, torch.randn(64, 4), rollout.values))
+    batch = trainer._prepared(flat(rollout, torch.randn(64, 4), rollout.values, priced=True))
     parameters = actor(batch.observations)
     counts = batch.valid
     old = [distribution_of(env, part) for part in (batch.old_parameters[counts], parameters[counts])]

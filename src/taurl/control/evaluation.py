@@ -1,6 +1,6 @@
 """Evaluation: whole episodes, in environments of their own, with the normalisation frozen."""
 
-import copy as copying
+from copy import copy as shallow_copy
 from typing import Any, NamedTuple, Protocol
 
 import gymnasium
@@ -60,7 +60,7 @@ def evaluate(policy: Acting, environments: Environments, episodes: int, *, deter
     shares[: episodes % environments.count] += 1
     returns, lengths = np.zeros(environments.count), np.zeros(environments.count, dtype=int)
     played: list[tuple[float, int]] = []
-    acting: Any = copying.copy(policy)  # what it remembers of these episodes stays there
+    acting: Any = shallow_copy(policy)  # what it remembers of these episodes stays there
     observations = environments.reset()
     while shares.any():
         told = what_to_tell(policy, environments.episode_starts, environments.action_masks)

@@ -50,8 +50,8 @@ class Minibatch(NamedTuple):
     returns: Tensor
     valid: Tensor
     weights: Tensor
-    old_parameters: Tensor  # of the distribution that acted
-    action_masks: Tensor | None
+    old_parameters: Any  # of the distribution that acted, [N, ..]; None where its divergence has no price
+    action_masks: Tensor | None  # bool [N, n]
 
 
 class PPO(Trainer):
@@ -108,10 +108,11 @@ class PPO(Trainer):
             trace_decay=config.trace_decay,
         )
         returns = advantages + rollout.values
-        batch = flat(rollout, advantages, returns)
+        batch = flat(rollout, advantages, returns, priced=self.penalty is not None)
         rate, share = learning_rate(step, config), 1 - (step - 1) / config.steps
         clip = config.clip * share if config.anneal_clip else config.clip
-        clip = math.inf if self.penalty else clip
+        if self.penalty:
+            clip = math.inf
         norms: list[float] = []
         whole = [self._prepared(batch)] if len(batch.actions) <= config.minibatch_size else None
         drawn = sequences if config.memory else minibatches
@@ -239,11 +240,20 @@ def sequences(batch: Minibatch, size: int) -> Iterator[Minibatch]:
         yield Minibatch(batch.observations.of(environments), *others)
 
 
-def flat(rollout: Rollout, advantages: Tensor, returns: Tensor) -> Minibatch:
+def flat(rollout: Rollout, advantages: Tensor, returns: Tensor, *, priced: bool = False) -> Minibatch:
     """All steps, [N, ..]. The weights of those that only reset are 0, and their figures finite."""
-    weights = row_weights(rollout.valid.flatten()).view_as(advantages)
-    columns = (rollout.actions, rollout.logprobs, rollout.values, advantages, returns, rollout.valid, weights)
-    found: list[Any] = [tensor.flatten(0, 1) for tensor in (*columns, rollout.parameters)]
-    observations = rollout.sequences() if isinstance(rollout, RecurrentRollout) else rollout.observations.flatten(0, 1)
-    masks = rollout.action_masks
-    return Minibatch(*[observations, *found, None if masks is None else masks.flatten(0, 1)])
+    weights = row_weights(rollout.valid.flatten())
+    columns: list[Any] = [
+        rollout.observations,
+        rollout.actions,
+        rollout.logprobs,
+        rollout.values,
+        advantages,
+        returns,
+        rollout.valid,
+        weights.view_as(advantages),
+        rollout.parameters if priced else None,
+        rollout.action_masks,
+    ]
+    batch = Minibatch(*(None if column is None else column.flatten(0, 1) for column in columns))
+    return batch._replace(observations=rollout.sequences()) if isinstance(rollout, RecurrentRollout) else batch
