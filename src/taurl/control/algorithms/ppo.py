@@ -255,5 +255,6 @@ def flat(rollout: Rollout, advantages: Tensor, returns: Tensor, *, priced: bool 
         rollout.parameters if priced else None,
         rollout.action_masks,
     ]
-    batch = Minibatch(*(None if column is None else column.flatten(0, 1) for column in columns))
+    flattened: list[Any] = [None if column is None else column.flatten(0, 1) for column in columns]
+    batch = Minibatch(*flattened)
     return batch._replace(observations=rollout.sequences()) if isinstance(rollout, RecurrentRollout) else batch
