@@ -92,6 +92,12 @@ def rollout_of(trainer) -> Rollout:
     )
 
 
+def of_copy(rollout, column):
+    """What one copy of the environment did."""
+    columns = {name: value for name, value in vars(rollout).items() if value is not None}
+    return Rollout(**{name: value[:, column : column + 1] for name, value in columns.items()})
+
+
 def expected_gradient(trainer, rollout, *, on_policy):
     """E over what the policy that acted and the coins give, of the gradient of each trajectory alone."""
     coins = trajectories()[2]
@@ -100,7 +106,7 @@ def expected_gradient(trainer, rollout, *, on_policy):
     parameters = list(trainer.policy.actor.parameters())
     total = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=torch.float64)
     for column, chance in enumerate(chances):
-        one = Rollout(**{name: value[:, column : column + 1] for name, value in vars(rollout).items()})
+        one = of_copy(rollout, column)
         loss, _ = trainer._loss(trainer._scored(one), on_policy)
         total += chance * torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
     return total
@@ -150,7 +156,7 @@ def variance_of(trainer, rollout, **settings):
     chances, parameters = coins * rollout.logprobs.sum(0).exp(), list(trainer.policy.actor.parameters())
     mean, square = 0.0, 0.0
     for column, chance in enumerate(chances):
-        one = Rollout(**{name: value[:, column : column + 1] for name, value in vars(rollout).items()})
+        one = of_copy(rollout, column)
         loss, _ = trainer._loss(trainer._scored(one), settings["on_policy"])
         gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
         mean, square = mean + chance * gradient, square + chance * gradient.square()

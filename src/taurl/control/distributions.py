@@ -20,6 +20,8 @@ from taurl.functional.kl import categorical_kl, diagonal_gaussian_kl
 from taurl.runtime.errors import InputError
 
 Array = np.ndarray[Any, Any]
+FORBIDDEN = -1e8  # the logit of an action that a mask forbids
+
 LogprobPullback = Callable[..., Tensor]
 """From slopes [N] in log π, and None or slopes [N] in the entropy, to those in the parameters [N, width + free]."""
 
@@ -55,14 +57,15 @@ class ActionDistribution(ABC):
 
         Here by automatic differentiation; written out where much depends on it.
         """
-        with torch.enable_grad():
-            leaf = parameters.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = parameters.detach().clone().requires_grad_()
             logprobs, entropy = self.logprobs(leaf, actions), self.entropy(leaf)
 
+        @torch.inference_mode(False)
         def pullback(slopes: Tensor, entropy_slopes: Tensor | None = None) -> Tensor:
             pairs = [(logprobs, slopes)] + ([] if entropy_slopes is None else [(entropy, entropy_slopes)])
             outputs, gradients = zip(*pairs, strict=True)
-            return torch.autograd.grad(outputs, leaf, gradients)[0]
+            return torch.autograd.grad(outputs, leaf, [gradient.clone() for gradient in gradients])[0]
 
         return logprobs.detach(), pullback
 
@@ -236,6 +239,20 @@ class Gaussian(ActionDistribution):
 
     def to_environment(self, actions: Array) -> Array:
         return actions.reshape(*actions.shape[:-1], *self.shape)
+
+
+def masked_logits(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """Logits of which those of forbidden actions are so low that their probability is exactly 0.
+
+    A large finite number, as in the paper, and not −∞: entropy and divergences stay free of 0 · ∞. The gradient of a
+    forbidden action's logit is exactly 0.
+
+    Args:
+        logits: float [.., n], of a categorical, or of several side by side.
+        allowed: bool [.., n], with an action for each; None for all.
+    Source: Huang and Ontañón 2022, arXiv:2006.14171, section 3.
+    """
+    return logits if allowed is None else torch.where(allowed, logits, FORBIDDEN)
 
 
 def distribution_for(space: gymnasium.Space[Any]) -> ActionDistribution:

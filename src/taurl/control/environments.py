@@ -18,11 +18,15 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
+from taurl.control.action_masks import ActionMasks
 from taurl.control.environment_states import NoState, restore, state_text
 from taurl.runtime.errors import InputError, RunError
 
 Array = np.ndarray[Any, Any]
 EPISODES_IN_MEAN = 100  # of the running means, as in Stable-Baselines3
+
+# Of `Environments`, between its steps.
+UNDER_WAY = ("_observations", "fresh", "ended", "_returns", "_lengths", "episode_starts", "action_masks")
 
 EnvironmentLike = str | Callable[[], gymnasium.Env[Any, Any]] | gymnasium.Env[Any, Any]
 
@@ -64,7 +68,10 @@ class Environments:
         seed: copy i is reset with seed + i the first time.
         arguments: of a gymnasium id.
         vectorization: see `EnvironmentSettings`.
+        mask_actions: whether the environments are asked which actions they allow.
     Attributes:
+        episode_starts: bool [B], whether what is acted on next is the first observation of an episode.
+        action_masks: bool [B, n], what may be done next (`action_masks`); None unless `mask_actions`.
         fresh: whether nothing was done since the reset.
         unsaved: why the last checkpoint could not hold where they stand; None if it could.
     Raises: InputError when there is no such environment or it cannot be made.
@@ -81,6 +88,7 @@ class Environments:
         seed: int,
         arguments: dict[str, Any] | None = None,
         vectorization: str = "auto",
+        mask_actions: bool = False,
     ):
         self.name = environment if isinstance(environment, str) else getattr(environment, "__name__", "environment")
         self.vector = make_vector(environment, count, arguments or {}, vectorization)
@@ -91,7 +99,9 @@ class Environments:
         if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
             raise InputError(f"{self.name}: its autoreset mode is {mode}, expected NEXT_STEP or SAME_STEP")
         self.resets_in_same_step = mode == AutoresetMode.SAME_STEP
-        self.ended = np.zeros(self.count, dtype=bool)
+        self.ended, self.episode_starts = np.zeros(self.count, dtype=bool), np.ones(self.count, dtype=bool)
+        self.action_masks: Array | None = None
+        self._masks = ActionMasks(self.name, self.action_space) if mask_actions else None
         self.episodes: list[Episode] = []  # finished since last taken
         self.recent: deque[Episode] = deque(maxlen=EPISODES_IN_MEAN)
         self.fresh = True
@@ -117,8 +127,10 @@ class Environments:
         given: Any = self.seed if seeds is None else list(seeds)  # gymnasium declares no list, and takes one
         if seeds is None and self._steps:
             given = int(np.random.SeedSequence([self.seed, self._steps]).generate_state(1)[0])
-        self._observations = self.vector.reset(seed=given)[0]
+        self._observations, infos = self.vector.reset(seed=given)
+        self.episode_starts = np.ones(self.count, dtype=bool)
         self._check("observation", self.observation_space, self._observations, range(self.count))
+        self._read_masks(infos)
         self.fresh = True
         return self._observations
 
@@ -141,13 +153,19 @@ class Environments:
         self._check("observation", self.observation_space, observations, range(self.count))
         self._count(rewards, done, only_reset)
         last: dict[int, Any] = {}
+        self.episode_starts = done if self.resets_in_same_step else only_reset
         if not self.resets_in_same_step:
             self.ended = done
         elif done.any():
             for copy in map(int, np.flatnonzero(done)):
                 last[copy] = infos["final_obs"][copy]
                 self._check("observation", self.observation_space, batched(last[copy]), [copy])
+        self._read_masks(infos)
         return Transition(observations, rewards, terminated, truncated, only_reset, last)
+
+    def _read_masks(self, infos: dict[str, Any]) -> None:
+        if self._masks:
+            self.action_masks = self._masks.read(self.vector, infos, self.ended, self._steps)
 
     def take_episodes(self) -> list[Episode]:
         """The episodes that have finished since the last call."""
@@ -160,13 +178,12 @@ class Environments:
 
     def tensors(self) -> dict[str, Tensor]:
         """For the checkpoint: the last episodes, and where the copies stand if that can be had."""
-        under_way = [self._observations, self.fresh, self.ended, self._returns, self._lengths]
         state, self.unsaved = None, None
         if self._observations is not None:
             try:
                 if self._steps != self._recorded:
                     raise NoState("a step that failed has moved it on")
-                state = state_text(self.vector, under_way)
+                state = state_text(self.vector, [getattr(self, name) for name in UNDER_WAY])
             except NoState as error:
                 self.unsaved = str(error)
                 self.begin_anew()
@@ -183,8 +200,8 @@ class Environments:
         if facts["state"] is None:
             self.begin_anew()
         else:
-            under_way = restore(facts["state"], self.vector)
-            self._observations, self.fresh, self.ended, self._returns, self._lengths = under_way
+            for name, value in zip(UNDER_WAY, restore(facts["state"], self.vector), strict=True):
+                setattr(self, name, value)
 
     def _count(self, rewards: Array, done: Array, only_reset: Array) -> None:
         self._returns += rewards

@@ -1,5 +1,6 @@
 """Evaluation: whole episodes, in environments of their own, with the normalisation frozen."""
 
+from copy import copy as shallow_copy
 from typing import Any, NamedTuple, Protocol
 
 import gymnasium
@@ -28,7 +29,10 @@ def with_limit(environment: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class Acting(Protocol):
-    """What can be evaluated: anything that acts on a batch of observations."""
+    """What can be evaluated: anything that acts on a batch of observations.
+
+    What says that it `remembers` is told `episode_starts` too, and what says that it `masks_actions` `action_masks`.
+    """
 
     def act(self, batch: Any, *, deterministic: bool = True) -> Any: ...
 
@@ -56,9 +60,11 @@ def evaluate(policy: Acting, environments: Environments, episodes: int, *, deter
     shares[: episodes % environments.count] += 1
     returns, lengths = np.zeros(environments.count), np.zeros(environments.count, dtype=int)
     played: list[tuple[float, int]] = []
+    acting: Any = shallow_copy(policy)  # what it remembers of these episodes stays there
     observations = environments.reset()
     while shares.any():
-        one = environments.step(policy.act(observations, deterministic=deterministic))
+        told = what_to_tell(policy, environments.episode_starts, environments.action_masks)
+        one = environments.step(acting.act(observations, deterministic=deterministic, **told))
         observations = one.observations
         returns += one.rewards
         lengths += ~one.only_reset
@@ -70,3 +76,9 @@ def evaluate(policy: Acting, environments: Environments, episodes: int, *, deter
         returns[done], lengths[done] = 0.0, 0
     environments.take_episodes()
     return Evaluation([r for r, _ in played], [n for _, n in played])
+
+
+def what_to_tell(policy: Any, episode_starts: Any, action_masks: Any) -> dict[str, Any]:
+    """What a policy is to be told beside the observations."""
+    told = {"episode_starts": episode_starts} if getattr(policy, "remembers", False) else {}
+    return told if action_masks is None else {**told, "action_masks": action_masks}

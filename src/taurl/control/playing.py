@@ -6,6 +6,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from taurl.control.action_masks import single_mask
 from taurl.runtime.errors import InputError
 from taurl.runtime.files import writing
 
@@ -26,13 +27,16 @@ def play(
     returns = []
     try:
         for episode in range(episodes):
-            observation, _ = environment.reset(seed=seed + episode)
+            observation, info = environment.reset(seed=seed + episode)
             total = 0.0
-            for _ in range(LONGEST):
+            for step in range(LONGEST):
                 if video:
                     frames.append(environment.render())
-                action = policy.predict(observation, deterministic=not sampled)
-                observation, reward, terminated, truncated, _ = environment.step(action)
+                told = {"episode_start": step == 0} if getattr(policy, "remembers", False) else {}
+                if getattr(policy, "masks_actions", False):
+                    told["action_mask"] = single_mask(environment, info)
+                action = policy.predict(observation, deterministic=not sampled, **told)
+                observation, reward, terminated, truncated, info = environment.step(action)
                 total += float(reward)
                 if terminated or truncated:
                     break

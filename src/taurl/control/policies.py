@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from taurl.control.action_masks import rows
 from taurl.control.dense import of_arrays
-from taurl.control.distributions import ActionDistribution, distribution_for
+from taurl.control.distributions import FORBIDDEN, ActionDistribution, Array, Bernoulli, Gaussian, distribution_for
 from taurl.control.environments import batched, bounds
 from taurl.control.networks import Actor
 from taurl.control.normalization import Normalizer
+from taurl.control.recurrent import RecurrentActor, forgotten
 from taurl.control.spaces import described, encode, space_of, width
 from taurl.runtime.errors import InputError
 
@@ -21,16 +23,31 @@ WEIGHTS, FACTS = "policy.safetensors", "policy.json"
 
 
 class Policy:
-    """An actor with the spaces it acts in and the normalisation it was trained with, which no longer changes."""
+    """An actor with the spaces it acts in and the normalisation it was trained with, which no longer changes.
+
+    One with a memory carries it from one call to the next.
+
+    Attributes:
+        remembers: whether what it does depends on what it saw before; it is then told where episodes begin.
+        masks_actions: whether it was trained to be told what is allowed.
+    """
 
     def __init__(self, actor: Actor, distribution: ActionDistribution, normalizer: Normalizer, facts: dict[str, Any]):
         self.actor, self.distribution, self.normalizer, self.facts = actor, distribution, normalizer, facts
         self.observation_space = space_of(facts["observation_space"])
         self.width = width(self.observation_space)
+        self.remembers = bool(facts.get("memory"))
+        self.masks_actions = bool(facts.get("mask_actions"))
+        self.state = torch.zeros(2, 0, 0)  # of no copy yet
 
     @classmethod
-    def create(cls, environments: Any, config: Any) -> Self:
-        """A new one for these spaces, with the network that the settings describe."""
+    def create(cls, environments: Any, config: Any, *, memory: int = 0, mask_actions: bool = False) -> Self:
+        """A new one for these spaces, with the network that the settings describe.
+
+        Args:
+            memory: width of its LSTM, see `recurrent`; 0 for none.
+            mask_actions: whether it is to be told what is allowed.
+        """
         facts = {
             "env": config.env,
             "env_args": config.env_args,
@@ -39,6 +56,8 @@ class Policy:
             "hidden": list(config.hidden),
             "activation": config.activation,
             "normalize_observations": config.normalize_observations,
+            "memory": memory,
+            "mask_actions": mask_actions,
         }
         policy = cls._of(facts)
         if policy.actor.log_std is not None:
@@ -56,21 +75,69 @@ class Policy:
     def _of(cls, facts: dict[str, Any]) -> Self:
         distribution = distribution_for(space_of(facts["action_space"]))
         size = width(space_of(facts["observation_space"]))
-        actor = Actor(size, distribution, facts["hidden"], facts["activation"])
+        actor = actor_for(facts, size, distribution)
         scales = facts["normalize_observations"]
         return cls(actor, distribution, Normalizer(size, 1, observations=scales, rewards=False, discount=1.0), facts)
 
     @torch.inference_mode()
-    def act(self, batch: Any, *, deterministic: bool = True) -> Any:
-        """Actions for a batch of observations, as the environments take them."""
+    def act(
+        self, batch: Any, *, deterministic: bool = True, episode_starts: Any = None, action_masks: Any = None
+    ) -> Any:
+        """Actions for a batch of observations, as the environments take them.
+
+        Args:
+            episode_starts: bool [B], where what was seen before is to be forgotten; None where nothing is.
+            action_masks: bool [B, n], the actions that are allowed; None if the policy was not trained with any.
+        Raises: InputError for a policy trained with masks that is given none.
+        """
         observed = self.normalizer.apply(encode(self.observation_space, batch))
-        parameters, distribution = of_arrays(self.actor)(observed.numpy()), self.distribution
+        if self.remembers:
+            parameters = self._after_all(observed, episode_starts)
+        else:
+            parameters = of_arrays(self.actor)(observed.numpy())
+        if action_masks is not None or self.masks_actions:
+            parameters = np.where(self._allowed(action_masks, parameters), parameters, FORBIDDEN)
+        distribution = self.distribution
         actions = distribution.mode(parameters) if deterministic else distribution.sample(parameters)
         return distribution.to_environment(actions)
 
-    def predict(self, observation: Any, *, deterministic: bool = True) -> Any:
-        """The action for one observation: the most likely one, or one drawn. Actions of a box are clipped to it."""
-        action = self.act(batched(observation), deterministic=deterministic)[0]
+    def _after_all(self, observed: Tensor, episode_starts: Any) -> Array:
+        """The parameters after this and what was seen in earlier calls, where no episode has begun since."""
+        actor: Any = self.actor
+        if self.state.shape[1] != len(observed):  # other copies than before
+            self.state = actor.no_state(len(observed))
+        elif episode_starts is not None:
+            self.state = forgotten(self.state, torch.from_numpy(episode_starts))
+        parameters, self.state = actor.step(observed, self.state)
+        found: Array = parameters.numpy()
+        return found
+
+    def _allowed(self, action_masks: Any, parameters: Array) -> Array:
+        if action_masks is None:
+            raise InputError("the policy was trained with action masks, but is given none: pass the action mask")
+        found = rows(action_masks)
+        if found.shape != parameters.shape or isinstance(self.distribution, Gaussian | Bernoulli):
+            raise InputError(
+                f"an action mask has {found.shape[1]} entries, which do not fit the action space "
+                f"{space_of(self.facts['action_space'])}"
+            )
+        return found
+
+    def predict(
+        self, observation: Any, *, deterministic: bool = True, episode_start: bool = False, action_mask: Any = None
+    ) -> Any:
+        """The action for one observation: the most likely one, or one drawn. Actions of a box are clipped to it.
+
+        Args:
+            episode_start: whether an episode begins here, for a policy with a memory.
+            action_mask: bool [n], what is allowed, for a policy trained with masks.
+        """
+        action = self.act(
+            batched(observation),
+            deterministic=deterministic,
+            episode_starts=np.array([episode_start]),
+            action_masks=None if action_mask is None else [action_mask],
+        )[0]
         box = bounds(space_of(self.facts["action_space"]))
         return action if box is None else np.clip(action, *box)
 
@@ -92,6 +159,14 @@ class Policy:
         policy.actor.load_state_dict(_under("actor/", tensors))
         policy.normalizer.load_tensors(_under("normalizer/", tensors))
         return policy
+
+
+def actor_for(facts: dict[str, Any], inputs: int, distribution: ActionDistribution) -> Any:
+    """The network that the facts of a policy describe."""
+    hidden, activation = facts["hidden"], facts["activation"]
+    if memory := facts.get("memory"):
+        return RecurrentActor(inputs, distribution, hidden, memory, activation)
+    return Actor(inputs, distribution, hidden, activation)
 
 
 def policy_folder(directory: str | Path) -> Path:

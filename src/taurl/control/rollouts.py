@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from taurl.control.dense import of_arrays
-from taurl.control.distributions import ActionDistribution
+from taurl.control.distributions import FORBIDDEN, ActionDistribution, Array, masked_logits
 from taurl.control.environments import Environments, SingleEpisodes, Transition, batched
 from taurl.control.normalization import Normalizer
 from taurl.control.spaces import encode
@@ -31,6 +31,7 @@ class Rollout:
         valid: bool [T, B], False for the steps that only reset.
         values: float [T, B]; zeros without a critic.
         next_values: float [T, B], of the state that followed, before any reset.
+        action_masks: bool [T, B, n], what was allowed, where that is asked for; `parameters` are masked then.
     """
 
     observations: Tensor
@@ -43,6 +44,7 @@ class Rollout:
     valid: Tensor
     values: Tensor
     next_values: Tensor
+    action_masks: Tensor | None = None
 
 
 class Collector:
@@ -86,16 +88,22 @@ class Collector:
         seen = [self._current()]
         act, drawn = of_arrays(actor), []
         given: list[Transition] = []
+        allowed: list[Array] = []
         while goes_on(len(given)):
             place = len(given) % NOISE_STEPS
             if not place:
                 noise = distribution.noise(NOISE_STEPS, environments.count)
-            drawn.append(distribution.drawn(act(seen[-1].numpy()), noise[place]))
+            outputs = act(seen[-1].numpy())
+            if environments.action_masks is not None:
+                allowed.append(environments.action_masks)
+                outputs = np.where(allowed[-1], outputs, FORBIDDEN)
+            drawn.append(distribution.drawn(outputs, noise[place]))
             transition = environments.step(distribution.to_environment(drawn[-1]))
             seen.append(normalizer.observe(encode(self.space, transition.observations)))
             given.append(transition)
         observations = torch.stack(seen)
-        parameters, actions = actor(observations[:-1]), torch.from_numpy(np.stack(drawn))
+        masks = torch.from_numpy(np.stack(allowed)) if allowed else None
+        parameters, actions = masked_logits(actor(observations[:-1]), masks), torch.from_numpy(np.stack(drawn))
         rewards, terminated, truncated, only_reset = (
             torch.from_numpy(np.stack(column)) for column in list(zip(*given, strict=True))[1:5]
         )
@@ -111,6 +119,7 @@ class Collector:
             valid=~only_reset,
             values=values,
             next_values=next_values,
+            action_masks=masks,
         )
 
     def _values(self, critic: Network | None, observations: Tensor, given: list[Transition]) -> tuple[Tensor, Tensor]:
@@ -120,10 +129,16 @@ class Collector:
             return nothing, nothing
         values = critic(observations)
         next_values = values[1:].clone()
-        # Copies that have reset within the step: what followed is not what is acted on next.
-        last = [(t, copy, seen) for t, one in enumerate(given) for copy, seen in one.last_observations.items()]
-        if last:
-            steps, copies, seen = zip(*last, strict=True)
-            ended = self.normalizer.apply(torch.cat([encode(self.space, batched(one)) for one in seen]))
-            next_values[list(steps), list(copies)] = critic(ended)
+        steps, copies, ended = self._ended(given)
+        if steps:
+            next_values[steps, copies] = critic(ended)
         return values[:-1], next_values
+
+    def _ended(self, given: list[Transition]) -> tuple[list[int], list[int], Tensor]:
+        """Copies that have reset within the step: when, which, and what followed in place of what is acted on next."""
+        last = [(t, copy, seen) for t, one in enumerate(given) for copy, seen in one.last_observations.items()]
+        if not last:
+            return [], [], torch.empty(0)
+        steps, copies, seen = zip(*last, strict=True)
+        ended = self.normalizer.apply(torch.cat([encode(self.space, batched(one)) for one in seen]))
+        return list(steps), list(copies), ended

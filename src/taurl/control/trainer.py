@@ -139,9 +139,13 @@ class Trainer(ABC):
             self.environments.begin_anew()
         return found
 
-    def predict(self, observation: Any, *, deterministic: bool = True) -> Any:
-        """The action for one observation."""
-        return self.policy.predict(observation, deterministic=deterministic)
+    def predict(self, observation: Any, *, deterministic: bool = True, **told: Any) -> Any:
+        """The action for one observation.
+
+        Args:
+            told: what this policy is told beside it: `episode_start` with a memory, `action_mask` with masks.
+        """
+        return self.policy.predict(observation, deterministic=deterministic, **told)
 
     def save(self, directory: str | Path) -> None:
         """Write the policy to a folder, which `taurl.control.load` reads."""
@@ -200,7 +204,8 @@ def evaluate_policy(
     given_object = not isinstance(environment, str) and not callable(environment)
     copies = 1 if given_object else copies_for(episodes)
     arguments = with_limit(environment, arguments)
-    environments = Environments(environment, copies, seed=seed, arguments=arguments)
+    masks = getattr(policy, "masks_actions", False)
+    environments = Environments(environment, copies, seed=seed, arguments=arguments, mask_actions=masks)
     try:
         return evaluate(policy, environments, episodes, deterministic=deterministic)
     finally:

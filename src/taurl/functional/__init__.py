@@ -13,6 +13,7 @@
     surrogates         losses whose gradient is a policy gradient
     loss_types         the surrogates with their aggregation, by TRL's names
     kl                 divergence from a reference: exact, estimated, as a reward and as a loss
+    kl_control         its price, adapted to keep it near a target
     trust_region       the natural gradient step of TRPO
     fisher             its products through a policy's outputs
     preference         reward models from pairs, lists, scores and labels

@@ -4,15 +4,21 @@
 `_descend` is one update; its gradient, that of `_loss`, is written out.
 """
 
+import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from taurl.control.algorithms.ppo_config import PPOConfig
+from taurl.control.distributions import masked_logits
+from taurl.control.environments import Environments
 from taurl.control.networks import Critic
+from taurl.control.penalties import KLPenalty
 from taurl.control.policies import Policy
+from taurl.control.recurrent import RecurrentCollector, RecurrentCritic, RecurrentRollout
 from taurl.control.rollouts import Collector, Rollout
 from taurl.control.trainer import Trainer
 from taurl.control.updates import Figures, FlatAdam
@@ -20,15 +26,15 @@ from taurl.functional.aggregation import row_weights, weighted_sum
 from taurl.functional.importance import token_ratios
 from taurl.functional.returns import generalized_advantage
 from taurl.functional.slopes import clipped_surrogate_slope, clipped_value_slope
-from taurl.functional.surrogates import clipped_surrogate
+from taurl.functional.surrogates import clipped_surrogate, kl_penalized
 from taurl.functional.value_losses import clipped_value_loss, explained_variance, squared_value_loss
 from taurl.functional.whitening import whiten
 from taurl.runtime.optimization import learning_rate
-from taurl.runtime.run import Record
+from taurl.runtime.run import Record, Stateful
 
 
 class Minibatch(NamedTuple):
-    """Some steps of a rollout, in any order: all that an update needs, [N, ..] each.
+    """Some steps of a rollout: all that an update needs, [N, ..] each, in any order, or of whole `Sequences`.
 
     Steps that only reset stay in, with weight 0.
 
@@ -36,7 +42,7 @@ class Minibatch(NamedTuple):
         weights: float [N], what each step counts in the minibatch's mean.
     """
 
-    observations: Tensor
+    observations: Any  # a tensor, or `Sequences`
     actions: Tensor
     logprobs: Tensor
     values: Tensor
@@ -44,6 +50,8 @@ class Minibatch(NamedTuple):
     returns: Tensor
     valid: Tensor
     weights: Tensor
+    old_parameters: Any  # of the distribution that acted, [N, ..]; None where its divergence has no price
+    action_masks: Tensor | None  # bool [N, n]
 
 
 class PPO(Trainer):
@@ -53,18 +61,28 @@ class PPO(Trainer):
     config: PPOConfig
 
     def set_up(self) -> None:
-        config = self.config
-        self.policy = Policy.create(self.environments, config)
-        inputs = self.policy.width
-        self.critic = Critic(inputs, config.hidden, config.activation)
-        self.optimizer = FlatAdam({"actor": self.policy.actor, "critic": self.critic}, None, config)
-        self.collector = Collector(self.environments, self.policy.distribution, self.policy.normalizer)
+        config, memory = self.config, self.config.memory
+        self.policy = policy = Policy.create(self.environments, config, memory=memory, mask_actions=config.mask_actions)
+        if memory:
+            self.critic: Any = RecurrentCritic(policy.width, config.hidden, memory, config.activation)
+        else:
+            self.critic = Critic(policy.width, config.hidden, config.activation)
+        self.optimizer = FlatAdam({"actor": policy.actor, "critic": self.critic}, None, config)
+        self.state: dict[str, Stateful] = {"optimizer": self.optimizer, "normalizer": policy.normalizer}
+        self.collector = Collector(self.environments, policy.distribution, policy.normalizer)
+        if memory:
+            self.collector = self.state["memory"] = RecurrentCollector(
+                self.environments, policy.distribution, policy.normalizer, memory
+            )
+        self.penalty: KLPenalty | None = None
+        if config.kl_penalty_target is not None:
+            self.penalty = self.state["penalty"] = KLPenalty(config.kl_coefficient, config.kl_penalty_target)
 
     def steps(self) -> Iterator[Record]:
         config = self.config
         steps = config.rollout_steps * config.environments
         iterations = self.iterations(steps)
-        with self.begin(optimizer=self.optimizer, normalizer=self.policy.normalizer):
+        with self.begin(**self.state):
             for step in self.run.steps(width=steps * iterations):
                 for iteration in range(1, iterations + 1):
                     with step.phase("rollout", "acting"):
@@ -90,25 +108,31 @@ class PPO(Trainer):
             trace_decay=config.trace_decay,
         )
         returns = advantages + rollout.values
-        batch = flat(rollout, advantages, returns)
+        batch = flat(rollout, advantages, returns, priced=self.penalty is not None)
         rate, share = learning_rate(step, config), 1 - (step - 1) / config.steps
         clip = config.clip * share if config.anneal_clip else config.clip
+        if self.penalty:
+            clip = math.inf
         norms: list[float] = []
         whole = [self._prepared(batch)] if len(batch.actions) <= config.minibatch_size else None
+        drawn = sequences if config.memory else minibatches
         for epoch in range(1, config.epochs + 1):
             figures: list[Figures] = []
             seen = config.target_kl is not None or (measured and epoch == config.epochs)
-            for minibatch in whole or map(self._prepared, minibatches(batch, config.minibatch_size)):
+            for minibatch in whole or map(self._prepared, drawn(batch, config.minibatch_size)):
                 norm, found = self._descend(minibatch, rate, clip, measured=seen)
                 norms.append(norm)
                 figures.append(found)
             if config.target_kl is not None and figures[-1]["train/approx_kl"] > 1.5 * config.target_kl:
                 break
+        price = self._adapt(self.penalty, batch) if self.penalty else {}
         if not measured:
             return {}
         means = {name: torch.stack([one[name] for one in figures]).mean().item() for name in figures[0]}
         explained = float(explained_variance(rollout.values, returns, rollout.valid))
-        return means | {
+        return {
+            **means,
+            **price,
             "grad_norm": sum(norms) / len(norms),
             "train/explained_variance": explained,
             "learning_rate": rate,
@@ -125,11 +149,15 @@ class PPO(Trainer):
         """Set the gradient of `_loss`, written out. Returns what the networks give for the minibatch."""
         config, weights = self.config, batch.weights
         parameters, to_actor = self.policy.actor.with_pullback(batch.observations)
+        parameters = masked_logits(parameters, batch.action_masks)  # what is forbidden gets a slope of 0
         logprobs, to_parameters = self.policy.distribution.with_pullback(parameters, batch.actions)
         ratios = token_ratios(logprobs, batch.logprobs)
         slopes = clipped_surrogate_slope(ratios, batch.advantages, clip_low=clip, clip_high=clip)
         entropy_slopes = weights * -config.entropy_coefficient if config.entropy_coefficient else None
-        to_actor(to_parameters(slopes * weights, entropy_slopes))
+        gradient = to_parameters(slopes * weights, entropy_slopes)
+        if self.penalty:
+            gradient += self.penalty.gradient(self.policy.distribution, batch.old_parameters, parameters, weights)
+        to_actor(gradient)
 
         values, to_critic = self.critic.with_pullback(batch.observations)
         if config.value_clip is None:
@@ -138,6 +166,26 @@ class PPO(Trainer):
             value_slopes = clipped_value_slope(values, batch.values, batch.returns, clip=config.value_clip)
         to_critic(value_slopes * weights * config.value_coefficient)
         return parameters, values
+
+    @torch.no_grad()
+    def _adapt(self, penalty: KLPenalty, batch: Minibatch) -> Record:
+        """Adapt the price to how far the policy has moved, over all of the iteration's steps."""
+        parameters = masked_logits(self.policy.actor(batch.observations), batch.action_masks)
+        divergences = self.policy.distribution.kl(batch.old_parameters, parameters)
+        divergence, price = float(weighted_sum(divergences, row_weights(batch.valid))), penalty.coefficient
+        penalty.adapt(divergence)
+        return {"train/kl": divergence, "train/kl_coefficient": price}
+
+    def _environments(self, count: int, seed: int) -> Environments:
+        config = self.config
+        return Environments(
+            self.environment,
+            count,
+            seed=seed,
+            arguments=config.env_args,
+            vectorization=config.vectorization,
+            mask_actions=config.mask_actions,
+        )
 
     def _prepared(self, batch: Minibatch) -> Minibatch:
         """Each step's weight, and advantages whitened by the minibatch's own mean and deviation."""
@@ -150,7 +198,12 @@ class PPO(Trainer):
         logprobs = distribution.logprobs(parameters, batch.actions)
         ratios = token_ratios(logprobs, batch.logprobs)
         weights = batch.weights
-        surrogates = clipped_surrogate(ratios, batch.advantages, clip_low=clip, clip_high=clip)
+        if self.penalty:
+            divergences = distribution.kl(batch.old_parameters, parameters)
+            price = self.penalty.coefficient
+            surrogates = kl_penalized(ratios, batch.advantages, divergences, kl_coefficient=price)
+        else:
+            surrogates = clipped_surrogate(ratios, batch.advantages, clip_low=clip, clip_high=clip)
         if config.value_clip is None:
             value_losses = squared_value_loss(values, batch.returns)
         else:
@@ -175,12 +228,34 @@ class PPO(Trainer):
 def minibatches(batch: Minibatch, size: int) -> Iterator[Minibatch]:
     """The steps in an order drawn anew, `size` at a time."""
     order = torch.randperm(len(batch.actions))
-    shuffled = (torch.split(column[order], size) for column in batch)
-    return (Minibatch(*columns) for columns in zip(*shuffled, strict=True))
+    shuffled = (repeat(None) if column is None else torch.split(column[order], size) for column in batch)
+    return (Minibatch(*columns) for columns in zip(*shuffled, strict=False))
 
 
-def flat(rollout: Rollout, advantages: Tensor, returns: Tensor) -> Minibatch:
+def sequences(batch: Minibatch, size: int) -> Iterator[Minibatch]:
+    """Whole rollouts of some environments, in an order drawn anew, `size` steps at a time."""
+    steps, count = batch.observations.starts.shape
+    for environments in torch.split(torch.randperm(count), size // steps):
+        rows = (torch.arange(steps)[:, None] * count + environments).flatten()
+        others: Any = (None if column is None else column[rows] for column in batch[1:])
+        yield Minibatch(batch.observations.of(environments), *others)
+
+
+def flat(rollout: Rollout, advantages: Tensor, returns: Tensor, *, priced: bool = False) -> Minibatch:
     """All steps, [N, ..]. The weights of those that only reset are 0, and their figures finite."""
-    weights = row_weights(rollout.valid.flatten()).view_as(advantages)
-    columns = (rollout.observations, rollout.actions, rollout.logprobs, rollout.values, advantages, returns)
-    return Minibatch(*(tensor.flatten(0, 1) for tensor in (*columns, rollout.valid, weights)))
+    weights = row_weights(rollout.valid.flatten())
+    columns: list[Any] = [
+        rollout.observations,
+        rollout.actions,
+        rollout.logprobs,
+        rollout.values,
+        advantages,
+        returns,
+        rollout.valid,
+        weights.view_as(advantages),
+        rollout.parameters if priced else None,
+        rollout.action_masks,
+    ]
+    flattened: list[Any] = [None if column is None else column.flatten(0, 1) for column in columns]
+    batch = Minibatch(*flattened)
+    return batch._replace(observations=rollout.sequences()) if isinstance(rollout, RecurrentRollout) else batch

@@ -41,12 +41,28 @@ class PPOConfig(NetworkSettings, ControlConfig):
     """Weight of the entropy bonus."""
     whiten_advantages: bool = True
     """Shift and scale the advantages of each minibatch to mean 0 and deviation 1."""
+    kl_penalty_target: float | None = Field(None, gt=0)
+    """PPO's other form: no clip, but a price β on the divergence from the policy that acted, exact; after each
+    iteration β is halved where the divergence is below this by a factor of 1.5, and doubled where it is above."""
+    kl_coefficient: float = Field(1.0, gt=0)
+    """β at first."""
     target_kl: float | None = Field(None, gt=0)
     """End an iteration's epochs when the divergence from the policy that acted exceeds 1.5 times this."""
+
+    memory: int = Field(0, ge=0)
+    """Width of an LSTM between the hidden layers and the outputs, of policy and value each, for environments that do
+    not show all of their state; 0: none. Minibatches are then whole rollouts of some environments."""
+    mask_actions: bool = False
+    """Never take an action that the environment forbids, by info["action_mask"] or by a method action_masks()."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.minibatch_size > self.rollout_steps * self.environments:
             steps = self.rollout_steps * self.environments
             raise ValueError(f"minibatch_size {self.minibatch_size} exceeds an iteration's {steps} steps")
+        if self.memory and self.minibatch_size % self.rollout_steps:
+            raise ValueError(
+                f"minibatch_size {self.minibatch_size} is no multiple of rollout_steps {self.rollout_steps}; with "
+                "memory, minibatches are whole rollouts of some environments"
+            )
         return self
