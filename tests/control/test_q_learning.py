@@ -328,7 +328,7 @@ def test_what_no_table_can_hold_is_refused_in_one_line(tmp_path, env, found):
 
 
 def test_settings_of_an_optimiser_are_refused():
-    with pytest.raises(ValueError, match="weight_decay has no effect on a table"):
+    with pytest.raises(ValueError, match=r"weight_decay\s+Extra inputs are not permitted"):
         QLearningConfig(weight_decay=0.1)
 
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from taurl.runtime.config import FREE, Settings, TrainingConfig
+from taurl.runtime.config import FREE, OptimizerSettings, RunConfig, Settings
 
 
 class EnvironmentSettings(Settings):
@@ -21,9 +21,11 @@ class EnvironmentSettings(Settings):
     (sync); or each in a process of its own (async), for environments that take milliseconds a step."""
 
 
-class ControlConfig(TrainingConfig, EnvironmentSettings):
+class ControlConfig(RunConfig, EnvironmentSettings):
     """The settings that every algorithm of the wing has."""
 
+    threads: int = Field(1, ge=1)
+    """CPU threads. Networks this small lose more by waiting for a second one than it does for them."""
     steps: int = Field(100_000, ge=1, json_schema_extra=FREE)
     """Environment steps in all, over all copies; a finished run may be resumed with more."""
     save_every: int = Field(0, ge=0, json_schema_extra=FREE)
@@ -41,7 +43,14 @@ class ControlConfig(TrainingConfig, EnvironmentSettings):
     """Stop when the mean return of an evaluation reaches this."""
 
 
-class NetworkSettings(Settings):
+class AdamSettings(OptimizerSettings):
+    """The optimiser of a small network (`updates.FlatAdam`)."""
+
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay, on all parameters."""
+
+
+class NetworkSettings(AdamSettings):
     """The policy's network, and what it sees."""
 
     hidden: tuple[int, ...] = (64, 64)

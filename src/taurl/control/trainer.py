@@ -78,9 +78,7 @@ class Trainer(ABC):
         if environment is None:
             raise InputError("no environment given: name one with env (for example CartPole-v1)")
         self.environment: EnvironmentLike = environment
-        # Networks this small lose more by waiting for a second thread than it does for them.
-        run.chosen["threads"] = set_threads(self.config.threads or run.chosen.get("threads") or 1)
-        run.chosen["device"] = "cpu"
+        run.chosen |= {"threads": set_threads(self.config.threads), "device": "cpu"}
         seed_everything(self.config.seed)
         self.environments = self._environments(self.config.environments, self.config.seed)
         self._said_unsaved = False

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from taurl import __version__
-from taurl.runtime.config import TrainingConfig, free_on_resume
+from taurl.runtime.config import RunConfig, free_on_resume
 from taurl.runtime.errors import InputError, RunError, reason
 from taurl.runtime.machine import describe_machine
 
@@ -32,7 +32,7 @@ def refuse_taken(directory: Path) -> None:
         raise InputError(f"{directory} exists already, {found}, or give another directory with out")
 
 
-def refuse_other_past(directory: Path, stored: TrainingConfig, config: TrainingConfig) -> None:
+def refuse_other_past(directory: Path, stored: RunConfig, config: RunConfig) -> None:
     """Raises: InputError when resuming with this config would alter what the run has computed with the stored one."""
     for name in config.changed_from(stored):
         if not free_on_resume(type(config), name):

@@ -4,10 +4,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from taurl.control.settings import ControlConfig
+from taurl.control.settings import AdamSettings, ControlConfig
 
 
-class DQNConfig(ControlConfig):
+class DQNConfig(AdamSettings, ControlConfig):
     """Deep Q-learning (Mnih et al. 2015, Nature 518).
 
     Acts ε-greedily, keeps the newest steps, and moves Q(s, a) of steps drawn from them towards targets of a copy of the
