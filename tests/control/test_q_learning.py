@@ -18,7 +18,7 @@ from taurl.control.algorithms.q_learning import PICTURE, QLearning
 from taurl.control.algorithms.q_learning_config import QLearningConfig
 from taurl.control.grid_pictures import grid_of, value_picture
 from taurl.control.presets import preset
-from taurl.control.saved import load_policy
+from taurl.control.saved import load
 from taurl.control.tables import Table, TablePolicy, state_count, state_index
 from taurl.control.trainer import evaluate_policy
 from taurl.report import write_report
@@ -307,7 +307,7 @@ def test_a_finished_run_that_is_resumed_keeps_its_policy(tmp_path):
     trained = learner(tmp_path, Corridor, steps=500).train()
     again = QLearning.resume(tmp_path / "run", env=Corridor).train()
     assert torch.equal(again.policy.values, trained.policy.values)
-    assert torch.equal(load_policy(tmp_path / "run").values, trained.policy.values)
+    assert torch.equal(load(tmp_path / "run").values, trained.policy.values)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_every_observation_has_a_row_of_its_own(space):
 
 def test_a_policy_of_tuples_is_saved_and_loaded(tmp_path):
     trainer = learner(tmp_path, "Blackjack-v1", environments=8, steps=4000).train()
-    policy = load_policy(tmp_path / "run")
+    policy = load(tmp_path / "run")
     assert isinstance(policy, TablePolicy)
     assert torch.equal(policy.values, trainer.policy.values)
     observation = (20, 10, 0)

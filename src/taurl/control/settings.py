@@ -41,6 +41,8 @@ class ControlConfig(RunConfig, EnvironmentSettings):
     """Episodes of an evaluation, in environments of its own; 0 evaluates nothing."""
     stop_at: float | None = None
     """Stop when the mean return of an evaluation reaches this."""
+    video: bool = Field(True, json_schema_extra=FREE)
+    """Leave a short GIF of the trained policy for the report, where the environment can be drawn."""
 
 
 class AdamSettings(OptimizerSettings):

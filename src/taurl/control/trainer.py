@@ -10,18 +10,25 @@ import gymnasium
 import torch
 
 from taurl.control.environments import EnvironmentLike, Environments
-from taurl.control.evaluation import Acting, Evaluation, copies_for, evaluate, with_limit
+from taurl.control.evaluation import Acting, Evaluation, copies_for, evaluate, evaluation_seed, with_limit
+from taurl.control.playing import recorded
+from taurl.control.saved import load
 from taurl.control.settings import ControlConfig
 from taurl.runtime.config import read_config
-from taurl.runtime.directory import write_final
-from taurl.runtime.errors import InputError
+from taurl.runtime.directory import write_folder
+from taurl.runtime.errors import InputError, one_line
 from taurl.runtime.given import GIVEN, require_given_again
 from taurl.runtime.machine import peak_memory_gb, set_threads
 from taurl.runtime.run import Callback, Record, Run, Stateful, Step
 from taurl.runtime.seeding import seed_everything
 
-HEADLINE = {"return": "rollout/ep_rew_mean", "length": "rollout/ep_len_mean", "steps/s": "time/fps"}
-EVALUATION_SEED = 1_000_003  # added to the seed, so that evaluation does not begin where training did
+HEADLINE = {
+    "return": "rollout/ep_rew_mean",
+    "length": "rollout/ep_len_mean",
+    "evaluation": "eval/mean_reward",
+    "steps/s": "time/fps",
+}
+PICTURE = "trained-policy.gif"
 
 
 class Trainer(ABC):
@@ -101,8 +108,23 @@ class Trainer(ABC):
                 pass
         finally:
             self.environments.close()
-        write_final(self.run.directory, self.save)
+        write_folder(self.run.directory / "final", self.save)
+        if self.config.video:
+            self._record()
         return self
+
+    def _record(self) -> None:
+        """Leave a GIF of the policy for the report, where the environment can draw; a failure is only said."""
+        vector = self.environments.vector
+        draws = "rgb_array" in vector.metadata.get("render_modes", ())
+        if not draws or not (isinstance(self.environment, str) or vector.render_mode == "rgb_array"):
+            return
+        seed = evaluation_seed(self.config.seed)
+        try:
+            film = recorded(self.policy, self.environment, self.config.env_args, seed=seed)
+            self.run.write_artifact(PICTURE, film)
+        except Exception as error:
+            self.run.view.note(f"no video of the policy: {one_line(error)}")
 
     def begin(self, **state: Stateful) -> Run:
         """`Run.begin` with the environments among the state."""
@@ -129,7 +151,7 @@ class Trainer(ABC):
             self.policy,
             self.environment,
             episodes or self.config.eval_episodes,
-            seed=self.config.seed + EVALUATION_SEED,
+            seed=evaluation_seed(self.config.seed),
             arguments=self.config.env_args,
             deterministic=deterministic,
         )
@@ -142,8 +164,13 @@ class Trainer(ABC):
         return self.policy.predict(observation, deterministic=deterministic)
 
     def save(self, directory: str | Path) -> None:
-        """Write the policy to a folder, which `taurl.control.load` reads."""
+        """Write the policy to a folder, which `load` reads."""
         self.policy.save(directory)
+
+    @staticmethod
+    def load(directory: str | Path) -> Any:
+        """The saved policy, not a trainer: `taurl.control.load`."""
+        return load(directory)
 
     def finish(self, step: Step, figures: Record) -> Record:
         """Close a record: episodes, speed, and an evaluation where one is due."""
@@ -158,7 +185,7 @@ class Trainer(ABC):
             figures |= found
             if found["eval/mean_reward"] > self.best:
                 self.best = found["eval/mean_reward"]
-                self.save(self.run.directory / "best")
+                write_folder(self.run.directory / "best", self.save)
         record = step.finish(**figures, **{"memory/peak_gb": peak_memory_gb(torch.device("cpu"))})
         if step.number < self.config.steps:
             self._say_unsaved()

@@ -53,6 +53,16 @@ class RunRecord:
     pictures: list[Picture] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
+    @property
+    def acts(self) -> bool:
+        """Whether the run trains a policy that acts in an environment, and not a language model."""
+        return "env" in self.config
+
+    @property
+    def step_name(self) -> str:
+        """What `step` counts."""
+        return "environment steps" if self.acts else "step"
+
     def points(self, name: str) -> Points:
         """The steps at which a metric has a value, in order, each with that value."""
         return [(step, values[name]) for step, values in self.metrics.items() if name in values]
@@ -75,7 +85,7 @@ def read_run(run_directory: Path) -> RunRecord:
     run = RunRecord(run_directory.resolve().name, finished=False)
     run.config = _read_mapping(run_directory / "config.yaml", run.notices)
     for name in RUN_FILES:
-        sampled = name != "samples.jsonl" or "env" not in run.config  # who acts in an environment samples no text
+        sampled = name != "samples.jsonl" or not run.acts  # who acts in an environment samples no text
         if sampled and not (run_directory / name).is_file():
             run.notices.append(f"{name} is missing, so the parts of this page that come from it are left out.")
     run.environment = _read_mapping(run_directory / "environment.json", run.notices)

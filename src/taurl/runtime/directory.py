@@ -71,17 +71,16 @@ def describe_environment(known: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_final(directory: Path, export: Callable[[Path], None]) -> None:
-    """Write the run's `final/`, whole or not at all. Raises: RunError when it cannot be written."""
-    final, partial = directory / "final", directory / ".final.partial"
+def write_folder(folder: Path, export: Callable[[Path], None]) -> None:
+    """Write a run's `final/` or `best/`, whole or not at all. Raises: RunError when it cannot be written."""
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         export(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(
-            f"{final}: the model could not be written ({reason(error)}), but its checkpoint is whole: free space, "
-            f"then --resume {directory}"
+            f"{folder}: the model could not be written ({reason(error)}); free space, then --resume {folder.parent}"
         ) from error
