@@ -223,8 +223,9 @@ def test_the_best_of_noisy_values_is_too_high_and_two_tables_mend_it(tmp_path):
         settings = {"environments": 32, "steps": 20_000, "learning_rate": 0.1, "discount": 1.0, "epsilon_end": 1.0}
         trainer = learner(tmp_path, Tempting, rule, rule=rule, **settings).train()
         found[rule] = float(trainer.table.mean()[::2].mean())
-    assert found["q_learning"] > 0.1
-    assert found["double_q"] == pytest.approx(-0.1, abs=0.06)
+    # Over ten seeds 0.23 to 0.28, and −0.10 to −0.06 (the tables begin at 0, and are not quite there yet).
+    assert found["q_learning"] > 0.15
+    assert -0.15 < found["double_q"] < 0
 
 
 def test_sarsa_keeps_away_from_the_cliff_and_q_learning_walks_its_edge(tmp_path):

@@ -103,7 +103,19 @@ def rendering(env: EnvironmentLike, arguments: dict[str, Any], mode: Mode) -> gy
         raise InputError(f"{env} cannot be rendered: {one_line(error)}") from error
     if made.render_mode != mode:
         raise InputError(f"{name_of(made)} was made with render_mode {made.render_mode!r}, expected {mode!r}")
+    follow(made)
     return made
+
+
+def follow(environment: gymnasium.Env[Any, Any]) -> None:
+    """Let the camera of a MuJoCo environment go along; in gymnasium 1.4 HalfCheetah runs out of the picture."""
+    renderer = getattr(environment.unwrapped, "mujoco_renderer", None)
+    if renderer is None or renderer.camera_id != -1 or "trackbodyid" in (renderer.default_cam_config or {}):
+        return
+    import mujoco
+
+    camera = mujoco.mjtObj.mjOBJ_CAMERA
+    renderer.camera_id = mujoco.mj_name2id(environment.unwrapped.model, camera, "track")  # −1 where there is none
 
 
 def episode(policy: Any, environment: gymnasium.Env[Any, Any], *, seed: int, sampled: bool) -> Iterator[float]:

@@ -10,7 +10,7 @@ from taurl.runtime.files import writing
 
 GIF_RATE = 25  # frames a second at most: browsers slow down what is much faster
 LAST_FRAME = 1.0  # seconds that a GIF rests on its end before it begins again
-COLOURS = 64  # of a GIF; without dithering, so that what does not move costs nothing
+COLOURS = 128  # of a GIF; without dithering, so that what does not move costs nothing
 
 
 def stride(rate: int) -> int:
@@ -36,7 +36,7 @@ def gif(frames: Sequence[Array], rate: float, *, width: int | None = None) -> by
     sheet = Image.new("RGB", (4 * size[0], size[1]))  # some of the frames, for colours that serve all of them
     for place in range(4):
         sheet.paste(images[place * (len(images) - 1) // 3], (place * size[0], 0))
-    palette = sheet.quantize(COLOURS, dither=Image.Dither.NONE)
+    palette = sheet.quantize(COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     first, *others = (image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images)
     durations = [round(1000 / rate)] * len(others) + [round(1000 * LAST_FRAME)]
     content = io.BytesIO()
