@@ -389,7 +389,7 @@ def test_the_report_holds_the_picture_of_a_grid_and_of_no_other_environment(tmp_
     assert "<figcaption>state values</figcaption>" in page
     assert "samples.jsonl is missing" not in page
     learner(tmp_path, "Taxi-v4", "taxi", steps=400).train()
-    assert not (tmp_path / "taxi" / "artifacts").exists()
+    assert not (tmp_path / "taxi" / "artifacts" / PICTURE).exists()
 
 
 def test_an_evaluation_ends_though_the_policy_walks_in_circles(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from taurl.commands.control_play import figures
 from taurl.commands.options import parse, take_option
 from taurl.control import ALGORITHMS
 from taurl.control.presets import preset
+from taurl.control.settings import ControlConfig
 from taurl.runtime.config import read_config, read_yaml, validated
 from taurl.runtime.errors import InputError
 
@@ -23,7 +24,7 @@ def train(name: str, words: Sequence[str]) -> int:
     command = module.replace("_", "-")
     resume, words = take_option(words, "--resume")
     no_preset, words = "--no-preset" in words, [word for word in words if word != "--no-preset"]
-    default = read_config(Path(resume), config_class) if resume else None
+    default = stored(Path(resume), command, config_class) if resume else None
     tuned = None if resume or no_preset else preset(command, take_option(words, "--env")[0])
     if tuned is not None:
         default = validated(config_class, read_yaml(tuned), source=str(tuned))
@@ -48,6 +49,14 @@ def train(name: str, words: Sequence[str]) -> int:
     write_report(trainer.run.directory)
     show(trainer.run)
     return 0
+
+
+def stored(directory: Path, command: str, config_class: type[ControlConfig]) -> ControlConfig:
+    """The settings that a run was given. Raises: InputError when it is another algorithm's."""
+    from taurl.control.trainer import require_algorithm
+
+    require_algorithm(directory, command)
+    return read_config(directory, config_class)
 
 
 def show(run: object) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal
 
 import gymnasium
@@ -37,6 +38,8 @@ def play(
     """
     if video is not None and video.suffix not in (".mp4", ".gif"):
         raise InputError(f"video is {video}, expected a name that ends in .mp4 or .gif")
+    if video is not None:
+        require_writable(video)
     environment = rendering(env, arguments, "rgb_array" if video else "human")
     rate = frame_rate(environment)
     returns = [0.0] * episodes
@@ -56,8 +59,6 @@ def play(
         else:
             every = stride(rate)
             content = gif([picture(environment) for place, _ in enumerate(steps()) if place % every == 0], rate / every)
-            with writing(video):
-                video.parent.mkdir(parents=True, exist_ok=True)
             write_whole(video, content)
     return returns
 
@@ -107,15 +108,26 @@ def rendering(env: EnvironmentLike, arguments: dict[str, Any], mode: Mode) -> gy
     return made
 
 
+def require_writable(path: Path) -> None:
+    """Make the folder of a file. Raises: RunError when no file can be written there, before anything is played."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+
+
 def follow(environment: gymnasium.Env[Any, Any]) -> None:
     """Let the camera of a MuJoCo environment go along; in gymnasium 1.4 HalfCheetah runs out of the picture."""
-    renderer = getattr(environment.unwrapped, "mujoco_renderer", None)
-    if renderer is None or renderer.camera_id != -1 or "trackbodyid" in (renderer.default_cam_config or {}):
+    bare: Any = environment.unwrapped
+    renderer = getattr(bare, "mujoco_renderer", None)
+    if renderer is None or bare.camera_id is not None or renderer.camera_id != -1:  # a camera was asked for
+        return
+    if "trackbodyid" in (renderer.default_cam_config or {}):
         return
     import mujoco
 
     camera = mujoco.mjtObj.mjOBJ_CAMERA
-    renderer.camera_id = mujoco.mj_name2id(environment.unwrapped.model, camera, "track")  # −1 where there is none
+    renderer.camera_id = mujoco.mj_name2id(bare.model, camera, "track")  # −1 where there is none
 
 
 def episode(policy: Any, environment: gymnasium.Env[Any, Any], *, seed: int, sampled: bool) -> Iterator[float]:

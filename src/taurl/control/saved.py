@@ -28,5 +28,5 @@ def load(directory: str | Path) -> Any:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         kind: Any = KINDS.get(facts.get("kind"), Policy)
         return kind.load(folder)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: the policy there cannot be read ({one_line(error)})") from error

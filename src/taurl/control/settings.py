@@ -1,10 +1,12 @@
 """Settings that the algorithms of the wing share. Imports no torch."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from taurl.runtime.config import FREE, OptimizerSettings, RunConfig, Settings
+
+Width = Annotated[int, Field(ge=1)]
 
 
 class EnvironmentSettings(Settings):
@@ -39,7 +41,7 @@ class ControlConfig(RunConfig, EnvironmentSettings):
     """Environment steps between evaluations; 0 evaluates at the end only."""
     eval_episodes: int = Field(20, ge=0)
     """Episodes of an evaluation, in environments of its own; 0 evaluates nothing."""
-    stop_at: float | None = None
+    stop_at: float | None = Field(None, json_schema_extra=FREE)
     """Stop when the mean return of an evaluation reaches this."""
     video: bool = Field(True, json_schema_extra=FREE)
     """Leave a short GIF of the trained policy for the report, where the environment can be drawn."""
@@ -55,7 +57,7 @@ class AdamSettings(OptimizerSettings):
 class NetworkSettings(AdamSettings):
     """The policy's network, and what it sees."""
 
-    hidden: tuple[int, ...] = (64, 64)
+    hidden: tuple[Width, ...] = (64, 64)
     """Widths of the hidden layers, of policy and value each."""
     activation: Literal["tanh", "relu"] = "tanh"
     """Between the layers."""

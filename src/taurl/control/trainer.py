@@ -15,7 +15,7 @@ from taurl.control.playing import recorded
 from taurl.control.saved import load
 from taurl.control.settings import ControlConfig
 from taurl.runtime.config import read_config
-from taurl.runtime.directory import write_folder
+from taurl.runtime.directory import read_environment, write_folder
 from taurl.runtime.errors import InputError, one_line
 from taurl.runtime.given import GIVEN, require_given_again
 from taurl.runtime.machine import peak_memory_gb, set_threads
@@ -71,6 +71,7 @@ class Trainer(ABC):
         callbacks: Sequence[Callback] = (),
     ) -> Self:
         """Go on with a run; an environment that it was given as an object or function is given again."""
+        require_algorithm(Path(directory), cls.algorithm)
         config = config or read_config(Path(directory), cls.config_class)
         run = Run.resume(Path(directory), config, headline=HEADLINE)
         require_given_again(run, [] if env is None else ["env"])
@@ -197,6 +198,7 @@ class Trainer(ABC):
         if target is None or record.get("eval/mean_reward", -math.inf) < target:
             return False
         self.run.save()
+        self.run.view.note(f"stopped at step {record['step']:,}: an evaluation has reached {target:g}")
         return True
 
     def _evaluation_due(self, step: int) -> bool:
@@ -210,6 +212,13 @@ class Trainer(ABC):
         return Environments(
             self.environment, count, seed=seed, arguments=config.env_args, vectorization=config.vectorization
         )
+
+
+def require_algorithm(directory: Path, algorithm: str) -> None:
+    """Raises: InputError when the run in this directory is one of another algorithm."""
+    found = read_environment(directory).get("algorithm", algorithm)
+    if found != algorithm:
+        raise InputError(f"{directory}: a run of {found}, not of {algorithm}; resume it with {found}")
 
 
 def evaluate_policy(

@@ -49,7 +49,6 @@ def write_mp4(frames: Iterator[Array], path: Path, rate: int) -> None:
     import imageio.v2 as imageio
 
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         video: Any = imageio.get_writer(path, fps=rate, codec="libx264", macro_block_size=2)
         with video:
             for frame in frames:  # the codec takes even sizes only

@@ -92,10 +92,17 @@ def read_run(run_directory: Path) -> RunRecord:
     run.metrics = _read_metrics(run_directory / "metrics.jsonl", run.notices)
     # A run that was given more steps still has the `final/` of the fewer ones.
     steps, last = run.config.get("steps"), max(run.metrics, default=0)
-    run.finished = (run_directory / "final").is_dir() and (not isinstance(steps, int) or last >= steps)
+    done = not isinstance(steps, int) or last >= steps or _reached(run)
+    run.finished = (run_directory / "final").is_dir() and done
     run.samples = read_samples(run_directory / "samples.jsonl", run.notices)
     run.pictures = _read_pictures(run_directory / "artifacts", run.notices)
     return run
+
+
+def _reached(run: RunRecord) -> bool:
+    """Whether the last evaluation came to the return that the run was to stop at."""
+    target, points = run.config.get("stop_at"), run.points("eval/mean_reward")
+    return isinstance(target, int | float) and bool(points) and points[-1][1] >= target
 
 
 def _read_mapping(path: Path, notices: list[str]) -> dict[str, Any]:

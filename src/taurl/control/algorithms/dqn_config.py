@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from taurl.control.settings import AdamSettings, ControlConfig
+from taurl.control.settings import AdamSettings, ControlConfig, Width
 
 
 class DQNConfig(AdamSettings, ControlConfig):
@@ -16,7 +16,7 @@ class DQNConfig(AdamSettings, ControlConfig):
     groups, two for each eight steps instead of one for each four.
     """
 
-    hidden: tuple[int, ...] = Field((64, 64), min_length=1)
+    hidden: tuple[Width, ...] = Field((64, 64), min_length=1)
     """Widths of the hidden layers."""
     activation: Literal["tanh", "relu"] = "relu"
     """Between the layers."""
