@@ -5,10 +5,13 @@ import pytest
 from gymnasium import spaces
 from small_environments import Counting, resetting_on_the_next_step
 
+from taurl.control import load
 from taurl.control.algorithms.ppo import PPO
 from taurl.control.algorithms.ppo_config import PPOConfig
 from taurl.control.environments import Environments
-from taurl.control.evaluation import Evaluation, evaluate
+from taurl.control.evaluation import Evaluation, evaluate, evaluation_seed
+from taurl.report import write_report
+from taurl.runtime.errors import InputError
 
 SMALL = {"environments": 1, "rollout_steps": 16, "minibatch_size": 16, "record_every": 16, "eval_episodes": 3}
 
@@ -73,3 +76,62 @@ def test_an_environment_that_is_the_only_one_begins_anew_after_its_evaluation(tm
         assert record["eval/mean_ep_length"] == pytest.approx(3, abs=1)
         seen = trainer.environments.observations[0].tolist()
         assert seen == [environment.episode, environment.step_number], "what is acted on is not where it stands"
+
+
+def test_neighbouring_seeds_are_evaluated_on_other_episodes_than_they_train_on():
+    begun = [range(seed, seed + 100) for seed in map(evaluation_seed, range(50))]
+    trained = range(1000)
+    assert len({seed for episodes in (*begun, trained) for seed in episodes}) == 50 * 100 + 1000
+    assert evaluation_seed(3) == evaluation_seed(3)
+
+
+def test_an_evaluation_that_is_repeated_finds_the_same(tmp_path):
+    trainer = PPO("CartPole-v1", PPOConfig(out=tmp_path / "run", steps=64, **SMALL))
+    assert trainer.evaluate(7).returns == trainer.evaluate(7).returns
+    trainer.environments.close()
+
+
+def test_best_is_the_policy_that_evaluated_best(tmp_path):
+    # One that is learned fast and then spoiled by far too large steps.
+    settings = {"environments": 8, "rollout_steps": 32, "epochs": 5, "learning_rate": 3e-2, "record_every": 256}
+    config = PPOConfig(out=tmp_path / "run", steps=4096, eval_every=512, eval_episodes=5, **settings)
+    trainer = PPO("CartPole-v1", config).train()
+    means = [record["eval/mean_reward"] for record in trainer.run.records() if "eval/mean_reward" in record]
+    assert max(means) > means[-1], "nothing to tell apart"
+    last = trainer.evaluate().metrics()["eval/mean_reward"]
+    trainer.policy = PPO.load(tmp_path / "run" / "best")
+    assert trainer.evaluate().metrics()["eval/mean_reward"] == max(means) == trainer.best
+    assert last == means[-1]
+
+
+def test_a_run_stops_where_an_evaluation_reaches_the_target_and_may_go_on(tmp_path):
+    config = PPOConfig(env="CartPole-v1", out=tmp_path / "run", steps=96, eval_every=16, stop_at=8.0, **SMALL)
+    trainer = PPO(config=config).train()
+    assert trainer.run.step == 16  # no episode of CartPole is shorter than 8
+    assert load(tmp_path / "run").facts["env"] == "CartPole-v1"
+    assert "Finished at step 16" in write_report(tmp_path / "run").read_text()
+    gone_on = PPO.resume(tmp_path / "run", config.model_copy(update={"stop_at": None})).train()
+    assert gone_on.run.step == 96
+
+
+def test_what_is_saved_is_loaded_by_either_name_and_acts_alike(tmp_path):
+    trainer = PPO("CartPole-v1", PPOConfig(out=tmp_path / "run", steps=16, **SMALL)).train()
+    trainer.save(tmp_path / "policy")
+    batch = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    expected = trainer.policy.act(batch)
+    assert 0 < expected.sum() < 20
+    for folder in ("policy", "run", "run/final", "run/best"):
+        assert (load(tmp_path / folder).act(batch) == expected).all()
+    assert PPO.load(str(tmp_path / "policy")).predict(batch[0]) == trainer.predict(batch[0]) == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("policy.json", "{"), ("policy.json", "{}"), ("policy.json", "[]"), ("policy.safetensors", "x")],
+)
+def test_a_damaged_policy_is_named_in_one_line(tmp_path, file, content):
+    PPO("CartPole-v1", PPOConfig(out=tmp_path / "run", steps=16, **SMALL)).save(tmp_path / "policy")
+    (tmp_path / "policy" / file).write_text(content)
+    with pytest.raises(InputError, match=r"policy: the policy there cannot be read \(.+\)$") as caught:
+        load(tmp_path / "policy")
+    assert "\n" not in str(caught.value)

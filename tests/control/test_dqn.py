@@ -15,7 +15,7 @@ from taurl.control.algorithms.dqn import DQN
 from taurl.control.algorithms.dqn_config import DQNConfig
 from taurl.control.dense import Dense
 from taurl.control.replay import Batch
-from taurl.control.saved import load_policy
+from taurl.control.saved import load
 from taurl.functional.slopes import huber_value_slope
 from taurl.functional.value_losses import huber_value_loss
 from taurl.runtime.errors import InputError
@@ -309,7 +309,7 @@ def test_it_learns_to_echo(tmp_path, options):
     )
     trainer.train()
     assert trainer.evaluate(20).returns == [10.0] * 20
-    policy = load_policy(tmp_path / "run")
+    policy = load(tmp_path / "run")
     assert isinstance(policy, ValuePolicy)
     assert [policy.predict(digit) for digit in range(3)] == [5, 6, 7]
     policy.epsilon = 1.0

@@ -18,7 +18,7 @@ from taurl.control.algorithms.q_learning import PICTURE, QLearning
 from taurl.control.algorithms.q_learning_config import QLearningConfig
 from taurl.control.grid_pictures import grid_of, value_picture
 from taurl.control.presets import preset
-from taurl.control.saved import load_policy
+from taurl.control.saved import load
 from taurl.control.tables import Table, TablePolicy, state_count, state_index
 from taurl.control.trainer import evaluate_policy
 from taurl.report import write_report
@@ -223,8 +223,9 @@ def test_the_best_of_noisy_values_is_too_high_and_two_tables_mend_it(tmp_path):
         settings = {"environments": 32, "steps": 20_000, "learning_rate": 0.1, "discount": 1.0, "epsilon_end": 1.0}
         trainer = learner(tmp_path, Tempting, rule, rule=rule, **settings).train()
         found[rule] = float(trainer.table.mean()[::2].mean())
-    assert found["q_learning"] > 0.1
-    assert found["double_q"] == pytest.approx(-0.1, abs=0.06)
+    # Over ten seeds 0.23 to 0.28, and −0.10 to −0.06 (the tables begin at 0, and are not quite there yet).
+    assert found["q_learning"] > 0.15
+    assert -0.15 < found["double_q"] < 0
 
 
 def test_sarsa_keeps_away_from_the_cliff_and_q_learning_walks_its_edge(tmp_path):
@@ -307,7 +308,7 @@ def test_a_finished_run_that_is_resumed_keeps_its_policy(tmp_path):
     trained = learner(tmp_path, Corridor, steps=500).train()
     again = QLearning.resume(tmp_path / "run", env=Corridor).train()
     assert torch.equal(again.policy.values, trained.policy.values)
-    assert torch.equal(load_policy(tmp_path / "run").values, trained.policy.values)
+    assert torch.equal(load(tmp_path / "run").values, trained.policy.values)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +329,7 @@ def test_what_no_table_can_hold_is_refused_in_one_line(tmp_path, env, found):
 
 
 def test_settings_of_an_optimiser_are_refused():
-    with pytest.raises(ValueError, match="weight_decay has no effect on a table"):
+    with pytest.raises(ValueError, match=r"weight_decay\s+Extra inputs are not permitted"):
         QLearningConfig(weight_decay=0.1)
 
 
@@ -353,7 +354,7 @@ def test_every_observation_has_a_row_of_its_own(space):
 
 def test_a_policy_of_tuples_is_saved_and_loaded(tmp_path):
     trainer = learner(tmp_path, "Blackjack-v1", environments=8, steps=4000).train()
-    policy = load_policy(tmp_path / "run")
+    policy = load(tmp_path / "run")
     assert isinstance(policy, TablePolicy)
     assert torch.equal(policy.values, trainer.policy.values)
     observation = (20, 10, 0)
@@ -388,7 +389,7 @@ def test_the_report_holds_the_picture_of_a_grid_and_of_no_other_environment(tmp_
     assert "<figcaption>state values</figcaption>" in page
     assert "samples.jsonl is missing" not in page
     learner(tmp_path, "Taxi-v4", "taxi", steps=400).train()
-    assert not (tmp_path / "taxi" / "artifacts").exists()
+    assert not (tmp_path / "taxi" / "artifacts" / PICTURE).exists()
 
 
 def test_an_evaluation_ends_though_the_policy_walks_in_circles(tmp_path, monkeypatch):

@@ -34,21 +34,69 @@ def test_unknown_metrics_are_grouped_by_prefix():
     run = record(
         {
             "step": 5,
-            "rollout/ep_rew_mean": 20.0,
-            "rollout/ep_len_mean": 21.0,
-            "train/approx_kl": 0.1,
-            "time/fps": 900.0,
+            "probe/first": 20.0,
+            "probe/second": 21.0,
+            "other/approx": 0.1,
+            "eval/new": 900.0,
         },
-        {"step": 6, "rollout/ep_rew_mean": 30.0, "lonely": 1.0},
+        {"step": 6, "probe/first": 30.0, "lonely": 1.0},
     )
     assert list(charts(run)) == [
-        ("rollout", "ep_rew_mean"),
-        ("rollout", "ep_len_mean"),
-        ("train", "approx_kl"),
-        ("Speed", "time/fps"),
+        ("probe", "first"),
+        ("probe", "second"),
+        ("other", "approx"),
+        ("Held-out evaluation", "eval/new"),
         ("Others", "lonely"),
     ]
-    assert charts(run)["rollout", "ep_rew_mean"].summary == "ep_rew_mean: 20 at step 5, 30 at step 6"
+    assert charts(run)["probe", "first"].summary == "first: 20 at step 5, 30 at step 6"
+
+
+def acting_record(step: int) -> dict:
+    return {
+        "step": step,
+        "seconds": 1.0 * step,
+        "loss": 2.0,
+        "train/approx_kl": 0.01,
+        "train/new": 3.0,
+        "rollout/ep_rew_mean": 20.0 + step,
+        "rollout/ep_len_mean": 21.0,
+        "time/fps": 900.0,
+        "time/update": 0.2,
+        "time/step": 0.3,
+        "eval/mean_reward": 40.0 + step,
+        "eval/std_reward": 5.0,
+        "eval/reward_p10": 30.0,
+        "eval/reward_p50": 41.0,
+        "eval/reward_p90": 60.0,
+        "eval/mean_ep_length": 40.0,
+    }
+
+
+def test_a_run_that_acts_is_drawn_return_first_over_environment_steps():
+    run = record(*map(acting_record, (1000, 2000)))
+    run.config["env"] = "CartPole-v1"
+    found = charts(run)
+    assert list(found) == [
+        ("Return", "Evaluation"),
+        ("Return", "While training"),
+        ("Return", "Episode length"),
+        ("Policy", "KL"),
+        ("Optimisation", "Loss"),
+        ("Optimisation", "train/new"),
+        ("Speed", "Steps per second"),
+        ("Speed", "Time per phase"),
+    ]
+    low, high, mean = found["Return", "Evaluation"].figure["data"]
+    assert (low["y"], high["y"], mean["y"]) == ([30.0, 30.0], [60.0, 60.0], [1040.0, 2040.0])
+    assert {chart.figure["layout"]["xaxis"]["title"]["text"] for chart in found.values()} == {"environment steps"}
+
+
+def test_a_phase_that_did_not_take_place_took_no_time():
+    run = record(
+        *({"step": step, "time/update": 1.0, **({"time/evaluation": 2.0} if step == 2 else {})} for step in (1, 2, 3))
+    )
+    for trace in charts(run)["Speed", "Time per phase"].figure["data"]:
+        assert trace["stackgaps"] == "infer zero"
 
 
 def test_the_band_is_one_standard_deviation_around_the_total():

@@ -138,15 +138,39 @@ def test_a_run_that_has_only_begun(make_run: MakeRun):
     ]
 
 
-def test_a_run_of_another_wing(make_run: MakeRun):
+def acting_run(make_run: MakeRun, evaluations: list[float]) -> Path:
     lines = [
-        {"step": step, "rollout/ep_rew_mean": 10.0 * step, "time/fps": 5000.0, "eval/return": 3.0 * step}
-        for step in (1, 2)
+        {"step": step, "rollout/ep_rew_mean": 10.0 * step, "time/fps": 5000.0}
+        | {"eval/mean_reward": mean, "eval/std_reward": 0.5, "eval/reward_p50": mean}
+        for step, mean in enumerate(evaluations, 1)
     ]
-    text = squeezed(Page(write_report(make_run(metrics_jsonl=json_lines(lines), samples_jsonl=None))).text)
-    assert "Reward: rollout/ep_rew_mean 10 → 20" in text
-    assert "Held-out: return 3.000 → 6.000" in text
+    config = "env: CartPole-v1\nsteps: 3\neval_episodes: 20\n"
+    return make_run(metrics_jsonl=json_lines(lines), samples_jsonl=None, config_yaml=config)
+
+
+def test_a_run_that_acts(make_run: MakeRun):
+    directory = acting_run(make_run, [3.0, 8.0, 6.0])
+    (directory / "artifacts").mkdir()
+    (directory / "artifacts" / "trained-policy.gif").write_bytes(b"GIF89a")
+    page = Page(write_report(directory))
+    text = squeezed(page.text)
+    assert "Return, evaluated 6.000 ± 0.500 20 episodes, step 3" in text
+    assert "Best evaluation 8.000 step 2" in text
+    assert "While training 10 → 30" in text
     assert "Steps per second 5,000" in text
+    assert "mean return 3.000 step 1 6.000 step 3 +3.000" in text
+    assert "missing" not in text
+    order = ["before-after", "pictures", "curves", "configuration", "environment"]
+    assert [attributes["id"] for tag, attributes in page.tags if tag == "h2"] == order
+    assert ("trained policy", "data:image/gif;base64,R0lGODlh") in [
+        (attributes["alt"], attributes["src"]) for tag, attributes in page.tags if tag == "img"
+    ]
+
+
+def test_one_evaluation_is_compared_with_nothing(make_run: MakeRun):
+    text = squeezed(Page(write_report(acting_run(make_run, [3.0]))).text)
+    assert "Evaluation Held-out metrics Metric Value mean return 3.000 step 1 standard deviation" in text
+    assert "Best evaluation" not in text
 
 
 def test_a_second_report_replaces_the_first_and_leaves_nothing_beside(make_run: MakeRun):

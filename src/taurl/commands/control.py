@@ -8,9 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from taurl.commands.control_play import figures
 from taurl.commands.options import parse, take_option
 from taurl.control import ALGORITHMS
 from taurl.control.presets import preset
+from taurl.control.settings import ControlConfig
 from taurl.runtime.config import read_config, read_yaml, validated
 from taurl.runtime.errors import InputError
 
@@ -20,14 +22,12 @@ def train(name: str, words: Sequence[str]) -> int:
     module = ALGORITHMS[name]
     config_class = getattr(importlib.import_module(f"taurl.control.algorithms.{module}_config"), f"{name}Config")
     command = module.replace("_", "-")
-    console = Console(stderr=True)
     resume, words = take_option(words, "--resume")
     no_preset, words = "--no-preset" in words, [word for word in words if word != "--no-preset"]
-    default = read_config(Path(resume), config_class) if resume else None
+    default = stored(Path(resume), command, config_class) if resume else None
     tuned = None if resume or no_preset else preset(command, take_option(words, "--env")[0])
     if tuned is not None:
         default = validated(config_class, read_yaml(tuned), source=str(tuned))
-        console.print(f"settings tuned for {tuned.stem} ({command}); options win, --no-preset leaves them out")
     config = parse(config_class, words, prog=f"taurl control {command}", default=default)
     if config.env is None:
         raise InputError(f"no environment given: taurl control {command} --env CartPole-v1")
@@ -35,6 +35,9 @@ def train(name: str, words: Sequence[str]) -> int:
     from taurl.runtime.machine import keep_freed_memory
 
     keep_freed_memory()
+    if tuned is not None:
+        said = f"settings tuned for {tuned.stem} ({command}); options win, --no-preset leaves them out"
+        Console(stderr=True).print(said, style="dim", highlight=False, soft_wrap=True)
     trainer_class = getattr(importlib.import_module(f"taurl.control.algorithms.{module}"), name)
 
     from taurl.report import write_report
@@ -51,6 +54,14 @@ def train(name: str, words: Sequence[str]) -> int:
     return 0
 
 
+def stored(directory: Path, command: str, config_class: type[ControlConfig]) -> ControlConfig:
+    """The settings that a run was given. Raises: InputError when it is another algorithm's."""
+    from taurl.control.trainer import require_algorithm
+
+    require_algorithm(directory, command)
+    return read_config(directory, config_class)
+
+
 def show(run: object) -> None:
     """The last evaluation, wall time, and where everything is."""
     from taurl.runtime.run import Run
@@ -60,10 +71,9 @@ def show(run: object) -> None:
     evaluations = [record for record in run.records() if "eval/mean_reward" in record]
     if evaluations:
         last = evaluations[-1]
-        mean, spread = last["eval/mean_reward"], last["eval/std_reward"]
-        console.print(
-            f"return         {mean:.1f} ± {spread:.1f} over {run.config.model_dump()['eval_episodes']} episodes"
-        )
+        mean, spread = figures(last["eval/mean_reward"], last["eval/std_reward"])
+        episodes = run.config.model_dump()["eval_episodes"]
+        console.print(f"return         {mean} ± {spread} over {episodes:,} episodes", highlight=False)
     seconds = run.elapsed()
     console.print(f"{run.step:,} steps in {seconds // 60:.0f} min {seconds % 60:.0f} s", highlight=False)
     console.print(f"run directory  {run.directory}", highlight=False, soft_wrap=True)

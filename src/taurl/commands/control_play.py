@@ -1,5 +1,6 @@
 """`taurl control evaluate RUN` and `taurl control play RUN`: use a policy without training it."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,34 @@ def evaluate(words: Sequence[str]) -> int:
         arguments=policy.facts["env_args"],
         deterministic=not config.sampled,
     )
-    console = Console()
-    for name, value in found.metrics().items():
-        console.print(f"{name.removeprefix('eval/'):<16} {value:.2f}", highlight=False)
+    show_evaluation(found.returns, found.lengths)
     return 0
+
+
+def show_evaluation(returns: Sequence[float], lengths: Sequence[int]) -> None:
+    """Print the figures of episodes that were played."""
+    import numpy as np
+
+    from taurl.control.evaluation import PERCENTILES
+
+    found = (np.mean(returns), np.std(returns), min(returns), max(returns), *np.percentile(returns, PERCENTILES))
+    mean, spread, low, high, *percentiles = figures(*map(float, found))
+    lines = {
+        "return": f"{mean} ± {spread}",
+        "percentiles": ", ".join(f"{p}%: {value}" for p, value in zip(PERCENTILES, percentiles, strict=True)),
+        "least, most": f"{low}, {high}",
+        "length": figures(float(np.mean(lengths)))[0],
+        "episodes": f"{len(returns):,}",
+    }
+    for name, text in lines.items():
+        Console().print(f"{name:<14} {text}", highlight=False, soft_wrap=True)
+
+
+def figures(*values: float) -> list[str]:
+    """Figures of one kind, with as many decimals as give the largest of them four digits, and at most three."""
+    size = max(map(abs, values)) or 1.0
+    decimals = min(3, max(0, 3 - math.floor(math.log10(size))))
+    return [f"{value:,.{decimals}f}" for value in values]
 
 
 def play(words: Sequence[str]) -> int:
@@ -60,8 +85,8 @@ def play(words: Sequence[str]) -> int:
         sampled=config.sampled,
     )
     console = Console()
-    for number, total in enumerate(returns, 1):
-        console.print(f"episode {number}: return {total:.1f}", highlight=False)
+    for number, total in enumerate(figures(*returns), 1):
+        console.print(f"episode {number}: return {total}", highlight=False)
     if config.video:
         console.print(f"video: {config.video}", highlight=False, soft_wrap=True)
     return 0
@@ -69,7 +94,7 @@ def play(words: Sequence[str]) -> int:
 
 def load(run: Path) -> tuple[Any, str]:
     """The policy of a run directory or of a folder that a policy was saved to, and its environment's id."""
-    from taurl.control.saved import load_policy
+    from taurl.control.saved import load as load_policy
 
     policy = load_policy(run)
     env = policy.facts.get("env")

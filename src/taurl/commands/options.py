@@ -70,7 +70,7 @@ def parse(config: type[Config], words: Sequence[str], *, prog: str, default: Con
     for field in config.model_fields.values():  # tyro would keep the line breaks of the source
         field.description = " ".join((field.description or "").split())
     help_text = inspect.cleandoc(
-        f"{config.__doc__}\n\n    --config FILE reads settings from YAML; options given beside it win."
+        f"{(config.__doc__ or '').rstrip()}\n\n    --config FILE reads settings from YAML; options given beside it win."
     )
     errors = io.StringIO()
     try:

@@ -1,4 +1,4 @@
-"""Reinforcement learning in gymnasium environments: `PPO("CartPole-v1").train()`.
+"""Reinforcement learning in gymnasium environments: `PPO("CartPole-v1").train()`; `load("runs/NAME")` gives a policy.
 
 Algorithms and their configs are imported when first asked for, so that importing the wing costs nothing.
 """
@@ -18,8 +18,10 @@ ALGORITHMS = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "load":
+        return importlib.import_module(f"{__name__}.saved").load
     config = name.removesuffix("Config")
     if config not in ALGORITHMS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(ALGORITHMS)}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has load, {', '.join(ALGORITHMS)}")
     module = ALGORITHMS[config] + ("_config" if name.endswith("Config") else "")
     return getattr(importlib.import_module(f"{__name__}.algorithms.{module}"), name)

@@ -24,6 +24,8 @@ CONSTANTS = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionTy
 CONSTANT_KINDS = ("MjModel", "MujocoRenderer")  # by name: MuJoCo need not be installed
 # Arguments of the constructor: whoever makes the environment again gives them again.
 CONSTANT_NAMES = ("_saved_kwargs", "_cached_spec", "_ezpickle_args", "_ezpickle_kwargs", "env_fns")
+# The transition tables of gymnasium's toys follow from their arguments alone (a FrozenLake may have a map at random).
+CONSTANTS_OF = {"TaxiEnv": ("P",), "CliffWalkingEnv": ("P",)}
 OBJECTS = (gymnasium.Env, VectorEnv, gymnasium.Space)
 # Positions that some environments read before they step, and that MuJoCo does not compute again until they do.
 MUJOCO_DERIVED = ("xpos", "xipos")
@@ -154,10 +156,11 @@ def _attributes(value: Any) -> dict[str, Any]:
     """The attributes that may change."""
     if isinstance(value, PassiveEnvChecker):  # looks at an environment's first steps only, and they are over
         return {"env": value.env, "checked_reset": True, "checked_step": True, "checked_data_reuse": True}
+    constant = CONSTANT_NAMES + CONSTANTS_OF.get(type(value).__name__, ())
     return {
         name: one
         for name, one in vars(value).items()
-        if name not in CONSTANT_NAMES and not isinstance(one, CONSTANTS) and type(one).__name__ not in CONSTANT_KINDS
+        if name not in constant and not isinstance(one, CONSTANTS) and type(one).__name__ not in CONSTANT_KINDS
     }
 
 

@@ -12,11 +12,18 @@ COPIES, MOST_COPIES = 10, 100
 EPISODES_A_COPY = 100  # where there are many: more copies cost less each, but take longer to make
 LONGEST = 10_000  # steps of an episode of an environment that sets no limit: a greedy policy may walk in circles
 PERCENTILES = (10, 50, 90)
+EVALUATION_KEY = (1,)  # of the stream of seeds that evaluations have for themselves
 
 
 def copies_for(episodes: int) -> int:
     """How many copies of an environment play so many episodes."""
     return min(episodes, max(COPIES, min(MOST_COPIES, episodes // EPISODES_A_COPY)))
+
+
+def evaluation_seed(seed: int) -> int:
+    """The seed of a run's evaluations: runs with neighbouring seeds are not evaluated on the same episodes, nor on
+    those that they train on."""
+    return int(np.random.SeedSequence(seed, spawn_key=EVALUATION_KEY).generate_state(1)[0])
 
 
 def with_limit(environment: Any, arguments: dict[str, Any]) -> dict[str, Any]:

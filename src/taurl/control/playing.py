@@ -1,61 +1,168 @@
-"""Watching a policy: in a window, or as a video."""
+"""Watching a policy: in a window, as a video, or as the small GIF of a run's report."""
 
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
 
 from taurl.control.action_masks import single_mask
-from taurl.runtime.errors import InputError
-from taurl.runtime.files import writing
+from taurl.control.environments import Array, EnvironmentLike
+from taurl.control.videos import gif, stride, write_mp4
+from taurl.runtime.errors import InputError, one_line
+from taurl.runtime.files import write_whole, writing
 
 LONGEST = 10_000  # steps of one episode, for environments without a time limit
+
+# The GIF of a report, bounded so that the page stays small and the command soon ends.
+REPORT_EPISODES = 2
+REPORT_FRAMES = 250
+REPORT_SECONDS = 5.0
+REPORT_BYTES = 500_000
+REPORT_WIDTHS = (320, 240, 160)  # pixels; the first that fits
+
+Mode = Literal["human", "rgb_array"]
 
 
 def play(
     policy: Any, env: str, arguments: dict[str, Any], *, video: Path | None, episodes: int, seed: int, sampled: bool
 ) -> list[float]:
-    """Play episodes in a window, or write them to a .mp4 or .gif file. Returns their returns."""
+    """Play episodes in a window, or write them to a .mp4 or .gif file. Returns their returns.
+
+    Raises: InputError for another kind of file, or an environment that cannot be rendered.
+    """
     if video is not None and video.suffix not in (".mp4", ".gif"):
         raise InputError(f"video is {video}, expected a name that ends in .mp4 or .gif")
-    try:
-        environment = gymnasium.make(env, render_mode="rgb_array" if video else "human", **arguments)
-    except (gymnasium.error.Error, TypeError, ModuleNotFoundError) as error:
-        raise InputError(f"{env} cannot be rendered: {' '.join(str(error).split())}") from error
-    frames: list[Any] = []
-    returns = []
-    try:
-        for episode in range(episodes):
-            observation, info = environment.reset(seed=seed + episode)
-            total = 0.0
-            for step in range(LONGEST):
-                if video:
-                    frames.append(environment.render())
-                told = {"episode_start": step == 0} if getattr(policy, "remembers", False) else {}
-                if getattr(policy, "masks_actions", False):
-                    told["action_mask"] = single_mask(environment, info)
-                action = policy.predict(observation, deterministic=not sampled, **told)
-                observation, reward, terminated, truncated, info = environment.step(action)
-                total += float(reward)
-                if terminated or truncated:
-                    break
-            returns.append(total)
-    finally:
-        environment.close()
-    if video:
-        write_video(frames, video, int(environment.metadata.get("render_fps", 30)))
+    if video is not None:
+        require_writable(video)
+    environment = rendering(env, arguments, "rgb_array" if video else "human")
+    rate = frame_rate(environment)
+    returns = [0.0] * episodes
+
+    def steps() -> Iterator[None]:
+        for number in range(episodes):
+            for returned in episode(policy, environment, seed=seed + number, sampled=sampled):
+                returns[number] = returned
+                yield
+
+    with closing(environment):
+        if video is None:
+            for _ in steps():  # the window draws itself
+                pass
+        elif video.suffix == ".mp4":
+            write_mp4((picture(environment) for _ in steps()), video, rate)
+        else:
+            every = stride(rate)
+            content = gif([picture(environment) for place, _ in enumerate(steps()) if place % every == 0], rate / every)
+            write_whole(video, content)
     return returns
 
 
-def write_video(frames: list[Any], path: Path, fps: int) -> None:
-    """Frames [height, width, 3] as a .mp4 or .gif file."""
-    import imageio.v3 as imageio
+def recorded(policy: Any, env: EnvironmentLike, arguments: dict[str, Any], *, seed: int) -> bytes:
+    """A GIF of an episode or two, bounded in frames, time and bytes. Raises: InputError when it cannot be rendered."""
+    until = time.monotonic() + REPORT_SECONDS
+    environment = rendering(env, arguments, "rgb_array")
+    rate = frame_rate(environment)
+    every = stride(rate)
+    frames: list[Array] = []
+    with closing(environment):
+        for number in range(REPORT_EPISODES):
+            for place, _ in enumerate(episode(policy, environment, seed=seed + number, sampled=False)):
+                if place % every == 0:
+                    frames.append(picture(environment))
+                if len(frames) == REPORT_FRAMES or time.monotonic() > until:
+                    break
+            if len(frames) > REPORT_FRAMES // 2 or time.monotonic() > until:
+                break
+    for width in REPORT_WIDTHS:
+        content = gif(frames, rate / every, width=width)
+        if len(content) <= REPORT_BYTES:
+            break
+    return content
 
-    even = [np.asarray(frame)[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2] for frame in frames]
+
+def rendering(env: EnvironmentLike, arguments: dict[str, Any], mode: Mode) -> gymnasium.Env[Any, Any]:
+    """An environment that renders in this mode. Raises: InputError when there can be none."""
+    displays = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    if not displays and mode == "human":
+        raise InputError("no window can be shown: there is no display; write a video with --video FILE.mp4")
+    if not displays:  # then pygame and MuJoCo draw into memory, unless these say something else already
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    try:
+        if isinstance(env, str):
+            made = gymnasium.make(env, **{**arguments, "render_mode": mode})
+        else:
+            made = env if isinstance(env, gymnasium.Env) else env()
+    except (gymnasium.error.Error, TypeError, ImportError) as error:
+        raise InputError(f"{env} cannot be rendered: {one_line(error)}") from error
+    if made.render_mode != mode:
+        raise InputError(f"{name_of(made)} was made with render_mode {made.render_mode!r}, expected {mode!r}")
+    follow(made)
+    return made
+
+
+def require_writable(path: Path) -> None:
+    """Make the folder of a file. Raises: RunError when no file can be written there, before anything is played."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".gif":
-            imageio.imwrite(path, even[::2], duration=2000 / fps, loop=0)
-        else:
-            imageio.imwrite(path, even, fps=fps, codec="libx264", macro_block_size=2)
+        with TemporaryFile(dir=path.parent):
+            pass
+
+
+def follow(environment: gymnasium.Env[Any, Any]) -> None:
+    """Let the camera of a MuJoCo environment go along; in gymnasium 1.4 HalfCheetah runs out of the picture."""
+    bare: Any = environment.unwrapped
+    renderer = getattr(bare, "mujoco_renderer", None)
+    if renderer is None or bare.camera_id is not None or renderer.camera_id != -1:  # a camera was asked for
+        return
+    if "trackbodyid" in (renderer.default_cam_config or {}):
+        return
+    import mujoco
+
+    camera = mujoco.mjtObj.mjOBJ_CAMERA
+    renderer.camera_id = mujoco.mj_name2id(bare.model, camera, "track")  # −1 where there is none
+
+
+def episode(policy: Any, environment: gymnasium.Env[Any, Any], *, seed: int, sampled: bool) -> Iterator[float]:
+    """Play an episode; gives the return so far, after the reset and after each step."""
+    observation, info = environment.reset(seed=seed)
+    returned = 0.0
+    yield returned
+    for step in range(LONGEST):
+        told = {"episode_start": step == 0} if getattr(policy, "remembers", False) else {}
+        if getattr(policy, "masks_actions", False):
+            told["action_mask"] = single_mask(environment, info)
+        action = policy.predict(observation, deterministic=not sampled, **told)
+        observation, reward, terminated, truncated, info = environment.step(action)
+        returned += float(reward)
+        yield returned
+        if terminated or truncated:
+            return
+
+
+def picture(environment: gymnasium.Env[Any, Any]) -> Array:
+    """What the environment shows now, uint8 [height, width, 3]. Raises: InputError when it cannot draw."""
+    try:
+        frame: Any = environment.render()
+    except Exception as error:  # of the graphics library, whichever it is
+        raise InputError(f"{name_of(environment)} cannot be rendered here: {one_line(error)}") from error
+    if not isinstance(frame, np.ndarray):
+        raise InputError(f"{name_of(environment)} renders {type(frame).__name__}, expected an array of pixels")
+    return frame
+
+
+def name_of(environment: gymnasium.Env[Any, Any]) -> str:
+    return environment.spec.id if environment.spec else type(environment.unwrapped).__name__
+
+
+def frame_rate(environment: gymnasium.Env[Any, Any]) -> int:
+    """Steps that one second shows."""
+    return int(environment.metadata.get("render_fps") or 30)

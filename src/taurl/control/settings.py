@@ -1,10 +1,12 @@
 """Settings that the algorithms of the wing share. Imports no torch."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from taurl.runtime.config import FREE, Settings, TrainingConfig
+from taurl.runtime.config import FREE, OptimizerSettings, RunConfig, Settings
+
+Width = Annotated[int, Field(ge=1)]
 
 
 class EnvironmentSettings(Settings):
@@ -21,9 +23,11 @@ class EnvironmentSettings(Settings):
     (sync); or each in a process of its own (async), for environments that take milliseconds a step."""
 
 
-class ControlConfig(TrainingConfig, EnvironmentSettings):
+class ControlConfig(RunConfig, EnvironmentSettings):
     """The settings that every algorithm of the wing has."""
 
+    threads: int = Field(1, ge=1)
+    """CPU threads. Networks this small lose more by waiting for a second one than it does for them."""
     steps: int = Field(100_000, ge=1, json_schema_extra=FREE)
     """Environment steps in all, over all copies; a finished run may be resumed with more."""
     save_every: int = Field(0, ge=0, json_schema_extra=FREE)
@@ -37,14 +41,23 @@ class ControlConfig(TrainingConfig, EnvironmentSettings):
     """Environment steps between evaluations; 0 evaluates at the end only."""
     eval_episodes: int = Field(20, ge=0)
     """Episodes of an evaluation, in environments of its own; 0 evaluates nothing."""
-    stop_at: float | None = None
+    stop_at: float | None = Field(None, json_schema_extra=FREE)
     """Stop when the mean return of an evaluation reaches this."""
+    video: bool = Field(True, json_schema_extra=FREE)
+    """Leave a short GIF of the trained policy for the report, where the environment can be drawn."""
 
 
-class NetworkSettings(Settings):
+class AdamSettings(OptimizerSettings):
+    """The optimiser of a small network (`updates.FlatAdam`)."""
+
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay, on all parameters."""
+
+
+class NetworkSettings(AdamSettings):
     """The policy's network, and what it sees."""
 
-    hidden: tuple[int, ...] = (64, 64)
+    hidden: tuple[Width, ...] = (64, 64)
     """Widths of the hidden layers, of policy and value each."""
     activation: Literal["tanh", "relu"] = "tanh"
     """Between the layers."""

@@ -10,18 +10,25 @@ import gymnasium
 import torch
 
 from taurl.control.environments import EnvironmentLike, Environments
-from taurl.control.evaluation import Acting, Evaluation, copies_for, evaluate, with_limit
+from taurl.control.evaluation import Acting, Evaluation, copies_for, evaluate, evaluation_seed, with_limit
+from taurl.control.playing import recorded
+from taurl.control.saved import load
 from taurl.control.settings import ControlConfig
 from taurl.runtime.config import read_config
-from taurl.runtime.directory import write_final
-from taurl.runtime.errors import InputError
+from taurl.runtime.directory import read_environment, write_folder
+from taurl.runtime.errors import InputError, one_line
 from taurl.runtime.given import GIVEN, require_given_again
 from taurl.runtime.machine import peak_memory_gb, set_threads
 from taurl.runtime.run import Callback, Record, Run, Stateful, Step
 from taurl.runtime.seeding import seed_everything
 
-HEADLINE = {"return": "rollout/ep_rew_mean", "length": "rollout/ep_len_mean", "steps/s": "time/fps"}
-EVALUATION_SEED = 1_000_003  # added to the seed, so that evaluation does not begin where training did
+HEADLINE = {
+    "return": "rollout/ep_rew_mean",
+    "length": "rollout/ep_len_mean",
+    "evaluation": "eval/mean_reward",
+    "steps/s": "time/fps",
+}
+PICTURE = "trained-policy.gif"
 
 
 class Trainer(ABC):
@@ -64,6 +71,7 @@ class Trainer(ABC):
         callbacks: Sequence[Callback] = (),
     ) -> Self:
         """Go on with a run; an environment that it was given as an object or function is given again."""
+        require_algorithm(Path(directory), cls.algorithm)
         config = config or read_config(Path(directory), cls.config_class)
         run = Run.resume(Path(directory), config, headline=HEADLINE)
         require_given_again(run, [] if env is None else ["env"])
@@ -78,9 +86,7 @@ class Trainer(ABC):
         if environment is None:
             raise InputError("no environment given: name one with env (for example CartPole-v1)")
         self.environment: EnvironmentLike = environment
-        # Networks this small lose more by waiting for a second thread than it does for them.
-        run.chosen["threads"] = set_threads(self.config.threads or run.chosen.get("threads") or 1)
-        run.chosen["device"] = "cpu"
+        run.chosen |= {"threads": set_threads(self.config.threads), "device": "cpu"}
         seed_everything(self.config.seed)
         self.environments = self._environments(self.config.environments, self.config.seed)
         self._said_unsaved = False
@@ -103,8 +109,23 @@ class Trainer(ABC):
                 pass
         finally:
             self.environments.close()
-        write_final(self.run.directory, self.save)
+        write_folder(self.run.directory / "final", self.save)
+        if self.config.video:
+            self._record()
         return self
+
+    def _record(self) -> None:
+        """Leave a GIF of the policy for the report, where the environment can draw; a failure is only said."""
+        vector = self.environments.vector
+        draws = "rgb_array" in vector.metadata.get("render_modes", ())
+        if not draws or not (isinstance(self.environment, str) or vector.render_mode == "rgb_array"):
+            return
+        seed = evaluation_seed(self.config.seed)
+        try:
+            film = recorded(self.policy, self.environment, self.config.env_args, seed=seed)
+            self.run.write_artifact(PICTURE, film)
+        except Exception as error:
+            self.run.view.note(f"no video of the policy: {one_line(error)}")
 
     def begin(self, **state: Stateful) -> Run:
         """`Run.begin` with the environments among the state."""
@@ -131,7 +152,7 @@ class Trainer(ABC):
             self.policy,
             self.environment,
             episodes or self.config.eval_episodes,
-            seed=self.config.seed + EVALUATION_SEED,
+            seed=evaluation_seed(self.config.seed),
             arguments=self.config.env_args,
             deterministic=deterministic,
         )
@@ -148,8 +169,13 @@ class Trainer(ABC):
         return self.policy.predict(observation, deterministic=deterministic, **told)
 
     def save(self, directory: str | Path) -> None:
-        """Write the policy to a folder, which `taurl.control.load` reads."""
+        """Write the policy to a folder, which `load` reads."""
         self.policy.save(directory)
+
+    @staticmethod
+    def load(directory: str | Path) -> Any:
+        """The saved policy, not a trainer: `taurl.control.load`."""
+        return load(directory)
 
     def finish(self, step: Step, figures: Record) -> Record:
         """Close a record: episodes, speed, and an evaluation where one is due."""
@@ -164,7 +190,7 @@ class Trainer(ABC):
             figures |= found
             if found["eval/mean_reward"] > self.best:
                 self.best = found["eval/mean_reward"]
-                self.save(self.run.directory / "best")
+                write_folder(self.run.directory / "best", self.save)
         record = step.finish(**figures, **{"memory/peak_gb": peak_memory_gb(torch.device("cpu"))})
         if step.number < self.config.steps:
             self._say_unsaved()
@@ -176,6 +202,7 @@ class Trainer(ABC):
         if target is None or record.get("eval/mean_reward", -math.inf) < target:
             return False
         self.run.save()
+        self.run.view.note(f"stopped at step {record['step']:,}: an evaluation has reached {target:g}")
         return True
 
     def _evaluation_due(self, step: int) -> bool:
@@ -189,6 +216,13 @@ class Trainer(ABC):
         return Environments(
             self.environment, count, seed=seed, arguments=config.env_args, vectorization=config.vectorization
         )
+
+
+def require_algorithm(directory: Path, algorithm: str) -> None:
+    """Raises: InputError when the run in this directory is one of another algorithm."""
+    found = read_environment(directory).get("algorithm", algorithm)
+    if found != algorithm:
+        raise InputError(f"{directory}: a run of {found}, not of {algorithm}; resume it with {found}")
 
 
 def evaluate_policy(

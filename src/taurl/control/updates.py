@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taurl.runtime.config import TrainingConfig
+from taurl.runtime.config import OptimizerSettings
 from taurl.runtime.errors import RunError
 
 Figures = dict[str, Tensor]
@@ -37,7 +37,7 @@ class FlatAdam:
         self,
         modules: Mapping[str, nn.Module],
         loss: LossFunction | None,
-        config: TrainingConfig,
+        config: OptimizerSettings,
     ):
         self.config, self.loss = config, loss
         self.named = {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}

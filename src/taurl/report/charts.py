@@ -1,76 +1,32 @@
 """Which curves the page draws and how: plain plotly figures, with theme colours left as CSS variables for the page.
 
-Known metrics have a place in `PANELS`; every other metric gets a chart of its own in a section named after its prefix,
+Known metrics have a place in `panels`; every other metric gets a chart of its own in a section named after its prefix,
 so a run of any algorithm is drawn without this file knowing it.
 """
 
 import html
 import re
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
+from taurl.report.panels import (
+    CONTROL_PANELS,
+    CONTROL_SECTIONS_BY_PREFIX,
+    NOT_DRAWN,
+    PANELS,
+    SECTIONS_BY_PREFIX,
+    Panel,
+)
 from taurl.report.read import Points, RunRecord
 
 MAXIMUM_POINTS = 1_000  # a curve; more than the pixels of a chart, and the page stays below 6 MB
 SERIES_COLOURS = 8  # --series-1 … in page.css; a chart with more lines is split
 MARKERS_UP_TO = 40  # points; above that markers hide the line
+BANDS = {1: "Band: ± one standard deviation of the total.", 2: "Band: from the 10th to the 90th percentile."}
 THIN_LINE_FROM = 300  # points; a thick line turns noise into a bar
 
-
-@dataclass(frozen=True)
-class Panel:
-    """A chart of known metrics. In `keys`, `*` stands for any text and becomes the name of the line."""
-
-    section: str
-    title: str
-    keys: tuple[str, ...]
-    note: str = ""
-    band: str = ""  # metric of the standard deviation around the first line
-    share: bool = False  # shown in per cent
-    stacked: bool = False
-    without: tuple[str, ...] = ()
-
-
-PANELS = (
-    Panel("Reward", "Reward", ("reward", "rewards/*/mean"), "Mean over the completions of a step.", band="reward_std"),
-    Panel("Reward", "Spread of the reward", ("reward_std", "rewards/*/std"), "Standard deviation."),
-    Panel(
-        "Reward",
-        "Groups without variance",
-        ("frac_reward_zero_std",),
-        "Share of prompts whose completions all got the same reward: nothing is learned from them.",
-        share=True,
-    ),
-    Panel("Held-out evaluation", "Held-out reward", ("eval/reward", "eval/rewards/*/mean"), "The same rows each time."),
-    Panel("Policy", "Entropy", ("entropy",), "Mean entropy of the next-token distribution."),
-    Panel("Policy", "KL", ("kl",), "Distance from the reference policy."),
-    Panel("Policy", "Clip fraction", ("clip_ratio/*",), "Share whose importance ratio was clipped.", share=True),
-    Panel("Completions", "Completion length", ("completions/*_length",), "Tokens."),
-    Panel("Completions", "Hit the length limit", ("completions/clipped_ratio",), "Share of completions.", share=True),
-    Panel("Speed", "Tokens per second", ("tokens_per_second",)),
-    Panel(
-        "Speed",
-        "Time per phase",
-        ("time/*",),
-        "Seconds of a step, stacked.",
-        stacked=True,
-        # totals and what is no duration of a phase
-        without=("time/fps", "time/iterations", "time/time_elapsed", "time/total_timesteps", "time/step", "time/total"),
-    ),
-    Panel("Speed", "Time per reward function", ("rewards/*/seconds",), "Seconds of a step."),
-    Panel("Optimisation", "Learning rate", ("learning_rate",)),
-    Panel("Optimisation", "Gradient norm", ("grad_norm",), "Before clipping."),
-    Panel("Optimisation", "Loss", ("loss",)),
-)
-SECTIONS_BY_PREFIX = {
-    "rewards": "Reward",
-    "eval": "Held-out evaluation",
-    "sampling": "Policy",
-    "clip_ratio": "Policy",
-    "completions": "Completions",
-    "time": "Speed",
-}
-NOT_DRAWN = {"seconds"}  # the wall clock
+Band = dict[int, tuple[float, float]]  # lower and upper bound by step
 
 
 @dataclass(frozen=True)
@@ -109,25 +65,27 @@ class Section:
 
 
 def sections(run: RunRecord) -> list[Section]:
-    """All charts of a run in sections: the known ones in the order of `PANELS`, then the others as they appeared."""
+    """All charts of a run in sections: the known ones in the order of `panels`, then the others as they appeared."""
+    panels, prefixes = (CONTROL_PANELS, CONTROL_SECTIONS_BY_PREFIX) if run.acts else (PANELS, SECTIONS_BY_PREFIX)
     found: dict[str, Section] = {}
-    drawn = set(NOT_DRAWN)
+    names = [name for name in run.metric_names if not any(fnmatchcase(name, pattern) for pattern in NOT_DRAWN)]
+    drawn = set[str]()
 
     def add(section: str, charts: list[Chart]) -> None:
         if charts:
             found.setdefault(section, Section(section)).charts.extend(charts)
 
-    for panel in PANELS:
-        named = {name: label for name, label in _matches(panel, run.metric_names).items() if name not in drawn}
+    for panel in panels:
+        named = {name: label for name, label in _matches(panel, names).items() if name not in drawn}
         drawn.update(named)
-        band = dict(run.points(panel.band)) if panel.band else {}
-        add(panel.section, _charts(panel, [Line(label, run.points(name)) for name, label in named.items()], band))
-    for name in run.metric_names:
+        lines = [Line(label, run.points(name)) for name, label in named.items()]
+        add(panel.section, _charts(panel, lines, _band(panel, run), run.step_name))
+    for name in names:
         if name not in drawn:
             prefix, _, rest = name.rpartition("/")
-            section = SECTIONS_BY_PREFIX.get(name.partition("/")[0], prefix or "Others")
-            title = name if section in SECTIONS_BY_PREFIX.values() else rest
-            add(section, _charts(Panel(section, title, (name,)), [Line(rest, run.points(name))], {}))
+            section = prefixes.get(name.partition("/")[0], prefix or "Others")
+            title = name if section in prefixes.values() else rest
+            add(section, _charts(Panel(section, title, (name,)), [Line(rest, run.points(name))], {}, run.step_name))
     return list(found.values())
 
 
@@ -142,7 +100,20 @@ def _matches(panel: Panel, names: list[str]) -> dict[str, str]:
     return matches
 
 
-def _charts(panel: Panel, lines: list[Line], band: dict[int, float]) -> list[Chart]:
+def _band(panel: Panel, run: RunRecord) -> Band:
+    """Lower and upper bound at each step where the metrics of the panel's band have a value."""
+    match panel.band:
+        case (spread,):
+            (first, *_) = panel.keys
+            around, widths = dict(run.points(first)), dict(run.points(spread))
+            return {step: (around[step] - w, around[step] + w) for step, w in widths.items() if step in around}
+        case (low, high):
+            lowest, highest = dict(run.points(low)), dict(run.points(high))
+            return {step: (value, highest[step]) for step, value in lowest.items() if step in highest}
+    return {}
+
+
+def _charts(panel: Panel, lines: list[Line], band: Band, step_name: str) -> list[Chart]:
     if len(lines) == 2 and lines[0].points == lines[1].points:  # one reward function of weight 1 is the total
         lines = [Line(f"{lines[0].label} = {lines[1].label}", lines[0].points)]
     charts = []
@@ -153,8 +124,8 @@ def _charts(panel: Panel, lines: list[Line], band: dict[int, float]) -> list[Cha
         ]
         title = panel.title if start == 0 else f"{panel.title} ({start // SERIES_COLOURS + 1})"
         shown_band = band if start == 0 and len(part[0].points) > 1 else {}
-        note = f"{panel.note} Band: ± one standard deviation of the total." if shown_band else panel.note
-        charts.append(Chart(title, note, _summary(part), part, _figure(panel, part, shown_band)))
+        note = f"{panel.note} {BANDS[len(panel.band)]}" if shown_band else panel.note
+        charts.append(Chart(title, note, _summary(part), part, _figure(panel, part, shown_band, step_name)))
     return charts
 
 
@@ -168,7 +139,7 @@ def _summary(lines: list[Line]) -> str:
     return "; ".join(parts)
 
 
-def _figure(panel: Panel, lines: list[Line], band: dict[int, float]) -> dict[str, Any]:
+def _figure(panel: Panel, lines: list[Line], band: Band, step_name: str) -> dict[str, Any]:
     data = _band_traces(lines[0], band)
     for line in lines:
         points = thin(line.points)
@@ -185,33 +156,25 @@ def _figure(panel: Panel, lines: list[Line], band: dict[int, float]) -> dict[str
         if panel.stacked:
             trace |= {
                 "stackgroup": "all",
-                "stackgaps": "interpolate",
+                "stackgaps": "infer zero",  # a phase that is not recorded did not take place
                 "mode": "lines" if len(points) > 1 else "lines+markers",
             }
             trace["line"] = {"color": line.colour, "width": 1}
         data.append(trace)
-    return {"data": data, "layout": _layout(panel, lines)}
+    return {"data": data, "layout": _layout(panel, lines, step_name)}
 
 
-def _band_traces(line: Line, band: dict[int, float]) -> list[dict[str, Any]]:
-    """The area of ± one standard deviation around a line, as two invisible lines with a filling between."""
-    points = [(step, value) for step, value in thin(line.points) if step in band]
-    steps = [step for step, _ in points]
+def _band_traces(line: Line, band: Band) -> list[dict[str, Any]]:
+    """The area between the bounds around a line, as two invisible lines with a filling between."""
+    steps = [step for step, _ in thin(line.points) if step in band]
     common = {"type": "scatter", "x": steps, "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
-    if not points:
+    if not steps:
         return []
-    return [
-        common | {"y": [_rounded(value - band[step]) for step, value in points]},
-        common
-        | {
-            "y": [_rounded(value + band[step]) for step, value in points],
-            "fill": "tonexty",
-            "fillcolor": "var(--band)",
-        },
-    ]
+    low, high = ([_rounded(band[step][side]) for step in steps] for side in (0, 1))
+    return [common | {"y": low}, common | {"y": high, "fill": "tonexty", "fillcolor": "var(--band)"}]
 
 
-def _layout(panel: Panel, lines: list[Line]) -> dict[str, Any]:
+def _layout(panel: Panel, lines: list[Line], step_name: str) -> dict[str, Any]:
     values = [value for line in lines for _, value in line.points]
     axis = {
         "gridcolor": "var(--grid)",
@@ -221,7 +184,7 @@ def _layout(panel: Panel, lines: list[Line]) -> dict[str, Any]:
         "ticks": "",
     }
     steps = [step for line in lines for step, _ in line.points]
-    x_axis = axis | {"title": {"text": "step", "standoff": 8}, "showgrid": False, "showline": True, "nticks": 7}
+    x_axis = axis | {"title": {"text": step_name, "standoff": 8}, "showgrid": False, "showline": True, "nticks": 7}
     if min(steps) == max(steps):  # plotly would draw fractions of a step around a single point
         x_axis |= {"range": [min(steps) - 1, min(steps) + 1], "tickvals": [min(steps)]}
     elif max(steps) - min(steps) < 8:

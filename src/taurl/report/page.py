@@ -16,6 +16,14 @@ from taurl.runtime.errors import RunError
 
 PAIRS_SHOWN = 3  # answers before and after that are open from the start
 NAME = "report.html"
+EVALUATED = {
+    "eval/mean_reward": "mean return",
+    "eval/std_reward": "standard deviation",
+    "eval/reward_p10": "10th percentile",
+    "eval/reward_p50": "median",
+    "eval/reward_p90": "90th percentile",
+    "eval/mean_ep_length": "mean length",
+}
 GIGABYTES = {"bytes": 1e-9, "mb": 1e-3, "mib": 1.048576e-3, "gb": 1.0, "gib": 1.073741824}
 
 
@@ -71,14 +79,16 @@ def render(run: RunRecord) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = format_number
-    curves = sections(run)
+    curves, compared = sections(run), changes(run)
     return environment.get_template("page.html.j2").render(
         run=run,
         title=run.name,
         subtitle=subtitle(run),
         state=state(run),
         tiles=tiles(run),
-        changes=changes(run),
+        comparison="Evaluation" if run.acts else "Before and after",
+        changes=compared,
+        compared=any(row.after for row in compared),
         pairs_shown=PAIRS_SHOWN,
         sections=curves,
         thinned=any(len(points) > MAXIMUM_POINTS for points in map(run.points, run.metric_names)),
@@ -129,15 +139,39 @@ def state(run: RunRecord) -> str:
 
 def tiles(run: RunRecord) -> list[Tile]:
     """The headline figures, each only if the run recorded it."""
+    learning = (
+        [_last_evaluation(run), _best_evaluation(run), _before_after(run, "While training", "rollout/ep_rew_mean")]
+        if run.acts
+        else [_before_after(run, "Held-out", _held_out_metric(run)), _before_after(run, "Reward", "reward")]
+    )
     candidates = [
-        _before_after(run, "Held-out", _held_out_metric(run)),
-        _before_after(run, "Reward", "reward" if run.points("reward") else "rollout/ep_rew_mean"),
+        *learning,
         _median(run, "Tokens per second", "tokens_per_second"),
         _median(run, "Steps per second", "time/fps"),
         _wall_time(run),
         _peak_memory(run),
     ]
     return [tile for tile in candidates if tile is not None]
+
+
+def _last_evaluation(run: RunRecord) -> Tile | None:
+    """Mean and deviation of the return; how many episodes are behind it."""
+    points, spreads = run.points("eval/mean_reward"), run.points("eval/std_reward")
+    if not points:
+        return None
+    (step, mean), episodes = points[-1], run.config.get("eval_episodes")
+    spread = f" ± {format_number(spreads[-1][1])}" if spreads else ""
+    of = f"{episodes:,} episodes, " if isinstance(episodes, int) else ""
+    return Tile("Return, evaluated", f"{format_number(mean)}{spread}", f"{of}step {step:,}")
+
+
+def _best_evaluation(run: RunRecord) -> Tile | None:
+    """The best mean return, where it is not the last."""
+    points = run.points("eval/mean_reward")
+    step, mean = max(points, key=lambda point: point[1], default=(0, 0.0))
+    if not points or mean == points[-1][1]:
+        return None
+    return Tile("Best evaluation", format_number(mean), f"step {step:,}")
 
 
 def _held_out_metric(run: RunRecord) -> str:
@@ -154,7 +188,7 @@ def _before_after(run: RunRecord, label: str, metric: str) -> Tile | None:
     if not points:
         return None
     name = metric.removeprefix("eval/").removeprefix("rewards/").removesuffix("/mean")
-    label = label if name.lower() in (label.lower(), "reward") else f"{label}: {name}"
+    label = label if run.acts or name.lower() in (label.lower(), "reward") else f"{label}: {name}"
     (first, before), (last, after) = points[0], points[-1]
     if first == last:
         return Tile(label, format_number(before), f"step {first} only, so far")
@@ -194,7 +228,8 @@ def changes(run: RunRecord) -> list[Change]:
     for name in run.metric_names:
         if name.startswith("eval/"):
             points = run.points(name)
-            rows.append(Change(name, points[0], points[-1] if len(points) > 1 else None))
+            label = EVALUATED.get(name, name) if run.acts else name
+            rows.append(Change(label, points[0], points[-1] if len(points) > 1 else None))
     return rows
 
 

@@ -53,6 +53,16 @@ class RunRecord:
     pictures: list[Picture] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
+    @property
+    def acts(self) -> bool:
+        """Whether the run trains a policy that acts in an environment, and not a language model."""
+        return "env" in self.config
+
+    @property
+    def step_name(self) -> str:
+        """What `step` counts."""
+        return "environment steps" if self.acts else "step"
+
     def points(self, name: str) -> Points:
         """The steps at which a metric has a value, in order, each with that value."""
         return [(step, values[name]) for step, values in self.metrics.items() if name in values]
@@ -75,17 +85,24 @@ def read_run(run_directory: Path) -> RunRecord:
     run = RunRecord(run_directory.resolve().name, finished=False)
     run.config = _read_mapping(run_directory / "config.yaml", run.notices)
     for name in RUN_FILES:
-        sampled = name != "samples.jsonl" or "env" not in run.config  # who acts in an environment samples no text
+        sampled = name != "samples.jsonl" or not run.acts  # who acts in an environment samples no text
         if sampled and not (run_directory / name).is_file():
             run.notices.append(f"{name} is missing, so the parts of this page that come from it are left out.")
     run.environment = _read_mapping(run_directory / "environment.json", run.notices)
     run.metrics = _read_metrics(run_directory / "metrics.jsonl", run.notices)
     # A run that was given more steps still has the `final/` of the fewer ones.
     steps, last = run.config.get("steps"), max(run.metrics, default=0)
-    run.finished = (run_directory / "final").is_dir() and (not isinstance(steps, int) or last >= steps)
+    done = not isinstance(steps, int) or last >= steps or _reached(run)
+    run.finished = (run_directory / "final").is_dir() and done
     run.samples = read_samples(run_directory / "samples.jsonl", run.notices)
     run.pictures = _read_pictures(run_directory / "artifacts", run.notices)
     return run
+
+
+def _reached(run: RunRecord) -> bool:
+    """Whether the last evaluation came to the return that the run was to stop at."""
+    target, points = run.config.get("stop_at"), run.points("eval/mean_reward")
+    return isinstance(target, int | float) and bool(points) and points[-1][1] >= target
 
 
 def _read_mapping(path: Path, notices: list[str]) -> dict[str, Any]:

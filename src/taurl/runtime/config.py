@@ -23,7 +23,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class MachineSettings(Settings):
+class ThreadSettings(Settings):
+    """How much of the processor is used."""
+
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; default: the cores this process may use."""
+
+
+class MachineSettings(ThreadSettings):
     """What a model runs on."""
 
     device: str = "auto"
@@ -31,11 +38,9 @@ class MachineSettings(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights and activations (in training, masters and optimiser stay float32); auto measures which matrix
     product is faster here, once."""
-    threads: int | None = Field(None, ge=1)
-    """CPU threads; default: the cores this process may use."""
 
 
-class TrainingConfig(MachineSettings):
+class RunConfig(ThreadSettings):
     """The settings that every training run has."""
 
     out: Path | None = Field(None, json_schema_extra=FREE)
@@ -46,21 +51,11 @@ class TrainingConfig(MachineSettings):
     """Optimisation steps in all; a finished run may be resumed with more."""
 
     learning_rate: float = Field(1e-5, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What the learning rate does after the warm-up: stay, or fall to the 0 that a step after the last would have."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay, on matrices only."""
-    adam_betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
-    """Decay rates of AdamW's moving averages of the gradient and of its square."""
-    adam_epsilon: float = Field(1e-8, gt=0)
-    """Added to the root of Adam's second moment."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """The gradient is scaled down to this norm where it exceeds it."""
-    stop_after_non_finite: int = Field(3, ge=1, json_schema_extra=FREE)
-    """An update whose loss or gradient is not finite is not taken; this many in a row stop the run."""
 
     save_every: int = Field(50, ge=0, json_schema_extra=FREE)
     """Steps between checkpoints; 0 saves at the end and when interrupted."""
@@ -76,6 +71,25 @@ class TrainingConfig(MachineSettings):
         # As they are written down: a tuple within a dictionary comes back from YAML as a list.
         mine, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
         return [name for name in mine if mine[name] != theirs[name]]
+
+
+class OptimizerSettings(Settings):
+    """AdamW, and what it does with a gradient."""
+
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay, on matrices only."""
+    adam_betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
+    """Decay rates of AdamW's moving averages of the gradient and of its square."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """Added to the root of Adam's second moment."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """The gradient is scaled down to this norm where it exceeds it."""
+    stop_after_non_finite: int = Field(3, ge=1, json_schema_extra=FREE)
+    """An update whose loss or gradient is not finite is not taken; this many in a row stop the run."""
+
+
+class TrainingConfig(OptimizerSettings, RunConfig, MachineSettings):
+    """The settings of a run that trains a model of any size, on whatever device."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

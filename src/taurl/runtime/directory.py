@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from taurl import __version__
-from taurl.runtime.config import TrainingConfig, free_on_resume
+from taurl.runtime.config import RunConfig, free_on_resume
 from taurl.runtime.errors import InputError, RunError, reason
 from taurl.runtime.machine import describe_machine
 
@@ -32,7 +32,7 @@ def refuse_taken(directory: Path) -> None:
         raise InputError(f"{directory} exists already, {found}, or give another directory with out")
 
 
-def refuse_other_past(directory: Path, stored: TrainingConfig, config: TrainingConfig) -> None:
+def refuse_other_past(directory: Path, stored: RunConfig, config: RunConfig) -> None:
     """Raises: InputError when resuming with this config would alter what the run has computed with the stored one."""
     for name in config.changed_from(stored):
         if not free_on_resume(type(config), name):
@@ -71,17 +71,16 @@ def describe_environment(known: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_final(directory: Path, export: Callable[[Path], None]) -> None:
-    """Write the run's `final/`, whole or not at all. Raises: RunError when it cannot be written."""
-    final, partial = directory / "final", directory / ".final.partial"
+def write_folder(folder: Path, export: Callable[[Path], None]) -> None:
+    """Write a run's `final/` or `best/`, whole or not at all. Raises: RunError when it cannot be written."""
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         export(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(
-            f"{final}: the model could not be written ({reason(error)}), but its checkpoint is whole: free space, "
-            f"then --resume {directory}"
+            f"{folder}: the model could not be written ({reason(error)}); free space, then --resume {folder.parent}"
         ) from error

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taurl.runtime.config import TrainingConfig
+from taurl.runtime.config import RunConfig, TrainingConfig
 from taurl.runtime.errors import InputError, RunError
 
 
-def learning_rate(step: int, config: TrainingConfig) -> float:
+def learning_rate(step: int, config: RunConfig) -> float:
     """The learning rate of step 1, 2, …, config.steps: linear warm-up, then constant, linear or cosine to 0."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps

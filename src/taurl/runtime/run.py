@@ -19,7 +19,7 @@ from taurl.runtime.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from taurl.runtime.config import TrainingConfig, read_config
+from taurl.runtime.config import RunConfig, read_config
 from taurl.runtime.directory import describe_environment, read_environment, refuse_other_past, refuse_taken
 from taurl.runtime.errors import InputError, Interrupted, RunError, reason
 from taurl.runtime.files import write_whole, writing
@@ -58,7 +58,7 @@ class Run:
     first, unless the step that failed has changed the state already.
     """
 
-    def __init__(self, directory: Path, config: TrainingConfig, *, headline: Mapping[str, str], environment: Record):
+    def __init__(self, directory: Path, config: RunConfig, *, headline: Mapping[str, str], environment: Record):
         self.directory, self.config, self.environment = directory, config, environment
         self.view = View(config.steps, headline)
         self.step = 0
@@ -78,7 +78,7 @@ class Run:
         )
 
     @classmethod
-    def start(cls, config: TrainingConfig, *, algorithm: str, headline: Mapping[str, str]) -> Self:
+    def start(cls, config: RunConfig, *, algorithm: str, headline: Mapping[str, str]) -> Self:
         """A new run; InputError when its directory exists and is not empty."""
         directory = config.out or Path("runs") / f"{algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
         refuse_taken(directory)
@@ -86,7 +86,7 @@ class Run:
         return cls(directory, config, headline=headline, environment={"algorithm": algorithm})
 
     @classmethod
-    def resume(cls, directory: Path, config: TrainingConfig, *, headline: Mapping[str, str]) -> Self:
+    def resume(cls, directory: Path, config: RunConfig, *, headline: Mapping[str, str]) -> Self:
         """A run that goes on from its newest whole checkpoint (from the start if it has none).
 
         Args:

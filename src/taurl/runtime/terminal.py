@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -65,7 +65,7 @@ class View:
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -125,7 +125,7 @@ class View:
         step = record["step"]
         figures = "  ".join(f"{label} {number(record[key])}" for label, key in self.headline.items() if key in record)
         held_out = "  ".join(f"{key} {number(record[key])}" for key in record if is_score(key))
-        parts = [f"step {step}/{self.total}", figures, held_out]
+        parts = [f"step {step:,}/{self.total:,}", figures, held_out]
         if step > self.first_step:
             left = (time.monotonic() - self.started) / (step - self.first_step) * (self.total - step)
             parts.append(f"left {minutes(left)}")

@@ -4,10 +4,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from taurl.control.settings import ControlConfig
+from taurl.control.settings import AdamSettings, ControlConfig, Width
 
 
-class DQNConfig(ControlConfig):
+class DQNConfig(AdamSettings, ControlConfig):
     """Deep Q-learning (Mnih et al. 2015, Nature 518).
 
     Acts ε-greedily, keeps the newest steps, and moves Q(s, a) of steps drawn from them towards targets of a copy of the
@@ -16,7 +16,7 @@ class DQNConfig(ControlConfig):
     groups, two for each eight steps instead of one for each four.
     """
 
-    hidden: tuple[int, ...] = Field((64, 64), min_length=1)
+    hidden: tuple[Width, ...] = Field((64, 64), min_length=1)
     """Widths of the hidden layers."""
     activation: Literal["tanh", "relu"] = "relu"
     """Between the layers."""

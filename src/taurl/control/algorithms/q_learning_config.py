@@ -1,15 +1,12 @@
 """Settings of tabular Q-learning. Imports no torch, so that the command line answers at once."""
 
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from taurl.control.settings import ControlConfig
 
 Rule = Literal["q_learning", "double_q", "sarsa", "expected_sarsa"]
-
-# Settings of a network's optimiser, which a table does not have.
-WITHOUT_EFFECT = ("weight_decay", "adam_betas", "adam_epsilon", "max_grad_norm", "stop_after_non_finite")
 
 
 class QLearningConfig(ControlConfig):
@@ -35,10 +32,3 @@ class QLearningConfig(ControlConfig):
     """Share of all steps over which ε goes from start to end, linearly."""
     environments: int = Field(16, ge=1)
     """Copies that are stepped together: all act on one table, and their updates follow one another."""
-
-    @model_validator(mode="after")
-    def _has_effect(self) -> Self:
-        for name in WITHOUT_EFFECT:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} has no effect on a table; leave it out")
-        return self

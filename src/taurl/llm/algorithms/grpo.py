@@ -35,7 +35,7 @@ from taurl.llm.rewards import RewardSet, Scores
 from taurl.llm.rollouts import Part, Rollout
 from taurl.llm.tasks import PromptReader, train_and_held_out
 from taurl.runtime.config import read_config
-from taurl.runtime.directory import write_final
+from taurl.runtime.directory import write_folder
 from taurl.runtime.errors import InputError
 from taurl.runtime.given import GIVEN, require_given_again
 from taurl.runtime.machine import out_of_memory_names, peak_memory_gb
@@ -171,7 +171,7 @@ class GRPO:
         """Run all steps that are left, and export the result to `final/`."""
         for _ in self.steps():
             pass
-        write_final(self.run.directory, self.export)
+        write_folder(self.run.directory / "final", self.export)
         return self
 
     def steps(self) -> Iterator[Record]:

@@ -40,6 +40,7 @@ def choose_machine(run: Run, *, keep_dtype: bool) -> tuple[torch.device, torch.d
         keep_dtype: leave the weights as they are (None) unless the config names a precision.
     """
     config, chosen = run.config, run.chosen
+    assert isinstance(config, TrainingConfig)
     chosen["threads"] = set_threads(config.threads or chosen.get("threads"))
     device = choose_device(config.device if config.device != "auto" else chosen.get("device", "auto"))
     if "precision" not in chosen:

@@ -1,0 +1,116 @@
+"""The charts of known metrics: which there are, in which order, and what is said about them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart of known metrics. In `keys`, `*` stands for any text and becomes the name of the line.
+
+    band: around the first line: the metric of a standard deviation, or those of a lower and an upper bound.
+    share: shown in per cent.
+    """
+
+    section: str
+    title: str
+    keys: tuple[str, ...]
+    note: str = ""
+    band: tuple[str, ...] = ()
+    share: bool = False
+    stacked: bool = False
+    without: tuple[str, ...] = ()
+
+
+SPEED = (
+    Panel("Speed", "Tokens per second", ("tokens_per_second",)),
+    Panel("Speed", "Steps per second", ("time/fps",)),
+    Panel(
+        "Speed",
+        "Time per phase",
+        ("time/*",),
+        "Seconds between two records, stacked.",
+        stacked=True,
+        without=("time/iterations", "time/time_elapsed", "time/total_timesteps", "time/total"),  # no phases
+    ),
+    Panel("Speed", "Time per reward function", ("rewards/*/seconds",), "Seconds of a step."),
+    Panel("Speed", "Peak memory", ("memory/peak_gb",), "GB, the highest so far."),
+)
+OPTIMISATION = (
+    Panel("Optimisation", "Learning rate", ("learning_rate",)),
+    Panel("Optimisation", "Gradient norm", ("grad_norm",), "Before clipping."),
+    Panel("Optimisation", "Loss", ("loss",)),
+)
+NO_VARIANCE = "got the same reward: nothing is learned from them."
+
+# Of runs that train a language model.
+PANELS = (
+    Panel("Reward", "Reward", ("reward", "rewards/*/mean"), "Mean over the completions of a step.", ("reward_std",)),
+    Panel("Reward", "Spread of the reward", ("reward_std", "rewards/*/std"), "Standard deviation."),
+    Panel(
+        "Reward",
+        "Groups without variance",
+        ("frac_reward_zero_std",),
+        f"Share of prompts whose completions all {NO_VARIANCE}",
+        share=True,
+    ),
+    Panel("Held-out evaluation", "Held-out reward", ("eval/reward", "eval/rewards/*/mean"), "The same rows each time."),
+    Panel("Policy", "Entropy", ("entropy",), "Mean entropy of the next-token distribution."),
+    Panel("Policy", "KL", ("kl",), "Distance from the reference policy."),
+    Panel("Policy", "Clip fraction", ("clip_ratio/*",), "Share whose importance ratio was clipped.", share=True),
+    Panel("Completions", "Completion length", ("completions/*_length",), "Tokens."),
+    Panel("Completions", "Hit the length limit", ("completions/clipped_ratio",), "Share of completions.", share=True),
+    *SPEED,
+    *OPTIMISATION,
+)
+
+# Of runs that act in an environment.
+CONTROL_PANELS = (
+    Panel(
+        "Return",
+        "Evaluation",
+        ("eval/mean_reward",),
+        "Mean return of whole episodes, in environments of their own.",
+        ("eval/reward_p10", "eval/reward_p90"),
+    ),
+    Panel("Return", "While training", ("rollout/ep_rew_mean",), "Mean return of the last 100 episodes."),
+    Panel("Return", "Episode length", ("rollout/ep_len_mean", "eval/mean_ep_length"), "Steps, mean."),
+    Panel("Return", "Return of the groups", ("reward",), "Mean over the episodes of an iteration."),
+    Panel("Return", "Spread within the groups", ("reward_std",), "Standard deviation, mean over the groups."),
+    Panel(
+        "Return",
+        "Groups without variance",
+        ("frac_reward_zero_std",),
+        f"Share of groups whose episodes all {NO_VARIANCE}",
+        share=True,
+    ),
+    Panel("Policy", "Entropy", ("entropy",), "Of the distribution that actions are drawn from."),
+    Panel("Policy", "KL", ("train/approx_kl", "train/kl"), "Divergence from the policy that acted."),
+    Panel(
+        "Policy",
+        "Clip fraction",
+        ("train/clip_fraction", "clip_ratio/*"),
+        "Share whose importance ratio was clipped.",
+        share=True,
+    ),
+    Panel("Policy", "Exploration", ("train/epsilon",), "ε, the share of actions taken at random.", share=True),
+    Panel("Values", "Value loss", ("train/value_loss",)),
+    Panel("Values", "Explained variance", ("train/explained_variance",), "Of the returns, by the value estimate."),
+    Panel("Values", "Temporal-difference error", ("train/td_error",)),
+    Panel("Values", "Action value", ("train/q_mean",), "Mean Q of the actions that were learned from."),
+    *OPTIMISATION,
+    Panel("Optimisation", "Policy loss", ("train/policy_loss",)),
+    *SPEED,
+)
+
+SECTIONS_BY_PREFIX = {
+    "rewards": "Reward",
+    "eval": "Held-out evaluation",
+    "sampling": "Policy",
+    "clip_ratio": "Policy",
+    "completions": "Completions",
+    "time": "Speed",
+}
+CONTROL_SECTIONS_BY_PREFIX = {"train": "Optimisation", "rollout": "Return", "eval": "Return", "time": "Speed"}
+
+# The clocks, and what is drawn as the band of another metric or says no more than that.
+NOT_DRAWN = ("seconds", "time/step", "eval/std_reward", "eval/reward_p*", "eval/reward_std", "eval/rewards/*/std")

@@ -1,0 +1,96 @@
+"""`taurl control …`: what is printed, and one line that helps for whatever is wrong."""
+
+import re
+
+import pytest
+
+from taurl.cli import main
+from taurl.commands.control_play import figures
+
+SMALL = "--no-preset --no-video --environments 2 --rollout-steps 16 --minibatch-size 16 --record-every 32 --steps 32"
+
+
+def control(words, *more):
+    return main(["control", *words.split(), *map(str, more)])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a short run, `run` in it."""
+    folder = tmp_path_factory.mktemp("control")
+    assert control(f"ppo --env CartPole-v1 --eval-episodes 2 {SMALL} --out", folder / "run") == 0
+    return folder / "run"
+
+
+def test_figures_have_the_decimals_that_their_size_needs():
+    assert figures(0.7426, 0.4372) == ["0.743", "0.437"]
+    assert figures(500.0, 0.0) == ["500.0", "0.0"]
+    assert figures(-84.321, 12.5) == ["-84.32", "12.50"]
+    assert figures(7.93, 2.6) == ["7.930", "2.600"]
+    assert figures(-1072.4, 99.3) == ["-1,072", "99"]
+    assert figures(0.0) == ["0.000"]
+
+
+def test_training_ends_with_the_return_and_the_places(run, capsys):
+    words = "q-learning --env FrozenLake-v1 --no-preset --steps 100 --eval-episodes 3 --out"
+    assert control(words, run.parent / "lake") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"return         \d\.\d{3} ± \d\.\d{3} over 3 episodes", lines[0])
+    assert lines[-3:] == [
+        f"run directory  {run.parent / 'lake'}",
+        f"policy         {run.parent / 'lake' / 'final'}",
+        f"report         {run.parent / 'lake' / 'report.html'}",
+    ]
+
+
+@pytest.mark.parametrize("folder", ["", "best", "final"])
+def test_evaluating_prints_the_spread(run, capsys, folder):
+    assert control("evaluate", run / folder, "--episodes", 12) == 0
+    lines = capsys.readouterr().out.splitlines()
+    number = r"[\d,.]+"
+    expected = [
+        rf"return         {number} ± {number}",
+        rf"percentiles    10%: {number}, 50%: {number}, 90%: {number}",
+        rf"least, most    {number}, {number}",
+        rf"length         {number}",
+        r"episodes       12",
+    ]
+    assert len(lines) == 5
+    for line, pattern in zip(lines, expected, strict=True):
+        assert re.fullmatch(pattern, line)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("ppo", "no environment given: taurl control ppo --env CartPole-v1"),
+        ("ppo CartPole-v1", "Unrecognized options: CartPole-v1; see taurl control ppo --help"),
+        ("ppo --env CartPol-v1", "env is 'CartPol-v1': cannot be made: .*Did you mean: `CartPole`"),
+        ("ppo --env CartPole-v9", "env is 'CartPole-v9': cannot be made: .*`v0`, `v1`"),
+        ("ppo --env CartPole-v1 --env-args gravity=3", "cannot be made: .*unexpected keyword argument 'gravity'"),
+        ("ppo --env CartPole-v1 --env-args gravity", "'gravity' is not NAME=VALUE"),
+        ("ppo --env CartPole-v1 --device cuda", "Unrecognized options: --device, cuda"),
+        ("ppo --env CartPole-v1 --precision bfloat16", "Unrecognized options: --precision, bfloat16"),
+        ("q-learning --env FrozenLake-v1 --max-grad-norm 1", "Unrecognized options: --max-grad-norm, 1"),
+        ("ppo --env CartPole-v1 --stepz 3", "Perhaps you meant: --steps"),
+        ("ppo --env CartPole-v1 --hidden 64 0", "hidden.1 is 0: Input should be greater than or equal to 1"),
+        ("ppo --env CartPole-v1 --out file", "file exists already, a file"),
+        ("ppo --config bad.yaml", "bad.yaml: unknown setting stepz; did you mean steps"),
+        ("ppo --resume nothing", "nothing: not a run directory: config.yaml is missing"),
+        ("dqn --resume run", "run: a run of ppo, not of dqn; resume it with ppo"),
+        ("ppo --resume run --learning-rate 1", "learning_rate was 0.0003 and cannot become 1.0 on resume"),
+        ("q-learning --env CartPole-v1", "not one of Discrete, .* take an algorithm with a network"),
+        ("dqn --env Pendulum-v1", "is not Discrete, which action values need; take ppo or trpo"),
+        ("evaluate", "no run given: taurl control evaluate runs/NAME"),
+        ("evaluate nothing", "nothing: no policy here: policy.json is missing"),
+        ("evaluate run --episodes 0", "episodes is 0: Input should be greater than or equal to 1"),
+        ("play run", r"give either --video FILE.mp4 \(or .gif\) or --render human"),
+        ("play run --video out.avi", r"video is out.avi, expected a name that ends in .mp4 or .gif"),
+        ("plaz run", "unknown command `control plaz`; did you mean `taurl control play`"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(run, failing, monkeypatch, words, message):
+    monkeypatch.chdir(run.parent)
+    (run.parent / "file").write_text("")
+    (run.parent / "bad.yaml").write_text("env: CartPole-v1\nstepz: 3\n")
+    assert re.search(message, failing(["control", *words.split()], 2))
