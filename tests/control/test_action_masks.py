@@ -9,12 +9,12 @@ import torch
 from gymnasium import spaces
 from small_environments import resetting_on_the_next_step, same_records, same_weights, unbroken_and_resumed
 
+from taurl.control import load
 from taurl.control.algorithms.ppo import PPO, flat
 from taurl.control.algorithms.ppo_config import PPOConfig
 from taurl.control.distributions import FORBIDDEN, distribution_for, masked_logits
 from taurl.control.environments import Environments
 from taurl.control.playing import play
-from taurl.control.saved import load_policy
 from taurl.runtime.errors import InputError, RunError
 
 SMALL = {"environments": 3, "rollout_steps": 32, "minibatch_size": 48, "epochs": 3, "record_every": 96}
@@ -113,7 +113,7 @@ def test_nothing_forbidden_is_done(way, mode, tmp_path, monkeypatch):
     # The best third action that is allowed: 2, 1, 0 with 4/7, 2/7 and 1/7, over 5 steps.
     assert trainer.evaluate(100).metrics()["eval/mean_reward"] > 5 * (4 / 7 * 2 + 2 / 7) - 1
     trainer.evaluate(10, deterministic=False)
-    policy = load_policy(tmp_path / "run")
+    policy = load(tmp_path / "run")
     assert policy.predict(np.zeros(5), action_mask=[1, 0, 0, 1, 0]).tolist() == [0, 1]
     assert trainer.predict(np.zeros(5), action_mask=([0, 1], [0, 0, 1])).tolist() == [1, 2]
 
