@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from gymnasium import spaces
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from taurl.control.dense import Dense, Pullback
+from taurl.control.dense import Dense, Pullback, of_arrays
 from taurl.control.environments import Array, Environments, batched
 from taurl.control.policies import FACTS, WEIGHTS, policy_folder
 from taurl.control.spaces import described, encode, space_of, width
@@ -32,6 +32,10 @@ class QNetwork(nn.Module):
     def forward(self, observations: Tensor) -> Tensor:
         found: Tensor = self.layers(observations)
         return found
+
+    def of_arrays(self) -> Callable[[Array], Array]:
+        """The same as a function of arrays; see `dense`."""
+        return self.layers.of_arrays()
 
     def with_pullback(self, observations: Tensor) -> tuple[Tensor, Pullback]:
         """Action values [N, A], and what sets the parameters' gradients from theirs; see `dense`."""
@@ -138,8 +142,8 @@ class ValuePolicy:
     @torch.no_grad()
     def greedy(self, observations: Tensor) -> Array:
         """The best action of each encoded observation [B, d], counted from 0, int64 [B]; the first of equal ones."""
-        found: Tensor = self.network(observations)
-        return found.argmax(-1).numpy()
+        best: Array = of_arrays(self.network)(observations.numpy()).argmax(-1)
+        return best
 
     def act(self, batch: Any, *, deterministic: bool = True) -> Any:
         """Actions for a batch of observations, as the environments take them."""
