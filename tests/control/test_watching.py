@@ -197,3 +197,20 @@ def test_the_camera_goes_along_with_a_cheetah():
     assert made.unwrapped.mujoco_renderer.camera_id == 0
     assert rendering("HalfCheetah-v5", {"camera_id": -1}, "rgb_array").unwrapped.mujoco_renderer.camera_id == -1
     assert rendering("Hopper-v5", {}, "rgb_array").unwrapped.mujoco_renderer.camera_id == -1
+
+
+class Remembering:
+    """Acts by how often it was asked in this episode."""
+
+    remembers, asked = True, 100
+
+    def predict(self, observation, *, deterministic=True, episode_start=False):
+        self.asked = 0 if episode_start else self.asked + 1
+        assert self.asked == observation[0]  # the step of the episode
+        return 0
+
+
+def test_what_a_policy_remembers_begins_with_the_episode_and_stays_there(tmp_path):
+    policy = Remembering()
+    play(policy, "Drawn-v0", {}, video=tmp_path / "out.gif", episodes=2, seed=0, sampled=False)
+    assert policy.asked == 100

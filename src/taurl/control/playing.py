@@ -1,5 +1,6 @@
 """Watching a policy: in a window, as a video, or as the small GIF of a run's report."""
 
+import copy as copying
 import os
 import sys
 import time
@@ -133,6 +134,7 @@ def follow(environment: gymnasium.Env[Any, Any]) -> None:
 
 def episode(policy: Any, environment: gymnasium.Env[Any, Any], *, seed: int, sampled: bool) -> Iterator[float]:
     """Play an episode; gives the return so far, after the reset and after each step."""
+    policy = copying.copy(policy)  # what it remembers of this episode stays there
     observation, info = environment.reset(seed=seed)
     returned = 0.0
     yield returned
