@@ -1,4 +1,4 @@
-"""Environment steps a second: taurl against Stable-Baselines3 and sb3-contrib, in turn, in one call.
+"""Environment steps a second: taurl against Stable-Baselines3, sb3-contrib and sbx, in turn, in one call.
 
     python benchmarks/control_speed.py [--rounds 5] [--rows ppo-cartpole …] [--peers FOLDER]
 
@@ -9,6 +9,7 @@ peers get an environment of their own, as in functional_agreement.py.
 """
 
 import argparse
+import math
 import statistics
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from pathlib import Path
 from functional_agreement import environment
 
 HERE = Path(__file__).resolve().parent / "speed"
-ROWS = ["ppo-cartpole", "ppo-halfcheetah", "trpo-cartpole", "dqn-cartpole"]
+ROWS = ["ppo-cartpole", "ppo-halfcheetah", "trpo-cartpole", "dqn-cartpole", "dqn-cartpole-8"]
+NO_SBX = ["trpo-cartpole"]  # it has no TRPO
 
 
 def measure(*command: object) -> float:
@@ -31,20 +33,23 @@ def measure(*command: object) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", nargs="*", default=ROWS)
+    parser.add_argument("--rows", nargs="*", default=ROWS, choices=ROWS)
     parser.add_argument("--peers", type=Path, default=Path.home() / ".cache" / "taurl" / "peers")
     options = parser.parse_args()
     peers = environment(options.peers)
-    print(f"{'':<18}{'peer':>10}{'taurl':>10}{'ratio':>7}{'own best':>10}{'ratio':>7}")
+    print("| steps a second | SB3 | sbx | taurl | to SB3 | to sbx | own best | to SB3 | to sbx |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in options.rows:
-        found: dict[str, list[float]] = {"peer": [], "sync": [], "auto": []}
+        found: dict[str, list[float]] = {"sb3": [], "sbx": [], "sync": [], "auto": []}
         for _ in range(options.rounds):
-            found["peer"].append(measure(peers, "-W", "ignore", HERE / "theirs.py", row))
+            for kind in ["sb3"] if row in NO_SBX else ["sb3", "sbx"]:
+                found[kind].append(measure(peers, "-W", "ignore", HERE / "theirs.py", row, kind))
             for kind in ("sync", "auto"):
                 with tempfile.TemporaryDirectory() as folder:
                     found[kind].append(measure(sys.executable, HERE / "ours.py", row, kind, f"{folder}/run"))
-        peer, sync, own = (statistics.median(found[kind]) for kind in ("peer", "sync", "auto"))
-        print(f"{row:<18}{peer:>10,.0f}{sync:>10,.0f}{sync / peer:>7.2f}{own:>10,.0f}{own / peer:>7.2f}", flush=True)
+        sb3, sbx, sync, own = (statistics.median(found[kind] or [math.nan]) for kind in found)
+        cells = [row, *(f"{x:,.0f}" for x in (sb3, sbx, sync)), f"{sync / sb3:.2f}", f"{sync / sbx:.2f}"]
+        print(f"| {' | '.join([*cells, f'{own:,.0f}', f'{own / sb3:.2f}', f'{own / sbx:.2f}'])} |", flush=True)
 
 
 if __name__ == "__main__":

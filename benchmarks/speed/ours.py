@@ -17,13 +17,14 @@ CARTPOLE = {
 }
 CHEETAH = {"rollout_steps": 256, "minibatch_size": 64, "trace_decay": 0.95, "discount": 0.99, "epochs": 10}
 TRPO = {"environments": 2, "rollout_steps": 512, "minibatch_size": 128, "conjugate_gradient_steps": 15}
-DQN = {"environments": 1, "hidden": (256, 256), "batch_size": 64, "learning_starts": 1000}
+DQN = {"hidden": (256, 256), "batch_size": 64, "learning_starts": 1000, "train_every": 256, "gradient_steps": 128}
 # algorithm, environment, settings, steps before the clock starts, steps on the clock
 ROWS = {
     "ppo-cartpole": ("PPO", "CartPole-v1", CARTPOLE, 2_048, 20_480),
     "ppo-halfcheetah": ("PPO", "HalfCheetah-v5", CHEETAH, 2_048, 10_240),
     "trpo-cartpole": ("TRPO", "CartPole-v1", TRPO, 2_048, 20_480),
-    "dqn-cartpole": ("DQN", "CartPole-v1", {**DQN, "train_every": 256, "gradient_steps": 128}, 2_048, 20_480),
+    "dqn-cartpole": ("DQN", "CartPole-v1", {**DQN, "environments": 1}, 2_048, 20_480),
+    "dqn-cartpole-8": ("DQN", "CartPole-v1", {**DQN, "environments": 8}, 2_048, 20_480),
 }
 
 keep_freed_memory()  # as the command line does
@@ -33,6 +34,7 @@ config = config_class(
     out=Path(sys.argv[3]),
     steps=before + measured,
     eval_episodes=0,
+    video=False,
     record_every=before,
     vectorization=sys.argv[2],
     **settings,

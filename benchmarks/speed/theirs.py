@@ -16,13 +16,14 @@ from stable_baselines3.common.env_util import make_vec_env
 torch.set_num_threads(1)
 CARTPOLE = {"n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98, "n_epochs": 20, "learning_rate": 1e-3}
 CHEETAH = {"n_steps": 256, "batch_size": 64, "gae_lambda": 0.95, "gamma": 0.99, "n_epochs": 10}
-QNET = {"policy_kwargs": {"net_arch": [256, 256]}, "batch_size": 64, "learning_starts": 1000, "train_freq": 256}
+QNET = {"policy_kwargs": {"net_arch": [256, 256]}, "batch_size": 64, "learning_starts": 1000}
 # algorithm, environment, copies, arguments, steps before the clock starts, steps on the clock
 ROWS = {
     "ppo-cartpole": (PPO, "CartPole-v1", 8, CARTPOLE, 2_048, 20_480),
     "ppo-halfcheetah": (PPO, "HalfCheetah-v5", 8, CHEETAH, 2_048, 10_240),
     "trpo-cartpole": (TRPO, "CartPole-v1", 2, {"n_steps": 512}, 2_048, 20_480),
-    "dqn-cartpole": (DQN, "CartPole-v1", 1, {**QNET, "gradient_steps": 128}, 2_048, 20_480),
+    "dqn-cartpole": (DQN, "CartPole-v1", 1, {**QNET, "train_freq": 256, "gradient_steps": 128}, 2_048, 20_480),
+    "dqn-cartpole-8": (DQN, "CartPole-v1", 8, {**QNET, "train_freq": 32, "gradient_steps": 128}, 2_048, 20_480),
 }
 
 
