@@ -1,10 +1,10 @@
-# taurl: make demo | test | lint | docs | bench | clean
+# taurl: make demo | test | lint | docs | bench | scores | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint docs bench clean
+.PHONY: install demo test lint docs bench scores clean
 
 install: $(INSTALLED)
 
@@ -36,6 +36,11 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/functional_agreement.py
 	$(BIN)/python benchmarks/sampling.py --prompts 32
 	$(BIN)/python benchmarks/sampling.py --prompts 64
+	$(BIN)/python benchmarks/control_speed.py
+
+# Every preset of the control wing, three seeds each: some two hours.
+scores: $(INSTALLED)
+	$(BIN)/python benchmarks/control_scores.py
 
 clean:
 	rm -rf $(VENV) site .hypothesis .mypy_cache .ruff_cache .pytest_cache dist
