@@ -18,6 +18,7 @@ from small_environments import (
 
 from taurl.control.algorithms.ppo import PPO, flat, sequences
 from taurl.control.algorithms.ppo_config import PPOConfig
+from taurl.control.playing import episode
 from taurl.control.policies import Policy
 from taurl.control.recurrent import RecurrentCritic, Sequences
 
@@ -235,6 +236,16 @@ def test_evaluation_forgets_at_each_episode_and_leaves_the_policy_alone(tmp_path
             total, over, first = total + reward, terminated or truncated, False
         returns.append(total)
     assert sorted(found[0].returns) == sorted(returns * 10)
+
+
+def test_watching_leaves_the_policy_alone(tmp_path):
+    policy = trainer_of(tmp_path, "CartPole-v1").policy
+    policy.predict(np.ones(4, np.float32))
+    before = policy.state
+    environment = gymnasium.make("CartPole-v1")
+    *_, returned = episode(policy, environment, seed=0, sampled=False)
+    assert returned > 0
+    assert policy.state is before
 
 
 def test_settings_that_do_not_fit_are_refused():
