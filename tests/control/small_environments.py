@@ -5,7 +5,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-import taurl.control.environments
+import taurl.control.making
 from taurl.runtime.checkpoints import checkpoint_steps
 
 
@@ -130,7 +130,7 @@ def resetting_on_the_next_step(monkeypatch):
     def synchronous(makers):
         return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
 
-    monkeypatch.setattr(taurl.control.environments, "synchronous", synchronous)
+    monkeypatch.setattr(taurl.control.making, "synchronous", synchronous)
 
 
 def same_records(one, other):

@@ -247,9 +247,7 @@ def test_the_target_network_moves_a_share_of_the_way():
 
 @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
 def test_replay_holds_each_step_with_what_followed_it_before_any_reset(tmp_path, mode, monkeypatch):
-    monkeypatch.setattr(
-        "taurl.control.environments.synchronous", lambda makers: SyncVectorEnv(makers, autoreset_mode=mode)
-    )
+    monkeypatch.setattr("taurl.control.making.synchronous", lambda makers: SyncVectorEnv(makers, autoreset_mode=mode))
     trainer = trained(tmp_path, Counting, train_every=80)
     trainer._act(0)
     replay = trainer.replay

@@ -9,13 +9,15 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
-from taurl.control.spaces import described, encode, space_of, width
+from taurl.control.spaces import described, encode, has_images, space_of, width
 from taurl.runtime.errors import InputError
 
 BOX = spaces.Box(np.array([-np.inf, 0.0]).astype(np.float32), np.array([1.5, np.inf]).astype(np.float32))
 CASES = {
     "box": (BOX, [0.5, 7.0], [0.5, 7.0]),
     "image": (spaces.Box(0, 255, (2, 2), np.uint8), np.array([[1, 2], [3, 255]], np.uint8), [1, 2, 3, 255]),
+    "pixels": (spaces.Box(0, 255, (1, 2, 2), np.uint8), np.array([[[1, 2], [3, 255]]], np.uint8), [1, 2, 3, 255]),
+    "booleans": (spaces.Box(0, 1, (1, 2, 2), np.bool_), [[[True, False], [False, True]]], [1, 0, 0, 1]),
     "discrete": (spaces.Discrete(3, start=4), 6, [0, 0, 1]),
     "multi_discrete": (spaces.MultiDiscrete([2, 3], start=[0, 5]), [1, 6], [0, 1, 0, 1, 0]),
     "multi_discrete_2d": (spaces.MultiDiscrete([[2], [2]]), [[0], [1]], [1, 0, 0, 1]),
@@ -42,7 +44,7 @@ def test_encoding_by_hand(name):
     if expected is None:
         parts = {"z": [1.0, 0.0], "a": [1.0, 0.0, 1.0]}
         expected = [number for part in space.spaces for number in parts[part]]
-    assert encoded.dtype == torch.float32
+    assert encoded.dtype == (torch.uint8 if has_images(space) else torch.float32)
     assert encoded.shape == (2, width(space))
     assert encoded[0].tolist() == expected
 
@@ -63,3 +65,8 @@ def test_spaces_that_are_not_known_are_refused():
     for function in (width, described):
         with pytest.raises(InputError, match="Text"):
             function(space)
+
+
+def test_bounds_that_are_all_the_same_are_written_once():
+    assert len(json.dumps(described(spaces.Box(0, 255, (4, 84, 84), np.uint8)))) < 100
+    assert described(BOX)["high"] == [1.5, np.inf]

@@ -71,7 +71,7 @@ def test_the_help_says_which_gradient_each_place_gives():
 def test_every_setting_named_in_the_pages_exists():
     configs = [getattr(control, f"{algorithm}Config") for algorithm in control.ALGORITHMS]
     of_control = {name for config in configs for name in config.model_fields}
-    known = {*GRPOConfig.model_fields, *of_control, "config", "resume", "no_preset", "video"}
+    known = {*GRPOConfig.model_fields, *of_control, "config", "resume", "no_preset", "video", "sampled"}
     for page in DOCS.glob("*.md"):
         for option in re.findall(r"`--([a-z-]+)", page.read_text()):
             assert option.replace("-", "_") in known, f"{page.name}: --{option}"

@@ -34,6 +34,7 @@ def evaluate(words: Sequence[str]) -> int:
         config.episodes,
         seed=config.seed,
         arguments=policy.facts["env_args"],
+        vectorization=policy.facts.get("vectorization", "auto"),
         deterministic=not config.sampled,
     )
     show_evaluation(found.returns, found.lengths)

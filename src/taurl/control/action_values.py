@@ -127,6 +127,7 @@ class ValuePolicy:
             "kind": KIND,
             "env": config.env,
             "env_args": config.env_args,
+            "vectorization": config.vectorization,
             "observation_space": described(environments.observation_space),
             "action_space": described(environments.action_space),
             "hidden": list(config.hidden),

@@ -52,6 +52,8 @@ def restore(text: str, vector: VectorEnv[Any, Any, Any]) -> list[Any]:
 def _roots(vector: VectorEnv[Any, Any, Any]) -> list[tuple[Any, str]]:
     if isinstance(vector, AsyncVectorEnv):
         raise NoState("they run in processes of their own")
+    if reason := getattr(vector, "hides_state", None):
+        raise NoState(reason)
     if isinstance(vector, SyncVectorEnv):  # what it holds beside them belongs to one step
         return [(one, type(one.unwrapped).__name__) for one in vector.envs]
     return [(vector, type(vector).__name__)]

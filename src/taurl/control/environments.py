@@ -8,18 +8,19 @@ whether it was an action at all.
 
 import json
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from taurl.control.action_masks import ActionMasks
 from taurl.control.environment_states import NoState, restore, state_text
+from taurl.control.making import EnvironmentLike, learning_view, make_vector
 from taurl.runtime.errors import InputError, RunError
 
 Array = np.ndarray[Any, Any]
@@ -27,8 +28,6 @@ EPISODES_IN_MEAN = 100  # of the running means, as in Stable-Baselines3
 
 # Of `Environments`, between its steps.
 UNDER_WAY = ("_observations", "fresh", "ended", "_returns", "_lengths", "episode_starts", "action_masks")
-
-EnvironmentLike = str | Callable[[], gymnasium.Env[Any, Any]] | gymnasium.Env[Any, Any]
 
 
 class Transition(NamedTuple):
@@ -69,6 +68,7 @@ class Environments:
         arguments: of a gymnasium id.
         vectorization: see `EnvironmentSettings`.
         mask_actions: whether the environments are asked which actions they allow.
+        for_learning: whether transitions are as learning is shown them (`atari.LearningView`); episodes never are.
     Attributes:
         episode_starts: bool [B], whether what is acted on next is the first observation of an episode.
         action_masks: bool [B, n], what may be done next (`action_masks`); None unless `mask_actions`.
@@ -89,9 +89,11 @@ class Environments:
         arguments: dict[str, Any] | None = None,
         vectorization: str = "auto",
         mask_actions: bool = False,
+        for_learning: bool = False,
     ):
         self.name = environment if isinstance(environment, str) else getattr(environment, "__name__", "environment")
         self.vector = make_vector(environment, count, arguments or {}, vectorization)
+        self.view = learning_view(environment, arguments or {}) if for_learning else None
         self.count, self.seed = self.vector.num_envs, seed
         self.observation_space = self.vector.single_observation_space
         self.action_space = self.vector.single_action_space
@@ -129,6 +131,8 @@ class Environments:
             given = int(np.random.SeedSequence([self.seed, self._steps]).generate_state(1)[0])
         self._observations, infos = self.vector.reset(seed=given)
         self.episode_starts = np.ones(self.count, dtype=bool)
+        if self.view is not None:
+            self.view.begin(infos)
         self._check("observation", self.observation_space, self._observations, range(self.count))
         self._read_masks(infos)
         self.fresh = True
@@ -161,7 +165,8 @@ class Environments:
                 last[copy] = infos["final_obs"][copy]
                 self._check("observation", self.observation_space, batched(last[copy]), [copy])
         self._read_masks(infos)
-        return Transition(observations, rewards, terminated, truncated, only_reset, last)
+        transition = Transition(observations, rewards, terminated, truncated, only_reset, last)
+        return transition if self.view is None else self.view(transition, infos)
 
     def _read_masks(self, infos: dict[str, Any]) -> None:
         if self._masks:
@@ -272,39 +277,6 @@ def batched(observation: object) -> object:
     if isinstance(observation, tuple):
         return tuple(batched(part) for part in observation)
     return np.asarray(observation)[None]
-
-
-def make_vector(
-    environment: EnvironmentLike, count: int, arguments: dict[str, Any], vectorization: str
-) -> VectorEnv[Any, Any, Any]:
-    """The vector environment, vector-native where the environment has such a class and nothing else is asked for."""
-    if isinstance(environment, gymnasium.Env):
-        if count != 1:
-            raise InputError(
-                f"environments is {count}, but one environment object was given; give a function that makes one"
-            )
-        made: gymnasium.Env[Any, Any] = environment
-        return synchronous([lambda: made])
-    if callable(environment):
-        makers = [environment] * count
-        return asynchronous(makers) if vectorization == "async" else synchronous(makers)
-    try:
-        native = vectorization == "auto" and gymnasium.spec(environment).vector_entry_point is not None
-        if native:
-            return gymnasium.make_vec(environment, num_envs=count, **arguments)
-        makers = [lambda: gymnasium.make(environment, **arguments)] * count
-        return asynchronous(makers) if vectorization == "async" else synchronous(makers)
-    except (gymnasium.error.Error, ModuleNotFoundError, TypeError) as error:
-        text = " ".join(str(error).split())
-        raise InputError(f"env is {environment!r}: cannot be made: {text}") from error
-
-
-def synchronous(makers: list[Callable[[], gymnasium.Env[Any, Any]]]) -> VectorEnv[Any, Any, Any]:
-    return gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
-
-
-def asynchronous(makers: list[Callable[[], gymnasium.Env[Any, Any]]]) -> VectorEnv[Any, Any, Any]:
-    return gymnasium.vector.AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 def bounds(space: gymnasium.Space[Any]) -> tuple[Array, Array] | None:

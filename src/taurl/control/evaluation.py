@@ -7,6 +7,7 @@ import gymnasium
 import numpy as np
 
 from taurl.control.environments import Environments
+from taurl.control.making import is_atari
 
 COPIES, MOST_COPIES = 10, 100
 EPISODES_A_COPY = 100  # where there are many: more copies cost less each, but take longer to make
@@ -31,7 +32,7 @@ def with_limit(environment: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(environment, str) or environment not in gymnasium.registry:
         return arguments
     spec = gymnasium.spec(environment)
-    limited = spec.max_episode_steps is not None or spec.vector_entry_point is not None
+    limited = spec.max_episode_steps is not None or spec.vector_entry_point is not None or is_atari(environment)
     return arguments if limited else {"max_episode_steps": LONGEST, **arguments}
 
 

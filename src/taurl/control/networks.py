@@ -1,13 +1,17 @@
 """Networks of the wing: layers of a few dozen units."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from taurl.control.dense import Array, Dense, Pullback
 from taurl.control.distributions import ActionDistribution
+from taurl.control.images import Features
+from taurl.control.spaces import has_images, width
 
 
 class Actor(nn.Module):
@@ -35,9 +39,9 @@ class Actor(nn.Module):
 
         return act_with_free
 
-    def with_pullback(self, observations: Tensor) -> tuple[Tensor, Pullback]:
+    def with_pullback(self, observations: Tensor, *, to_inputs: bool = False) -> tuple[Tensor, Pullback]:
         """Parameters [N, width + free], and what sets the weights' gradients from theirs; see `dense`."""
-        found, to_layers = self.layers.with_pullback(observations, to_inputs=False)
+        found, to_layers = self.layers.with_pullback(observations, to_inputs=to_inputs)
         log_std = self.log_std
         if log_std is None:
             return found, to_layers
@@ -64,7 +68,72 @@ class Critic(nn.Module):
     def forward(self, observations: Tensor) -> Tensor:
         return self.layers.forward(observations).squeeze(-1)
 
-    def with_pullback(self, observations: Tensor) -> tuple[Tensor, Pullback]:
+    def with_pullback(self, observations: Tensor, *, to_inputs: bool = False) -> tuple[Tensor, Pullback]:
         """Values [N], and what sets the weights' gradients from theirs; see `dense`."""
-        found, to_layers = self.layers.with_pullback(observations, to_inputs=False)
+        found, to_layers = self.layers.with_pullback(observations, to_inputs=to_inputs)
         return found.squeeze(-1), lambda gradient: to_layers(gradient.unsqueeze(-1))
+
+
+class Seeing(nn.Module):
+    """An actor or a critic of the features of observations that have images in them, uint8 [.., d].
+
+    Args:
+        features: what it sees; common to actor and critic.
+        head: of the features.
+    """
+
+    def __init__(self, features: Features, head: Actor | Critic):
+        super().__init__()
+        self.features, self.head = features, head
+
+    def forward(self, observations: Tensor) -> Tensor:
+        found: Tensor = self.head(self.features(observations))
+        return found
+
+
+def actor_for(
+    space: gymnasium.Space[Any], distribution: ActionDistribution, hidden: Sequence[int], activation: str
+) -> Actor | Seeing:
+    """A new actor for observations of this space."""
+    if not has_images(space):
+        return Actor(width(space), distribution, hidden, activation)
+    features = Features(space)
+    return Seeing(features, Actor(features.width, distribution, features.hidden(hidden), activation))
+
+
+def critic_for(
+    space: gymnasium.Space[Any], actor: Actor | Seeing, hidden: Sequence[int], activation: str
+) -> Critic | Seeing:
+    """A new critic beside an actor, with layers of its own; what they see of images is common to both."""
+    if not isinstance(actor, Seeing):
+        return Critic(width(space), hidden, activation)
+    features = actor.features
+    return Seeing(features, Critic(features.width, features.hidden(hidden), activation))
+
+
+def parameters_and_values(actor: Any, critic: Any, observations: Tensor) -> tuple[Tensor, Tensor]:
+    """What both give for the same observations; what they see in common is computed once."""
+    if not isinstance(actor, Seeing):
+        return actor(observations), critic(observations)
+    features = actor.features(observations)
+    return actor.head(features), critic.head(features)
+
+
+def both_with_pullback(
+    actor: Any, critic: Any, observations: Any
+) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], None]]:
+    """`parameters_and_values` [N, ..], and what sets the gradients of all weights from theirs; see `dense`."""
+    if isinstance(actor, Seeing):
+        features, to_features = actor.features.with_pullback(observations)
+        parameters, to_actor = actor.head.with_pullback(features, to_inputs=True)
+        values, to_critic = critic.head.with_pullback(features, to_inputs=True)
+    else:
+        parameters, to_actor = actor.with_pullback(observations)
+        values, to_critic = critic.with_pullback(observations)
+
+    def pullback(slopes: Tensor, value_slopes: Tensor) -> None:
+        of_actor, of_critic = to_actor(slopes), to_critic(value_slopes)
+        if isinstance(actor, Seeing):
+            to_features(of_actor + of_critic)
+
+    return parameters, values, pullback

@@ -13,7 +13,8 @@ import gymnasium
 import numpy as np
 
 from taurl.control.action_masks import single_mask
-from taurl.control.environments import Array, EnvironmentLike
+from taurl.control.environments import Array
+from taurl.control.making import EnvironmentLike, make_single
 from taurl.control.videos import gif, stride, write_mp4
 from taurl.runtime.errors import InputError, one_line
 from taurl.runtime.files import write_whole, writing
@@ -98,7 +99,7 @@ def rendering(env: EnvironmentLike, arguments: dict[str, Any], mode: Mode) -> gy
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
         if isinstance(env, str):
-            made = gymnasium.make(env, **{**arguments, "render_mode": mode})
+            made = make_single(env, {**arguments, "render_mode": mode})
         else:
             made = env if isinstance(env, gymnasium.Env) else env()
     except (gymnasium.error.Error, TypeError, ImportError) as error:

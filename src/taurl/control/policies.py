@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Self
 
+import gymnasium
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,10 +14,10 @@ from taurl.control.action_masks import rows
 from taurl.control.dense import of_arrays
 from taurl.control.distributions import FORBIDDEN, ActionDistribution, Array, Bernoulli, Gaussian, distribution_for
 from taurl.control.environments import batched, bounds
-from taurl.control.networks import Actor
+from taurl.control.networks import Actor, Critic, Seeing, actor_for, critic_for
 from taurl.control.normalization import Normalizer
 from taurl.control.recurrent import RecurrentActor, forgotten
-from taurl.control.spaces import described, encode, space_of, width
+from taurl.control.spaces import described, encode, has_images, space_of, width
 from taurl.runtime.errors import InputError
 
 WEIGHTS, FACTS = "policy.safetensors", "policy.json"
@@ -32,7 +33,13 @@ class Policy:
         masks_actions: whether it was trained to be told what is allowed.
     """
 
-    def __init__(self, actor: Actor, distribution: ActionDistribution, normalizer: Normalizer, facts: dict[str, Any]):
+    def __init__(
+        self,
+        actor: Actor | Seeing,
+        distribution: ActionDistribution,
+        normalizer: Normalizer,
+        facts: dict[str, Any],
+    ):
         self.actor, self.distribution, self.normalizer, self.facts = actor, distribution, normalizer, facts
         self.observation_space = space_of(facts["observation_space"])
         self.width = width(self.observation_space)
@@ -51,6 +58,7 @@ class Policy:
         facts = {
             "env": config.env,
             "env_args": config.env_args,
+            "vectorization": config.vectorization,
             "observation_space": described(environments.observation_space),
             "action_space": described(environments.action_space),
             "hidden": list(config.hidden),
@@ -59,11 +67,17 @@ class Policy:
             "memory": memory,
             "mask_actions": mask_actions,
         }
+        if has_images(environments.observation_space):
+            if config.normalize_observations:
+                raise InputError("normalize_observations is true, but images are scaled by their range; leave it out")
+            if memory:
+                raise InputError(f"memory is {memory}, which is for observations without images; stack frames instead")
         policy = cls._of(facts)
-        if policy.actor.log_std is not None:
-            policy.actor.log_std.data.fill_(config.initial_log_std)
+        for name, parameter in policy.actor.named_parameters():
+            if name.endswith("log_std"):
+                parameter.data.fill_(config.initial_log_std)
         policy.normalizer = Normalizer(
-            width(environments.observation_space),
+            numbers(environments.observation_space),
             environments.count,
             observations=config.normalize_observations,
             rewards=config.normalize_rewards,
@@ -74,10 +88,13 @@ class Policy:
     @classmethod
     def _of(cls, facts: dict[str, Any]) -> Self:
         distribution = distribution_for(space_of(facts["action_space"]))
-        size = width(space_of(facts["observation_space"]))
-        actor = actor_for(facts, size, distribution)
-        scales = facts["normalize_observations"]
-        return cls(actor, distribution, Normalizer(size, 1, observations=scales, rewards=False, discount=1.0), facts)
+        space, scales = space_of(facts["observation_space"]), facts["normalize_observations"]
+        normalizer = Normalizer(numbers(space), 1, observations=scales, rewards=False, discount=1.0)
+        return cls(actor_of(facts, distribution), distribution, normalizer, facts)
+
+    def new_critic(self) -> Critic | Seeing:
+        """A critic without memory for what this policy sees; convolutions are common to it and the actor."""
+        return critic_for(self.observation_space, self.actor, self.facts["hidden"], self.facts["activation"])
 
     @torch.inference_mode()
     def act(
@@ -161,12 +178,17 @@ class Policy:
         return policy
 
 
-def actor_for(facts: dict[str, Any], inputs: int, distribution: ActionDistribution) -> Any:
+def actor_of(facts: dict[str, Any], distribution: ActionDistribution) -> Any:
     """The network that the facts of a policy describe."""
-    hidden, activation = facts["hidden"], facts["activation"]
+    space, hidden, activation = space_of(facts["observation_space"]), facts["hidden"], facts["activation"]
     if memory := facts.get("memory"):
-        return RecurrentActor(inputs, distribution, hidden, memory, activation)
-    return Actor(inputs, distribution, hidden, activation)
+        return RecurrentActor(width(space), distribution, hidden, memory, activation)
+    return actor_for(space, distribution, hidden, activation)
+
+
+def numbers(space: gymnasium.Space[Any]) -> int:
+    """How many numbers of an observation are normalised; of those with images none is."""
+    return 0 if has_images(space) else width(space)
 
 
 def policy_folder(directory: str | Path) -> Path:

@@ -1,6 +1,11 @@
-"""Observations as numbers: a batch of whatever a gymnasium space holds, as one float32 tensor [B, d]."""
+"""Observations as numbers: a batch of whatever a gymnasium space holds, as one tensor [B, d].
+
+Without images it is float32. With images in it, it is uint8: pixels stay the bytes that they are, a quarter of the
+memory, and numbers beside them are kept as the four bytes of their float32, which `images.Features` reads again.
+"""
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import gymnasium
@@ -11,9 +16,37 @@ from torch import Tensor
 
 from taurl.runtime.errors import InputError
 
+BYTES = 4  # of a float32
+
+
+def is_image(space: gymnasium.Space[Any]) -> bool:
+    """Whether a space holds images: a Box of bytes or booleans with three dimensions, channels first or last."""
+    return isinstance(space, spaces.Box) and len(space.shape) == 3 and space.dtype in (np.uint8, np.bool_)
+
+
+def leaves(space: gymnasium.Space[Any]) -> Iterator[gymnasium.Space[Any]]:
+    """The spaces that are no Dict and no Tuple, in the order in which `encode` sets them side by side."""
+    match space:
+        case spaces.Dict():
+            for part in space.spaces.values():
+                yield from leaves(part)
+        case spaces.Tuple():
+            for part in space.spaces:
+                yield from leaves(part)
+        case _:
+            yield space
+
+
+def has_images(space: gymnasium.Space[Any]) -> bool:
+    """Whether some part of a space holds images."""
+    return any(map(is_image, leaves(space)))
+
 
 def width(space: gymnasium.Space[Any]) -> int:
-    """d: how many numbers `encode` makes of one observation. Raises: InputError for a space that it does not know."""
+    """d: how many columns `encode` makes of one observation. Raises: InputError for a space that it does not know."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        bytes_of_number = BYTES if has_images(space) else 1
+        return sum(width(leaf) * (1 if is_image(leaf) else bytes_of_number) for leaf in leaves(space))
     match space:
         case spaces.Box() | spaces.MultiBinary():
             return int(np.prod(space.shape))
@@ -21,10 +54,6 @@ def width(space: gymnasium.Space[Any]) -> int:
             return int(space.n)
         case spaces.MultiDiscrete():
             return int(space.nvec.sum())
-        case spaces.Dict():
-            return sum(width(part) for part in space.spaces.values())
-        case spaces.Tuple():
-            return sum(width(part) for part in space.spaces)
     raise InputError(
         f"observation space {space} is not one of Box, Discrete, MultiDiscrete, MultiBinary, Dict and Tuple; wrap the "
         "environment so that it gives one of these"
@@ -32,8 +61,11 @@ def width(space: gymnasium.Space[Any]) -> int:
 
 
 def encode(space: gymnasium.Space[Any], batch: Any) -> Tensor:
-    """A batch of observations as float32 [B, d]: numbers as they are, choices one-hot, parts side by side."""
+    """A batch of observations as [B, d]: numbers as they are, choices one-hot, parts side by side."""
     match space:
+        case spaces.Box() if is_image(space):
+            pixels = np.ascontiguousarray(batch, dtype=np.uint8)
+            return torch.from_numpy(pixels.reshape(len(pixels), -1))
         case spaces.Box() | spaces.MultiBinary():
             values = np.asarray(batch, dtype=np.float32)
             return torch.from_numpy(values.reshape(len(values), -1))
@@ -43,10 +75,17 @@ def encode(space: gymnasium.Space[Any], batch: Any) -> Tensor:
             values = np.asarray(batch) - space.start
             return one_hot(values.reshape(len(values), -1), space.nvec.reshape(-1))
         case spaces.Dict():
-            return torch.cat([encode(part, batch[name]) for name, part in space.spaces.items()], 1)
+            return beside([encode(part, batch[name]) for name, part in space.spaces.items()])
         case spaces.Tuple():
-            return torch.cat([encode(part, batch[place]) for place, part in enumerate(space.spaces)], 1)
+            return beside([encode(part, batch[place]) for place, part in enumerate(space.spaces)])
     raise InputError(f"observation space {space} is not known")
+
+
+def beside(parts: list[Tensor]) -> Tensor:
+    """Encoded parts [B, ..] side by side; as bytes where one of them is of bytes."""
+    if any(part.dtype == torch.uint8 for part in parts):
+        parts = [part.view(torch.uint8) for part in parts]
+    return torch.cat(parts, 1)
 
 
 def one_hot(choices: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any]) -> Tensor:
@@ -62,7 +101,7 @@ def described(space: gymnasium.Space[Any]) -> dict[str, Any]:
     kind = type(space).__name__
     match space:
         case spaces.Box():
-            bounds = {name: [float(x) for x in getattr(space, name).reshape(-1)] for name in ("low", "high")}
+            bounds = {name: plain(getattr(space, name)) for name in ("low", "high")}
             return {"kind": kind, "shape": list(space.shape), "dtype": str(space.dtype), **bounds}
         case spaces.Discrete():
             return {"kind": kind, "n": int(space.n), "start": int(space.start)}
@@ -77,11 +116,17 @@ def described(space: gymnasium.Space[Any]) -> dict[str, Any]:
     raise InputError(f"space {space} is not known")
 
 
+def plain(bounds: np.ndarray[Any, Any]) -> float | list[float]:
+    """Bounds of a box as numbers; as one where all are the same, since an image has tens of thousands."""
+    numbers = [float(x) for x in bounds.reshape(-1)]
+    return numbers[0] if len(set(numbers)) == 1 else numbers
+
+
 def space_of(facts: dict[str, Any]) -> gymnasium.Space[Any]:
     """The space that `described` described."""
     match facts["kind"]:
         case "Box":
-            low, high = (np.array(facts[name]).reshape(facts["shape"]) for name in ("low", "high"))
+            low, high = (np.resize(facts[name], facts["shape"]) for name in ("low", "high"))
             return spaces.Box(low.astype(facts["dtype"]), high.astype(facts["dtype"]), dtype=facts["dtype"])
         case "Discrete":
             return spaces.Discrete(facts["n"], start=facts["start"])

@@ -133,6 +133,7 @@ class TablePolicy:
             "kind": KIND,
             "env": config.env,
             "env_args": config.env_args,
+            "vectorization": config.vectorization,
             "observation_space": described(environments.observation_space),
             "action_space": described(actions),
         }

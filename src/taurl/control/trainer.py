@@ -9,11 +9,13 @@ from typing import Any, ClassVar, Self
 import gymnasium
 import torch
 
-from taurl.control.environments import EnvironmentLike, Environments
+from taurl.control.environments import Environments
 from taurl.control.evaluation import Acting, Evaluation, copies_for, evaluate, evaluation_seed, with_limit
+from taurl.control.making import EnvironmentLike
 from taurl.control.playing import recorded
 from taurl.control.saved import load
 from taurl.control.settings import ControlConfig
+from taurl.control.spaces import has_images
 from taurl.runtime.config import read_config
 from taurl.runtime.directory import read_environment, write_folder
 from taurl.runtime.errors import InputError, one_line
@@ -44,6 +46,7 @@ class Trainer(ABC):
 
     algorithm: ClassVar[str]
     config_class: ClassVar[type[ControlConfig]]
+    sees_images: ClassVar[bool] = False
     policy: Any
 
     def __init__(
@@ -89,6 +92,12 @@ class Trainer(ABC):
         run.chosen |= {"threads": set_threads(self.config.threads), "device": "cpu"}
         seed_everything(self.config.seed)
         self.environments = self._environments(self.config.environments, self.config.seed)
+        space = self.environments.observation_space
+        if has_images(space) and not self.sees_images:
+            raise InputError(
+                f"observation space {space} has images, which {self.algorithm} does not take; take ppo or a2c, or make "
+                "numbers of them with gymnasium.wrappers.FlattenObservation"
+            )
         self._said_unsaved = False
         before = (record for record in run.records() if record["step"] <= run.step)  # those after it are done again
         self.best = max((record.get("eval/mean_reward", -math.inf) for record in before), default=-math.inf)
@@ -154,6 +163,7 @@ class Trainer(ABC):
             episodes or self.config.eval_episodes,
             seed=evaluation_seed(self.config.seed),
             arguments=self.config.env_args,
+            vectorization=self.config.vectorization,
             deterministic=deterministic,
         )
         if isinstance(self.environment, gymnasium.Env):  # the only one there is: evaluation has moved it on
@@ -214,7 +224,12 @@ class Trainer(ABC):
     def _environments(self, count: int, seed: int) -> Environments:
         config = self.config
         return Environments(
-            self.environment, count, seed=seed, arguments=config.env_args, vectorization=config.vectorization
+            self.environment,
+            count,
+            seed=seed,
+            arguments=config.env_args,
+            vectorization=config.vectorization,
+            for_learning=True,
         )
 
 
@@ -232,14 +247,22 @@ def evaluate_policy(
     *,
     seed: int,
     arguments: dict[str, Any],
+    vectorization: str = "auto",
     deterministic: bool = True,
 ) -> Evaluation:
     """Play whole episodes in new environments, several at once, and close them."""
     given_object = not isinstance(environment, str) and not callable(environment)
     copies = 1 if given_object else copies_for(episodes)
     arguments = with_limit(environment, arguments)
-    masks = getattr(policy, "masks_actions", False)
-    environments = Environments(environment, copies, seed=seed, arguments=arguments, mask_actions=masks)
+    environments = Environments(
+        environment,
+        copies,
+        seed=seed,
+        arguments=arguments,
+        # Processes of their own would take longer to start than the episodes take.
+        vectorization="auto" if vectorization == "async" else vectorization,
+        mask_actions=getattr(policy, "masks_actions", False),
+    )
     try:
         return evaluate(policy, environments, episodes, deterministic=deterministic)
     finally:

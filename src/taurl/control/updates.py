@@ -40,7 +40,8 @@ class FlatAdam:
         config: OptimizerSettings,
     ):
         self.config, self.loss = config, loss
-        self.named = {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
+        # By this way parameters that modules have in common are there once.
+        self.named = dict(nn.ModuleDict(dict(modules)).named_parameters())
         self.parameters = torch.cat([parameter.detach().flatten() for parameter in self.named.values()])
         self.gradient = torch.zeros_like(self.parameters)
         self.mean, self.square = torch.zeros_like(self.parameters), torch.zeros_like(self.parameters)

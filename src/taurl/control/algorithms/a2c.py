@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from taurl.control.algorithms.a2c_config import A2CConfig
-from taurl.control.networks import Critic
+from taurl.control.networks import parameters_and_values
 from taurl.control.policies import Policy
 from taurl.control.rollouts import Collector, Rollout
 from taurl.control.trainer import Trainer
@@ -27,11 +27,12 @@ class A2C(Trainer):
     algorithm = "a2c"
     config_class = A2CConfig
     config: A2CConfig
+    sees_images = True
 
     def set_up(self) -> None:
         config = self.config
         self.policy = Policy.create(self.environments, config)
-        self.critic = Critic(self.policy.width, config.hidden, config.activation)
+        self.critic = self.policy.new_critic()
         self.optimizer = FlatAdam({"actor": self.policy.actor, "critic": self.critic}, self._loss, config)
         self.collector = Collector(self.environments, self.policy.distribution, self.policy.normalizer)
 
@@ -73,7 +74,7 @@ class A2C(Trainer):
         returns = advantages + rollout.values
         if config.whiten_advantages:
             advantages = whiten(advantages, valid)
-        parameters, values = self.policy.actor(rollout.observations), self.critic(rollout.observations)
+        parameters, values = parameters_and_values(self.policy.actor, self.critic, rollout.observations)
         policy_loss = mean(reinforce(distribution.logprobs(parameters, rollout.actions), advantages), valid)
         value_loss = mean(squared_value_loss(values, returns), valid)
         entropy = mean(distribution.entropy(parameters), valid)

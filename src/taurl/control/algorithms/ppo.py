@@ -15,7 +15,7 @@ from torch import Tensor
 from taurl.control.algorithms.ppo_config import PPOConfig
 from taurl.control.distributions import masked_logits
 from taurl.control.environments import Environments
-from taurl.control.networks import Critic
+from taurl.control.networks import both_with_pullback
 from taurl.control.penalties import KLPenalty
 from taurl.control.policies import Policy
 from taurl.control.recurrent import RecurrentCollector, RecurrentCritic, RecurrentRollout
@@ -59,6 +59,7 @@ class PPO(Trainer):
     algorithm = "ppo"
     config_class = PPOConfig
     config: PPOConfig
+    sees_images = True
 
     def set_up(self) -> None:
         config, memory = self.config, self.config.memory
@@ -66,7 +67,7 @@ class PPO(Trainer):
         if memory:
             self.critic: Any = RecurrentCritic(policy.width, config.hidden, memory, config.activation)
         else:
-            self.critic = Critic(policy.width, config.hidden, config.activation)
+            self.critic = policy.new_critic()
         self.optimizer = FlatAdam({"actor": policy.actor, "critic": self.critic}, None, config)
         self.state: dict[str, Stateful] = {"optimizer": self.optimizer, "normalizer": policy.normalizer}
         self.collector = Collector(self.environments, policy.distribution, policy.normalizer)
@@ -148,7 +149,7 @@ class PPO(Trainer):
     def _set_gradient(self, batch: Minibatch, clip: float) -> tuple[Tensor, Tensor]:
         """Set the gradient of `_loss`, written out. Returns what the networks give for the minibatch."""
         config, weights = self.config, batch.weights
-        parameters, to_actor = self.policy.actor.with_pullback(batch.observations)
+        parameters, values, to_weights = both_with_pullback(self.policy.actor, self.critic, batch.observations)
         parameters = masked_logits(parameters, batch.action_masks)  # what is forbidden gets a slope of 0
         logprobs, to_parameters = self.policy.distribution.with_pullback(parameters, batch.actions)
         ratios = token_ratios(logprobs, batch.logprobs)
@@ -157,14 +158,11 @@ class PPO(Trainer):
         gradient = to_parameters(slopes * weights, entropy_slopes)
         if self.penalty:
             gradient += self.penalty.gradient(self.policy.distribution, batch.old_parameters, parameters, weights)
-        to_actor(gradient)
-
-        values, to_critic = self.critic.with_pullback(batch.observations)
         if config.value_clip is None:
             value_slopes = values - batch.returns
         else:
             value_slopes = clipped_value_slope(values, batch.values, batch.returns, clip=config.value_clip)
-        to_critic(value_slopes * weights * config.value_coefficient)
+        to_weights(gradient, value_slopes * weights * config.value_coefficient)
         return parameters, values
 
     @torch.no_grad()
@@ -185,6 +183,7 @@ class PPO(Trainer):
             arguments=config.env_args,
             vectorization=config.vectorization,
             mask_actions=config.mask_actions,
+            for_learning=True,
         )
 
     def _prepared(self, batch: Minibatch) -> Minibatch:

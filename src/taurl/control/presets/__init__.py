@@ -1,4 +1,7 @@
-"""Tuned settings, one YAML file per algorithm and environment: `presets/ppo/CartPole-v1.yaml`. Imports no torch."""
+"""Tuned settings, one YAML file per algorithm and environment: `presets/ppo/CartPole-v1.yaml`. Imports no torch.
+
+A file with the name of a namespace is for every environment in it that has none of its own: `presets/ppo/ALE.yaml`.
+"""
 
 from pathlib import Path
 
@@ -7,5 +10,6 @@ def preset(algorithm: str, env: str | None) -> Path | None:
     """The file for this algorithm and environment, or None where there is none."""
     if env is None:
         return None
-    path = Path(__file__).parent / algorithm / f"{env.replace('/', '_')}.yaml"
-    return path if path.exists() else None
+    folder = Path(__file__).parent / algorithm
+    names = [env.replace("/", "_"), *env.split("/")[:-1]]
+    return next((folder / f"{name}.yaml" for name in names if (folder / f"{name}.yaml").exists()), None)
