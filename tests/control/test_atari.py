@@ -12,7 +12,7 @@ from taurl.control import PPO, PPOConfig
 from taurl.control.environments import Environments, Transition
 from taurl.control.making import make_single
 from taurl.control.presets import preset
-from taurl.control.trainer import evaluate_policy
+from taurl.control.trainer import PICTURE, evaluate_policy
 from taurl.runtime.errors import InputError
 
 pytest.importorskip("ale_py")
@@ -164,6 +164,7 @@ def test_ppo_trains_evaluates_saves_and_is_seen(tmp_path):
     assert trainer.environments.unsaved == "ale-py keeps it to itself"
     assert without_times(trainer)[-1]["eval/mean_ep_length"] in (29, 30)
     assert sum(each.numel() for each in trainer.policy.actor.parameters()) == 1_686_180
+    assert (tmp_path / "run" / "artifacts" / PICTURE).read_bytes()[:3] == b"GIF"
     single = make_single(game["env"], {**game["env_args"], "render_mode": "rgb_array"})
     shown, _ = single.reset(seed=0)
     assert single.render().shape == (210, 160, 3)

@@ -30,7 +30,8 @@ class Games(AtariVectorEnv):
     of the game.
     """
 
-    metadata: dict[str, Any] = {}  # noqa: RUF012 ale-py writes to it, and it would be that of every vector class
+    # Its own: ale-py writes to it, and it would be that of every vector class. What draws is `game`.
+    metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array"]}  # noqa: RUF012 as in the class above it
     hides_state = "ale-py keeps it to itself"
 
     def __init__(self, name: str, count: int, arguments: dict[str, Any]):
