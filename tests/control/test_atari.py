@@ -87,8 +87,9 @@ def test_a_lost_life_ends_for_learning_and_rewards_are_signs_by_hand():
     view.begin(lives_of(3, 3))
     no, nothing = np.zeros(2, bool), np.zeros(2)
 
-    def shown(rewards=nothing, terminated=no, truncated=no, only_reset=no, *, lives):
-        return view(Transition(None, rewards, terminated, truncated, only_reset, {}), lives_of(*lives))
+    def shown(rewards=nothing, terminated=no, truncated=no, only_reset=no, last=(), *, lives):
+        ended = dict.fromkeys(last)
+        return view(Transition(None, rewards, terminated, truncated, only_reset, ended), lives_of(*lives))
 
     found = shown(np.array([7.0, -0.5]), lives=(3, 2))
     assert found.rewards.tolist() == [1, -1]
@@ -96,8 +97,11 @@ def test_a_lost_life_ends_for_learning_and_rewards_are_signs_by_hand():
     assert shown(lives=(3, 2)).terminated.tolist() == [False, False]  # the next life goes on
     assert shown(lives=(4, 2)).terminated.tolist() == [False, False]  # a life won
     assert shown(lives=(3, 2)).terminated.tolist() == [True, False]  # and lost
-    # A game that was cut: the lives may be those of the next one already.
-    assert shown(truncated=np.array([True, False]), lives=(1, 2)).terminated.tolist() == [False, False]
+    # A game that was cut just when a life was lost: an end.
+    found = shown(truncated=np.array([True, False]), lives=(2, 2))
+    assert (found.terminated.tolist(), found.truncated.tolist()) == ([True, False], [False, False])
+    # One that was cut and has begun again: the lives are those of the next one already.
+    assert shown(truncated=np.array([True, False]), last=[0], lives=(1, 2)).terminated.tolist() == [False, False]
     # A game of fewer lives begins.
     assert shown(only_reset=np.array([False, True]), lives=(1, 1)).terminated.tolist() == [False, False]
 

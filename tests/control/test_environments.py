@@ -1,13 +1,16 @@
 """Environments: what followed each action in both autoreset modes, what is passed on, and what is refused."""
 
 import functools
+from typing import ClassVar
 
 import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
 from small_environments import Broken, Counting, Showing, resetting_on_the_next_step
 
+from taurl.control.distributions import distribution_for
 from taurl.control.environments import Environments, SingleEpisodes
 from taurl.runtime.errors import InputError, RunError
 
@@ -168,3 +171,79 @@ def test_environments_that_cannot_be_made_are_named():
         Environments("NoSuch-v0", 1, seed=0)
     with pytest.raises(InputError, match="environments is 2, but one environment object"):
         Environments(Counting(), 2, seed=0)
+
+
+class OneArray(gymnasium.Env):
+    """Gives the same array each time, with the step in it; a time limit after 3 steps."""
+
+    observation_space = spaces.Box(0, 9, (1,), np.float32)
+    action_space = spaces.MultiDiscrete([3, 3])
+
+    def __init__(self):
+        self.seen = np.zeros(1, np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.seen[:] = 0
+        return self.seen, {}
+
+    def step(self, action):
+        action -= 1  # an environment may do as it likes with what it is given
+        self.seen += 1
+        return self.seen, 0.0, False, bool(self.seen[0] == 3), {}
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_the_last_observation_is_not_the_one_that_the_reset_wrote_over_it(vectorization):
+    environments = Environments(OneArray, 2, seed=0, vectorization=vectorization)
+    environments.reset()
+    try:
+        given = [environments.step(np.ones((2, 2), np.int64)) for _ in range(3)]
+    finally:
+        environments.close()
+    assert [float(one.observations[0, 0]) for one in given] == [1, 2, 0]
+    assert {place: float(seen[0]) for place, seen in given[2].last_observations.items()} == {0: 3.0, 1: 3.0}
+
+
+def test_actions_are_kept_as_they_were_drawn():
+    drawn = np.ones((2, 2), np.int64)
+    environments = Environments(OneArray, 2, seed=0)
+    environments.reset()
+    environments.step(distribution_for(OneArray.action_space).to_environment(drawn))
+    assert (drawn == 1).all()
+
+
+class OneBuffer(gymnasium.vector.VectorEnv):
+    """A vector class that goes on in the same memory."""
+
+    metadata: ClassVar = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+    single_observation_space = spaces.Box(0, 9, (1,), np.float32)
+    single_action_space = spaces.Discrete(2)
+
+    def __init__(self, num_envs, **arguments):
+        self.num_envs = num_envs
+        self.seen, self.rewards = np.zeros((num_envs, 1), np.float32), np.zeros(num_envs)
+        self.no = np.zeros(num_envs, bool)
+
+    def reset(self, *, seed=None, options=None):
+        self.seen[:] = 0
+        return self.seen, {}
+
+    def step(self, actions):
+        self.seen += 1
+        self.rewards += 1
+        return self.seen, self.rewards, self.no, self.no, {}
+
+
+def test_what_a_vector_class_gives_is_kept_though_it_goes_on_in_the_same_memory():
+    name = "OneBuffer-v0"
+    gymnasium.register(name, entry_point=OneArray, vector_entry_point=OneBuffer)
+    try:
+        environments = Environments(name, 4, seed=0)
+        first = environments.reset()
+        given = [environments.step(np.zeros(4, np.int64)) for _ in range(3)]
+    finally:
+        del gymnasium.registry[name]
+    assert float(first[0, 0]) == 0
+    assert [float(one.observations[0, 0]) for one in given] == [1, 2, 3]
+    assert [float(one.rewards[0]) for one in given] == [1, 2, 3]

@@ -66,19 +66,19 @@ class ActionMasks:
 
     def _asked(self, vector: Any) -> Any:
         try:
-            return vector.call(METHOD)
+            vector.get_attr(METHOD)
         except AttributeError:
             raise missing(self.name) from None
+        return vector.call(METHOD)
 
 
 def single_mask(environment: gymnasium.Env[Any, Any], info: dict[str, Any]) -> Any:
     """What may be done next in one environment, as it says it. Raises: InputError if it does not."""
     if KEY in info:
         return info[KEY]
-    try:
-        return environment.get_wrapper_attr(METHOD)()
-    except AttributeError:
-        raise missing(str(environment)) from None
+    if not environment.has_wrapper_attr(METHOD):
+        raise missing(str(environment))
+    return environment.get_wrapper_attr(METHOD)()
 
 
 def rows(masks: Any) -> Array:

@@ -105,7 +105,8 @@ class LearningView:
         """What learning is shown of a step."""
         before, self.lives = self.lives, infos["lives"].copy()
         if self.episodic_life:
-            # Where a game was cut, or another has begun, the lives are not those of one game.
-            lost = (self.lives < before) & ~given.truncated & ~given.only_reset
-            given = given._replace(terminated=given.terminated | lost)
+            lost = (self.lives < before) & ~given.only_reset
+            lost[list(given.last_observations)] = False  # another game has begun: the lives are not those of one
+            terminated = given.terminated | lost
+            given = given._replace(terminated=terminated, truncated=given.truncated & ~terminated)
         return given._replace(rewards=np.sign(given.rewards)) if self.reward_clipping else given

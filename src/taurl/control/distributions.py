@@ -157,7 +157,7 @@ class MultiCategorical(ActionDistribution):
         return torch.stack([one.kl(mine, theirs) for (one, mine), theirs in pairs], -1).sum(-1)
 
     def to_environment(self, actions: Array) -> Array:
-        return actions.reshape(*actions.shape[:-1], *self.shape)
+        return actions.reshape(*actions.shape[:-1], *self.shape).copy()
 
 
 class Bernoulli(ActionDistribution):

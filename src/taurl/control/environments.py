@@ -6,6 +6,7 @@ the next episode and puts the last one aside (SAME_STEP). Here both give the sam
 whether it was an action at all.
 """
 
+import copy
 import json
 from collections import deque
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
 from taurl.control.action_masks import ActionMasks
@@ -111,6 +112,7 @@ class Environments:
         self._observations: Any = None
         self._returns, self._lengths = np.zeros(self.count), np.zeros(self.count, dtype=np.int64)
         self._bounds = bounds(self.action_space)
+        self._copies = isinstance(self.vector, SyncVectorEnv | AsyncVectorEnv)  # what they give is nobody else's
         self._steps = self._recorded = 0  # in all, and up to the last record
 
     @property
@@ -129,7 +131,8 @@ class Environments:
         given: Any = self.seed if seeds is None else list(seeds)  # gymnasium declares no list, and takes one
         if seeds is None and self._steps:
             given = int(np.random.SeedSequence([self.seed, self._steps]).generate_state(1)[0])
-        self._observations, infos = self.vector.reset(seed=given)
+        observations, infos = self.vector.reset(seed=given)
+        self._observations = self._own(observations)
         self.episode_starts = np.ones(self.count, dtype=bool)
         if self.view is not None:
             self.view.begin(infos)
@@ -137,6 +140,11 @@ class Environments:
         self._read_masks(infos)
         self.fresh = True
         return self._observations
+
+    def _own(self, observations: Any) -> Any:
+        if self._copies:
+            return observations
+        return observations.copy() if isinstance(observations, np.ndarray) else copy.deepcopy(observations)
 
     def begin_anew(self) -> None:
         """Let go of the episodes under way: others begin before the next step."""
@@ -150,6 +158,9 @@ class Environments:
         if self._bounds is not None:
             actions = np.clip(actions, *self._bounds)
         observations, rewards, terminated, truncated, infos = self.vector.step(actions)
+        if not self._copies:  # a vector class may go on in the same memory
+            observations, rewards = self._own(observations), rewards.copy()
+            terminated, truncated = terminated.copy(), truncated.copy()
         self._steps += 1
         self._observations, self.fresh = observations, False
         only_reset, done = self.ended, terminated | truncated
@@ -161,9 +172,9 @@ class Environments:
         if not self.resets_in_same_step:
             self.ended = done
         elif done.any():
-            for copy in map(int, np.flatnonzero(done)):
-                last[copy] = infos["final_obs"][copy]
-                self._check("observation", self.observation_space, batched(last[copy]), [copy])
+            for place in map(int, np.flatnonzero(done)):
+                last[place] = infos["final_obs"][place]
+                self._check("observation", self.observation_space, batched(last[place]), [place])
         self._read_masks(infos)
         transition = Transition(observations, rewards, terminated, truncated, only_reset, last)
         return transition if self.view is None else self.view(transition, infos)
@@ -212,8 +223,8 @@ class Environments:
         self._returns += rewards
         self._lengths += ~only_reset
         if done.any():
-            for copy in np.flatnonzero(done):
-                episode = Episode(float(self._returns[copy]), int(self._lengths[copy]))
+            for place in np.flatnonzero(done):
+                episode = Episode(float(self._returns[place]), int(self._lengths[place]))
                 self.episodes.append(episode)
                 self.recent.append(episode)
             self._returns[done], self._lengths[done] = 0, 0
@@ -257,7 +268,7 @@ class SingleEpisodes(Environments):
         playing = ~finished
         terminated, truncated = given.terminated & playing, given.truncated & playing
         self.finished = finished | terminated | truncated
-        last = {copy: seen for copy, seen in given.last_observations.items() if playing[copy]}
+        last = {place: seen for place, seen in given.last_observations.items() if playing[place]}
         rewards, only_reset = np.where(playing, given.rewards, 0.0), given.only_reset | finished
         return Transition(given.observations, rewards, terminated, truncated, only_reset, last)
 

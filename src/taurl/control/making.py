@@ -1,6 +1,8 @@
 """Making environments: by id, function or object; one or several at once; Atari games and envpool among them."""
 
 import contextlib
+import copy
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +20,7 @@ EnvironmentLike = str | Callable[[], gymnasium.Env[Any, Any]] | gymnasium.Env[An
 def make_vector(
     environment: EnvironmentLike, count: int, arguments: dict[str, Any], vectorization: str
 ) -> VectorEnv[Any, Any, Any]:
-    """The vector environment, vector-native where the environment has such a class and nothing else is asked for."""
+    """The vector environment, vector-native where the environment has such a class and there are enough copies."""
     if vectorization == "envpool" and not isinstance(environment, str):
         raise InputError("vectorization is envpool, which makes environments by id; an object or function was given")
     if isinstance(environment, gymnasium.Env):
@@ -99,9 +101,30 @@ def from_makers(makers: list[Callable[[], gymnasium.Env[Any, Any]]], vectorizati
     return asynchronous(makers) if vectorization == "async" else synchronous(makers)
 
 
+class OneAfterTheOther(gymnasium.vector.SyncVectorEnv):
+    """gymnasium's, but the last observation of an episode is a copy: the reset that follows may overwrite it."""
+
+    def _add_info(self, vector_infos: dict[str, Any], env_info: dict[str, Any], env_num: int) -> dict[str, Any]:
+        if "final_obs" in env_info:
+            env_info = {**env_info, "final_obs": copy.deepcopy(env_info["final_obs"])}
+        return super()._add_info(vector_infos, env_info, env_num)
+
+
+class Copied(gymnasium.ObservationWrapper[Any, Any, Any]):
+    """Observations that stay what they are when the environment goes on in the same memory."""
+
+    def observation(self, observation: Any) -> Any:
+        return copy.deepcopy(observation)
+
+
 def synchronous(makers: list[Callable[[], gymnasium.Env[Any, Any]]]) -> VectorEnv[Any, Any, Any]:
-    return gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+    return OneAfterTheOther(makers, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 def asynchronous(makers: list[Callable[[], gymnasium.Env[Any, Any]]]) -> VectorEnv[Any, Any, Any]:
-    return gymnasium.vector.AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+    copied = [functools.partial(_made_copied, maker) for maker in makers]
+    return gymnasium.vector.AsyncVectorEnv(copied, autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+def _made_copied(maker: Callable[[], gymnasium.Env[Any, Any]]) -> gymnasium.Env[Any, Any]:
+    return Copied(maker())

@@ -31,6 +31,10 @@ class Normalizer:
             self.changes += 1
         return self.apply(observations)
 
+    def begin_episodes(self) -> None:
+        """Episodes begin in every environment, whether the last ones had ended or not."""
+        self.running_returns = torch.zeros_like(self.running_returns)
+
     def apply(self, observations: Tensor) -> Tensor:
         """Normalise observations [.., d] by what has been seen so far."""
         return normalized(observations, self.seen, bound=BOUND) if self.scales_observations else observations

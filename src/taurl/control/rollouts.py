@@ -57,7 +57,10 @@ class Collector:
     def _current(self) -> Tensor:
         """What to act on next, encoded; counted by the normalizer once, when it is new."""
         encoded = encode(self.space, self.environments.observations)
-        return self.normalizer.observe(encoded) if self.environments.fresh else self.normalizer.apply(encoded)
+        if not self.environments.fresh:
+            return self.normalizer.apply(encoded)
+        self.normalizer.begin_episodes()
+        return self.normalizer.observe(encoded)
 
     def collect(self, actor: Network, critic: Network | None, steps: int) -> Rollout:
         """Act for so many steps in every environment."""

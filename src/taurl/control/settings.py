@@ -19,9 +19,9 @@ class EnvironmentSettings(Settings):
     environments: int = Field(8, ge=1)
     """Copies that are stepped together."""
     vectorization: Literal["auto", "sync", "async", "envpool"] = "auto"
-    """The environment's own vector class where it has one, else one after the other (auto); always one after the other
-    (sync); each in a process of its own (async), for environments that take milliseconds a step; or by envpool, which
-    has many environments in C++."""
+    """From 4 copies on the environment's own vector class where it has one, else one after the other (auto); always one
+    after the other (sync); each in a process of its own (async), for environments that take milliseconds a step; or by
+    envpool, which has many environments in C++."""
 
 
 class ControlConfig(RunConfig, EnvironmentSettings):

@@ -147,7 +147,10 @@ class PPO(Trainer):
         return self.optimizer.step(rate), figures
 
     def _set_gradient(self, batch: Minibatch, clip: float) -> tuple[Tensor, Tensor]:
-        """Set the gradient of `_loss`, written out. Returns what the networks give for the minibatch."""
+        """Set the gradient of `_loss`, written out. Returns what the networks give for the minibatch.
+
+        (Beyond e^60, where `token_ratios` stops, the slope goes on: not finite then, and no step is taken.)
+        """
         config, weights = self.config, batch.weights
         parameters, values, to_weights = both_with_pullback(self.policy.actor, self.critic, batch.observations)
         parameters = masked_logits(parameters, batch.action_masks)  # what is forbidden gets a slope of 0
