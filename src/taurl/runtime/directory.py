@@ -1,6 +1,7 @@
 """Which directory a run may have, with which settings it may go on there, what it notes about its surroundings,
 and its result."""
 
+import itertools
 import json
 import shlex
 import shutil
@@ -18,6 +19,12 @@ from taurl import __version__
 from taurl.runtime.config import RunConfig, free_on_resume
 from taurl.runtime.errors import InputError, RunError, reason
 from taurl.runtime.machine import describe_machine
+
+
+def unused(directory: Path) -> Path:
+    """This directory, or with -2, -3, … where there is one already: runs that begin in one second."""
+    names = itertools.chain([directory], (directory.with_name(f"{directory.name}-{n}") for n in itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def refuse_taken(directory: Path) -> None:

@@ -20,7 +20,7 @@ from taurl.runtime.checkpoints import (
     save_checkpoint,
 )
 from taurl.runtime.config import RunConfig, read_config
-from taurl.runtime.directory import describe_environment, read_environment, refuse_other_past, refuse_taken
+from taurl.runtime.directory import describe_environment, read_environment, refuse_other_past, refuse_taken, unused
 from taurl.runtime.errors import InputError, Interrupted, RunError, reason
 from taurl.runtime.files import write_whole, writing
 from taurl.runtime.machine import give_back_free_memory
@@ -80,7 +80,7 @@ class Run:
     @classmethod
     def start(cls, config: RunConfig, *, algorithm: str, headline: Mapping[str, str]) -> Self:
         """A new run; InputError when its directory exists and is not empty."""
-        directory = config.out or Path("runs") / f"{algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
+        directory = config.out or unused(Path("runs") / f"{algorithm}-{time.strftime('%Y%m%d-%H%M%S')}")
         refuse_taken(directory)
         config = config.model_copy(update={"out": directory})
         return cls(directory, config, headline=headline, environment={"algorithm": algorithm})
