@@ -24,6 +24,7 @@ PACKAGES = [
     "sb3-contrib==2.9.2",
     "sbx-rl==0.28.0",
     "mujoco",
+    "imageio",
 ]
 TITLE = "Agreement of the mathematics with TRL and Stable-Baselines3"
 
