@@ -38,7 +38,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/sampling.py --prompts 64
 	$(BIN)/python benchmarks/control_speed.py
 
-# Every preset of the control wing, three seeds each: some two hours.
+# Every preset of the control wing, three seeds each: more than an hour.
 scores: $(INSTALLED)
 	$(BIN)/python benchmarks/control_scores.py
 

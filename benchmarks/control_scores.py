@@ -5,7 +5,7 @@
 Each run is `taurl control ALGORITHM --env ENVIRONMENT --seed SEED --eval-episodes N`; its score is the mean return of
 the evaluation that ends it, most likely actions. Runs that are finished are read, not done again, and runs that were
 cut off are gone on with; `--runs` is where they lie. Prints the table in Markdown as it grows. On one thread all of it
-takes some two hours.
+takes more than an hour.
 """
 
 import argparse

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from functional_agreement import environment
@@ -30,13 +31,35 @@ def measure(*command: object) -> float:
     return float(found.stdout.split()[-1])
 
 
+def to_500(peers: Path, seeds: int) -> None:
+    """Wall time from the start of a process until 20 evaluation episodes on CartPole-v1 all give 500."""
+    taurl = [Path(sys.executable).with_name("taurl"), "control", "ppo", "--env", "CartPole-v1", "--eval-every", "5120"]
+    found: dict[str, list[float]] = {"SB3's tuned preset": [], "taurl's": []}
+    for seed in range(seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            ours = [*taurl, "--stop-at", "500", "--no-video", "--seed", seed, "--out", f"{folder}/run"]
+            theirs = [peers, "-W", "ignore", HERE / "theirs_to_500.py", seed]
+            for seconds, command in zip(found.values(), (theirs, ours), strict=True):
+                started = time.perf_counter()
+                subprocess.run([str(part) for part in command], capture_output=True, check=True)
+                seconds.append(time.perf_counter() - started)
+    theirs_median, ours_median = (statistics.median(seconds) for seconds in found.values())
+    for name, seconds in found.items():
+        print(f"{name}: {', '.join(f'{one:.1f}' for one in seconds)} s, median {statistics.median(seconds):.1f} s")
+    print(f"ratio {theirs_median / ours_median:.1f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", nargs="*", default=ROWS, choices=ROWS)
     parser.add_argument("--peers", type=Path, default=Path.home() / ".cache" / "taurl" / "peers")
+    parser.add_argument("--to-500", action="store_true", help="the wall time to 500 on CartPole-v1 instead, 5 seeds")
     options = parser.parse_args()
     peers = environment(options.peers)
+    if options.to_500:
+        to_500(peers, 5)
+        return
     print("| steps a second | SB3 | sbx | taurl | to SB3 | to sbx | own best | to SB3 | to sbx |")
     print("|---|---|---|---|---|---|---|---|---|")
     for row in options.rows:

@@ -24,7 +24,7 @@ class Actor(nn.Module):
         self.log_std = nn.Parameter(torch.zeros(distribution.free)) if distribution.free else None
 
     def forward(self, observations: Tensor) -> Tensor:
-        return self._with_free(self.layers.forward(observations))  # past what a module's call costs
+        return with_free(self.layers.forward(observations), self.log_std)  # past what a module's call costs
 
     def of_arrays(self) -> Callable[[Array], Array]:
         """The same as a function of arrays; see `dense`."""
@@ -52,10 +52,12 @@ class Actor(nn.Module):
             torch.sum(free, 0, out=log_std.grad)
             return to_layers(mean)
 
-        return self._with_free(found), pullback
+        return with_free(found, log_std), pullback
 
-    def _with_free(self, found: Tensor) -> Tensor:
-        return found if self.log_std is None else torch.cat([found, self.log_std.expand_as(found)], -1)
+
+def with_free(found: Tensor, free: Tensor | None) -> Tensor:
+    """What a network gives [.., width], and beside it the parameters that do not depend on the state."""
+    return found if free is None else torch.cat([found, free.expand_as(found)], -1)
 
 
 class Critic(nn.Module):

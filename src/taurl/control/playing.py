@@ -15,12 +15,11 @@ import numpy as np
 
 from taurl.control.action_masks import single_mask
 from taurl.control.environments import Array
+from taurl.control.evaluation import LONGEST
 from taurl.control.making import EnvironmentLike, make_single
 from taurl.control.videos import gif, stride, write_mp4
 from taurl.runtime.errors import InputError, one_line
 from taurl.runtime.files import write_whole, writing
-
-LONGEST = 10_000  # steps of one episode, for environments without a time limit
 
 # The GIF of a report, bounded so that the page stays small and the command soon ends.
 REPORT_EPISODES = 2

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from taurl.control.dense import Dense, Pullback
 from taurl.control.distributions import ActionDistribution, Array
 from taurl.control.environments import Environments, Transition
+from taurl.control.networks import with_free
 from taurl.control.normalization import Normalizer
 from taurl.control.rollouts import Collector, Rollout
 
@@ -107,13 +108,11 @@ class RecurrentActor(Remembering):
 
     def step(self, observations: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         outputs, state = super().step(observations, state)
-        return self._with_free(outputs), state
+        return with_free(outputs, self.log_std), state
 
     def forward(self, sequences: Sequences) -> Tensor:
-        return self._with_free(self.unroll(sequences.observations, sequences.starts, sequences.actor_state))
-
-    def _with_free(self, found: Tensor) -> Tensor:
-        return found if self.log_std is None else torch.cat([found, self.log_std.expand_as(found)], -1)
+        outputs = self.unroll(sequences.observations, sequences.starts, sequences.actor_state)
+        return with_free(outputs, self.log_std)
 
     def with_pullback(self, sequences: Sequences) -> tuple[Tensor, Pullback]:
         """Parameters, and what sets the weights' gradients from theirs."""

@@ -229,6 +229,7 @@ class Trainer(ABC):
             seed=seed,
             arguments=config.env_args,
             vectorization=config.vectorization,
+            mask_actions=getattr(config, "mask_actions", False),
             for_learning=True,
         )
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from taurl.control.algorithms.ppo_config import PPOConfig
 from taurl.control.distributions import masked_logits
-from taurl.control.environments import Environments
 from taurl.control.networks import both_with_pullback
 from taurl.control.penalties import KLPenalty
 from taurl.control.policies import Policy
@@ -176,18 +175,6 @@ class PPO(Trainer):
         divergence, price = float(weighted_sum(divergences, row_weights(batch.valid))), penalty.coefficient
         penalty.adapt(divergence)
         return {"train/kl": divergence, "train/kl_coefficient": price}
-
-    def _environments(self, count: int, seed: int) -> Environments:
-        config = self.config
-        return Environments(
-            self.environment,
-            count,
-            seed=seed,
-            arguments=config.env_args,
-            vectorization=config.vectorization,
-            mask_actions=config.mask_actions,
-            for_learning=True,
-        )
 
     def _prepared(self, batch: Minibatch) -> Minibatch:
         """Each step's weight, and advantages whitened by the minibatch's own mean and deviation."""
