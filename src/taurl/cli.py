@@ -9,7 +9,7 @@ from taurl import __version__
 
 # Command → what runs it (module:function, called with the arguments), and its line in the help.
 COMMANDS = {
-    "llm grpo": ("taurl.commands.grpo:main", "train a language model on reward functions (GRPO)"),
+    "llm grpo": ("taurl.commands.llm_training:grpo", "train a language model on reward functions (GRPO)"),
     "llm evaluate": ("taurl.commands.evaluate:main", "score a model greedily on a data set"),
     "llm generate": ("taurl.commands.generate:main", "complete the prompts of a file"),
     "llm chat": ("taurl.commands.chat:main", "talk to a model"),

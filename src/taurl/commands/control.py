@@ -56,7 +56,7 @@ def train(name: str, words: Sequence[str]) -> int:
 
 def stored(directory: Path, command: str, config_class: type[ControlConfig]) -> ControlConfig:
     """The settings that a run was given. Raises: InputError when it is another algorithm's."""
-    from taurl.control.trainer import require_algorithm
+    from taurl.runtime.directory import require_algorithm
 
     require_algorithm(directory, command)
     return read_config(directory, config_class)

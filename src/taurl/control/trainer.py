@@ -17,7 +17,7 @@ from taurl.control.saved import load
 from taurl.control.settings import ControlConfig
 from taurl.control.spaces import has_images
 from taurl.runtime.config import read_config
-from taurl.runtime.directory import read_environment, write_folder
+from taurl.runtime.directory import require_algorithm, write_folder
 from taurl.runtime.errors import InputError, one_line
 from taurl.runtime.given import GIVEN, require_given_again
 from taurl.runtime.machine import peak_memory_gb, set_threads
@@ -232,13 +232,6 @@ class Trainer(ABC):
             mask_actions=getattr(config, "mask_actions", False),
             for_learning=True,
         )
-
-
-def require_algorithm(directory: Path, algorithm: str) -> None:
-    """Raises: InputError when the run in this directory is one of another algorithm."""
-    found = read_environment(directory).get("algorithm", algorithm)
-    if found != algorithm:
-        raise InputError(f"{directory}: a run of {found}, not of {algorithm}; resume it with {found}")
 
 
 def evaluate_policy(

@@ -36,16 +36,21 @@ def completion_logprobs(
     Returns: logprobs, entropies, float [N, L]; float32, or float64 for a float64 model.
     Raises: InputError for a model with recurrent layers, which have no keys and values to go on from.
     """
-    if causal_lm(model)._is_stateful:
-        raise cannot_share(model, "has recurrent layers")
-    ids, real = pad_left(prompts, tokens.device)
-    if checkpoints_activations(model):
-        hidden = _joint_hidden(model, ids, real, prompt_of, tokens)
-    else:
-        hidden = _forked_hidden(model, ids, real, prompt_of, tokens)
+    hidden = completion_hidden(model, prompts, prompt_of, tokens)
     chosen, entropies = head_logprobs(output_head(model), hidden[mask], tokens[mask], temperature)
     empty = chosen.new_zeros(tokens.shape)
     return empty.masked_scatter(mask, chosen), empty.masked_scatter(mask, entropies)
+
+
+def completion_hidden(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], prompt_of: Tensor, tokens: Tensor
+) -> Tensor:
+    """Hidden states [N, L, d] that predict each completion token; arguments and errors as `completion_logprobs`."""
+    if causal_lm(model)._is_stateful:
+        raise cannot_share(model, "has recurrent layers")
+    ids, real = pad_left(prompts, tokens.device)
+    joint = checkpoints_activations(model)
+    return (_joint_hidden if joint else _forked_hidden)(model, ids, real, prompt_of, tokens)
 
 
 def cannot_share(model: PreTrainedModel, found: str) -> InputError:

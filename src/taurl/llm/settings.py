@@ -44,6 +44,15 @@ class PromptSettings(Settings):
     """Passed to the chat template, for example enable_thinking=False."""
 
 
+class EvaluationSettings(Settings):
+    """On how many held-out rows, and how often, a run evaluates."""
+
+    eval_rows: int = Field(200, ge=0)
+    """Held-out rows: none of their prompts is trained on. 0 evaluates nothing."""
+    eval_every: int = Field(0, ge=0, json_schema_extra=FREE)
+    """Steps between evaluations; 0 evaluates before and after."""
+
+
 class SamplerSettings(Settings):
     """How completions are sampled."""
 
@@ -79,3 +88,13 @@ class LoraSettings(Settings):
     """LoRA's scale is lora_alpha / lora_rank."""
     lora_targets: str | tuple[str, ...] = "all-linear"
     """Modules that get an adapter: all-linear, or names."""
+
+
+class PartSettings(Settings):
+    """How much goes through the model at once: speed and memory, not the result."""
+
+    tokens_per_part: int = Field(8192, ge=1, json_schema_extra=FREE)
+    """Tokens, padding included, that go forward and backward together; lower it if memory runs out. Speed and memory
+    only, the result stays."""
+    gradient_checkpointing: bool = Field(False, json_schema_extra=FREE)
+    """Compute activations again in the backward pass: less memory, more time, and prompts are not shared."""

@@ -65,6 +65,13 @@ def read_environment(directory: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read as a JSON object ({reason(error)})") from error
 
 
+def require_algorithm(directory: Path, algorithm: str) -> None:
+    """Raises: InputError when the run in this directory is one of another algorithm."""
+    found = read_environment(directory).get("algorithm", algorithm)
+    if found != algorithm:
+        raise InputError(f"{directory}: a run of {found}, not of {algorithm}; resume it with {found}")
+
+
 def describe_environment(known: dict[str, Any]) -> dict[str, Any]:
     """What is known of a run already, with the time it began, and what runs it now: packages, machine, command."""
     return {

@@ -5,8 +5,7 @@ P prompts with G completions each make N = P · G rows of at most L tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +19,8 @@ from taurl.functional.kl import k3, kl_loss, kl_penalty, kl_ratios
 from taurl.functional.loss_types import clipped_tokens, loss_weights, policy_loss
 from taurl.llm.algorithms.figures import Tally, rollout_figures
 from taurl.llm.algorithms.grpo_config import GRPOConfig
-from taurl.llm.algorithms.setup import (
-    choose_machine,
-    repeat_data,
-    separate,
-    with_whole_paths,
-)
+from taurl.llm.algorithms.setup import loading_model, repeat_data
+from taurl.llm.algorithms.trainer import Trainer
 from taurl.llm.datasets import PromptOrder
 from taurl.llm.evaluation import Evaluation, TrainerState, describe, evaluate, reward_columns, reward_metrics, score
 from taurl.llm.generation import Sampling
@@ -34,14 +29,10 @@ from taurl.llm.policies import Policy
 from taurl.llm.rewards import RewardSet, Scores
 from taurl.llm.rollouts import Part, Rollout
 from taurl.llm.tasks import PromptReader, train_and_held_out
-from taurl.runtime.config import read_config
-from taurl.runtime.directory import write_folder
 from taurl.runtime.errors import InputError
-from taurl.runtime.given import GIVEN, require_given_again
-from taurl.runtime.machine import out_of_memory_names, peak_memory_gb
+from taurl.runtime.machine import out_of_memory_names
 from taurl.runtime.optimization import Optimizer, learning_rate
-from taurl.runtime.run import Callback, Record, Run, Step
-from taurl.runtime.seeding import seed_everything
+from taurl.runtime.run import Callback, Record, Step
 
 RewardFunction = str | Callable[..., Any]
 
@@ -53,7 +44,7 @@ HEADLINE = {
 }
 
 
-class GRPO:
+class GRPO(Trainer):
     """Trains a causal language model on prompts and reward functions.
 
         GRPO("smollm2-135m-instruct", rows, [reward], GRPOConfig(steps=60)).train()
@@ -68,6 +59,12 @@ class GRPO:
         callbacks: called with each step's record.
     """
 
+    algorithm = "grpo"
+    config_class = GRPOConfig
+    headline = HEADLINE
+    takes = ("model", "dataset", "rewards", "eval_dataset", "tokenizer")
+    config: GRPOConfig
+
     def __init__(
         self,
         model: str | PreTrainedModel | None = None,
@@ -79,69 +76,28 @@ class GRPO:
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[Callback] = (),
     ):
-        config, objects = separate(
-            config or GRPOConfig(),
+        self.start(
+            config,
+            callbacks,
             model=model,
             dataset=dataset,
             rewards=rewards,
             eval_dataset=eval_dataset,
             tokenizer=tokenizer,
         )
-        run = Run.start(with_whole_paths(config), algorithm="grpo", headline=HEADLINE)
-        run.environment[GIVEN] = sorted(objects)
-        self._set_up(run, objects, callbacks)
 
-    @classmethod
-    def resume(
-        cls,
-        directory: str | Path,
-        config: GRPOConfig | None = None,
-        *,
-        model: str | PreTrainedModel | None = None,
-        dataset: object = None,
-        rewards: RewardFunction | Sequence[RewardFunction] = (),
-        eval_dataset: object = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        callbacks: Sequence[Callback] = (),
-    ) -> Self:
-        """Go on with a run. What it was given from Python as objects must be given again, the model untrained.
-
-        Args:
-            config: changed settings, by default those of the run.
-        """
-        config, objects = separate(
-            config or read_config(Path(directory), GRPOConfig),
-            model=model,
-            dataset=dataset,
-            rewards=rewards,
-            eval_dataset=eval_dataset,
-            tokenizer=tokenizer,
-        )
-        run = Run.resume(Path(directory), with_whole_paths(config), headline=HEADLINE)
-        require_given_again(run, objects)
-        trainer = cls.__new__(cls)
-        trainer._set_up(run, objects, callbacks)
-        return trainer
-
-    def _set_up(self, run: Run, objects: dict[str, Any], callbacks: Sequence[Callback]) -> None:
-        config = run.config
-        assert isinstance(config, GRPOConfig)
-        self.run, self.config, run.callbacks = run, config, callbacks
-        model = objects.get("model", config.model)
-        if model is None:
-            raise InputError("no model given: name one with model (for example smollm2-135m-instruct)")
+    def set_up(self, dtype: torch.dtype | None) -> None:
+        config, run = self.config, self.run
         self.rewards = RewardSet(
-            objects.get("rewards", config.rewards),
+            self.given("rewards"),
             config.reward_weights,
             timeout=config.reward_timeout,
             worker_process=config.reward_process,
         )
-        self.device, dtype = choose_machine(run, keep_dtype=not isinstance(model, str))
-        seed_everything(config.seed)
-        with out_of_memory_names("the model's size (a smaller model, precision bfloat16, or lora_rank)"):
+        with loading_model():
             self.policy = Policy(
-                model,
-                objects.get("tokenizer"),
+                self.given("model"),
+                self.given("tokenizer"),
                 dtype=dtype,
                 device=self.device,
                 lora=(config.lora_rank, config.lora_alpha, config.lora_targets),
@@ -152,8 +108,8 @@ class GRPO:
         self.generator = self.policy.generator(config.generator, config.slots)
         self.prompts, self.held_out, dropped = train_and_held_out(
             PromptReader.of(config, self.policy.tokenizer, self.policy.model),
-            objects.get("dataset", config.dataset),
-            objects.get("eval_dataset", config.eval_dataset),
+            self.given("dataset"),
+            self.given("eval_dataset"),
             config.eval_rows,
             config.seed,
         )
@@ -167,20 +123,12 @@ class GRPO:
         # Per-token figures are in float32, in float64 for a model in float64.
         self.dtype = torch.promote_types(self.policy.model.dtype, torch.float32)
 
-    def train(self) -> Self:
-        """Run all steps that are left, and export the result to `final/`."""
-        for _ in self.steps():
-            pass
-        write_folder(self.run.directory / "final", self.export)
-        return self
-
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""
         config, run = self.config, self.run
         memory_settings = "tokens_per_part or slots (or max_tokens, group_size, prompts_per_step)"
         with run.begin(optimizer=self.optimizer), out_of_memory_names(memory_settings):
-            if self._evaluation_due(run.step) and not self._evaluated(run.step):
-                run.log({"step": run.step, **self._evaluate(run.step)})
+            self.evaluate_before()
             for step in run.steps():
                 indices = self.order.take((step.number - 1) * config.prompts_per_step, config.prompts_per_step)
                 batch = self.prompts.take(indices)
@@ -203,7 +151,7 @@ class GRPO:
                 self._log_samples(step, indices, rows, rollout, scores)
                 figures = reward_metrics(self.rewards.names, scores) | figures
                 figures |= rollout_figures(rollout, rewards, step.times)
-                yield self._finish(step, figures)
+                yield self.finish(step, figures)
 
     def _sample(self, prompts: list[list[int]], step: int) -> Rollout:
         config = self.config
@@ -310,15 +258,6 @@ class GRPO:
             found[part.rows, : part.length] = self._forward(rollout, part, model)[0].to(self.dtype)
         return found
 
-    def _finish(self, step: Step, figures: Record) -> Record:
-        """Evaluate where it is due, and close the step. An evaluation that fails does not undo the update."""
-        try:
-            if self._evaluation_due(step.number):
-                figures |= self._evaluate(step.number)
-        finally:
-            record = step.finish(**figures, **{"memory/peak_gb": peak_memory_gb(self.device)})
-        return record
-
     def _log_samples(
         self, step: Step, indices: Sequence[int], rows: Sequence[Record], rollout: Rollout, scores: Scores
     ) -> None:
@@ -339,7 +278,7 @@ class GRPO:
             raise InputError("there are no held-out rows to evaluate on: eval_rows is 0")
         return self._answers(self.run.step).metrics
 
-    def _evaluate(self, step: int) -> Record:
+    def evaluate_at(self, step: int) -> Record:
         """The same within the run: the answers go to samples.jsonl."""
         found = self._answers(step)
         self.run.log_samples(found.samples)
@@ -356,15 +295,10 @@ class GRPO:
         state = TrainerState(step, self.config.steps)
         return evaluate(self.held_out.rows, completions, self.policy.tokenizer, self.rewards, state)
 
-    def _evaluation_due(self, step: int) -> bool:
-        every = self.config.eval_every
-        at = step in (0, self.config.steps) or bool(every and step % every == 0)
-        return at and len(self.held_out) > 0
+    def can_evaluate(self) -> bool:
+        """Whether there are held-out rows."""
+        return len(self.held_out) > 0
 
-    def _evaluated(self, step: int) -> bool:
-        """Whether the run has scores of this step already; not where its evaluation failed, or was not due then."""
-        return any(record["step"] == step and "eval/reward" in record for record in self.run.records())
-
-    def export(self, directory: str | Path) -> None:
-        """Write model and tokenizer to a folder that `transformers` (with an adapter: `peft`) loads."""
-        self.policy.export(Path(directory))
+    def close(self) -> None:
+        """Stop the reward functions' process, if they have one."""
+        self.rewards.close()

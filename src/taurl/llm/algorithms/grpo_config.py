@@ -4,21 +4,33 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from taurl.llm.settings import DataSettings, LoraSettings, PromptSettings, RewardSettings, SamplerSettings
+from taurl.llm.settings import (
+    DataSettings,
+    EvaluationSettings,
+    LoraSettings,
+    PartSettings,
+    PromptSettings,
+    RewardSettings,
+    SamplerSettings,
+)
 from taurl.runtime.config import FREE, TrainingConfig
 
 
-class GRPOConfig(LoraSettings, SamplerSettings, RewardSettings, PromptSettings, TrainingConfig, DataSettings):
+class GRPOConfig(
+    PartSettings,
+    LoraSettings,
+    SamplerSettings,
+    RewardSettings,
+    EvaluationSettings,
+    PromptSettings,
+    TrainingConfig,
+    DataSettings,
+):
     """Group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300).
 
     Each step samples `group_size` completions of `prompts_per_step` prompts, scores them with the reward functions,
     takes a completion's advantage from the rewards of its group, and climbs the clipped surrogate.
     """
-
-    eval_rows: int = Field(200, ge=0)
-    """Held-out rows: none of their prompts is trained on. 0 evaluates nothing."""
-    eval_every: int = Field(0, ge=0, json_schema_extra=FREE)
-    """Steps between greedy evaluations; 0 evaluates before and after."""
 
     prompts_per_step: int = Field(16, ge=1)
     """Prompts in one step."""
@@ -73,11 +85,6 @@ class GRPOConfig(LoraSettings, SamplerSettings, RewardSettings, PromptSettings, 
     epochs: int = Field(1, ge=1)
     """Passes over the step's completions."""
 
-    tokens_per_part: int = Field(8192, ge=1, json_schema_extra=FREE)
-    """Tokens, padding included, that go forward and backward together; lower it if memory runs out. Speed and memory
-    only, the result stays."""
-    gradient_checkpointing: bool = Field(False, json_schema_extra=FREE)
-    """Compute activations again in the backward pass: less memory, more time, and prompts are not shared."""
     samples_per_step: int = Field(8, ge=0, json_schema_extra=FREE)
     """Completions of each step that are kept in samples.jsonl."""
 

@@ -1,5 +1,6 @@
 """What surrounds an algorithm: objects given from Python, choices made on the machine, the result's folder."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -7,10 +8,15 @@ import torch
 
 from taurl.runtime.config import TrainingConfig
 from taurl.runtime.errors import InputError
-from taurl.runtime.machine import choose_device, choose_precision, set_threads
+from taurl.runtime.machine import choose_device, choose_precision, out_of_memory_names, set_threads
 from taurl.runtime.run import Run
 
 Config = TypeVar("Config", bound=TrainingConfig)
+
+
+def loading_model() -> AbstractContextManager[None]:
+    """Names what to change where the model does not fit into memory."""
+    return out_of_memory_names("the model's size (a smaller model, precision bfloat16, or lora_rank)")
 
 
 def separate(config: Config, **given: Any) -> tuple[Config, dict[str, Any]]:

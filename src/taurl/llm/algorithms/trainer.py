@@ -1,0 +1,146 @@
+"""What surrounds the loop of every algorithm of the wing: starting, resuming, evaluating, writing the result."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+
+from taurl.llm.algorithms.setup import choose_machine, separate, with_whole_paths
+from taurl.llm.policies import Policy
+from taurl.runtime.config import TrainingConfig, read_config
+from taurl.runtime.directory import require_algorithm, write_folder
+from taurl.runtime.errors import InputError
+from taurl.runtime.given import GIVEN, require_given_again
+from taurl.runtime.machine import peak_memory_gb
+from taurl.runtime.run import Callback, Record, Run, Step
+from taurl.runtime.seeding import seed_everything
+
+
+class Trainer(ABC):
+    """An algorithm on a language model: `set_up` makes what it needs, `steps` is its loop.
+
+    Attributes:
+        algorithm: its name, as on the command line.
+        headline: what the terminal shows of each record, by label.
+        takes: names of what it may be given from Python as an object, in place of the setting of that name.
+        policy: the model that is trained.
+        device: where it lives.
+    """
+
+    algorithm: ClassVar[str]
+    config_class: ClassVar[type[TrainingConfig]]
+    headline: ClassVar[Mapping[str, str]]
+    takes: ClassVar[tuple[str, ...]]
+    config: Any
+    policy: Policy
+
+    def start(self, config: TrainingConfig | None, callbacks: Sequence[Callback], **given: Any) -> None:
+        """A new run with a config and with what was given by name or as an object."""
+        config, objects = separate(config or self.config_class(), **given)
+        run = Run.start(with_whole_paths(config), algorithm=self.algorithm, headline=self.headline)
+        run.environment[GIVEN] = sorted(objects)
+        self._begin(run, objects, callbacks)
+
+    @classmethod
+    def resume(
+        cls,
+        directory: str | Path,
+        config: TrainingConfig | None = None,
+        *,
+        callbacks: Sequence[Callback] = (),
+        **given: Any,
+    ) -> Self:
+        """Go on with a run. What it was given from Python as objects must be given again, the model untrained.
+
+        Args:
+            config: changed settings, by default those of the run.
+            given: the objects, by the names that the constructor has for them.
+        """
+        for name in given:
+            if name not in cls.takes:
+                raise TypeError(f"resume() got {name!r}, expected one of {', '.join(cls.takes)}")
+        require_algorithm(Path(directory), cls.algorithm)
+        config, objects = separate(config or read_config(Path(directory), cls.config_class), **given)
+        run = Run.resume(Path(directory), with_whole_paths(config), headline=cls.headline)
+        require_given_again(run, objects)
+        trainer = cls.__new__(cls)
+        trainer._begin(run, objects, callbacks)
+        return trainer
+
+    def _begin(self, run: Run, objects: dict[str, Any], callbacks: Sequence[Callback]) -> None:
+        assert isinstance(run.config, self.config_class)
+        self.run, self.config, run.callbacks, self._objects = run, run.config, callbacks, objects
+        model = self.given("model")
+        if model is None:
+            raise InputError("no model given: name one with model (for example smollm2-135m-instruct)")
+        self.device, dtype = choose_machine(run, keep_dtype=not isinstance(model, str))
+        seed_everything(self.config.seed)
+        self.set_up(dtype)
+
+    def given(self, name: str) -> Any:
+        """The object given from Python, or else the setting of that name (None where there is no such setting)."""
+        return self._objects.get(name, getattr(self.config, name, None))
+
+    @abstractmethod
+    def set_up(self, dtype: torch.dtype | None) -> None:
+        """Make what the loop needs: `self.policy`, its optimiser, the data.
+
+        Args:
+            dtype: of the weights; None leaves a model object's as they are.
+        """
+
+    @abstractmethod
+    def steps(self) -> Iterator[Record]:
+        """Yields after each update, with its record."""
+
+    def train(self) -> Self:
+        """Run all steps that are left, and export the result to `final/`."""
+        for _ in self.steps():
+            pass
+        write_folder(self.run.directory / "final", self.export)
+        return self
+
+    def finish(self, step: Step, figures: Record) -> Record:
+        """Evaluate where it is due, and close the step. An evaluation that fails does not undo the update."""
+        try:
+            if self.evaluation_due(step.number):
+                figures |= self.evaluate_at(step.number)
+        finally:
+            record = step.finish(**figures, **{"memory/peak_gb": peak_memory_gb(self.device)})
+        return record
+
+    def evaluate_before(self) -> None:
+        """Evaluate where the run begins, unless it has those figures already (its evaluation may have failed)."""
+        step = self.run.step
+        known = any(
+            record["step"] == step and any(name.startswith("eval/") for name in record) for record in self.run.records()
+        )
+        if self.evaluation_due(step) and not known:
+            self.run.log({"step": step, **self.evaluate_at(step)})
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether there are held-out rows to evaluate on after this step: before all, at the end, and in between."""
+        every = self.config.eval_every
+        at = step in (0, self.config.steps) or bool(every and step % every == 0)
+        return at and self.can_evaluate()
+
+    @abstractmethod
+    def can_evaluate(self) -> bool:
+        """Whether there are held-out rows."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Figures of the model on the held-out rows, by `eval/…` names."""
+
+    def evaluate_at(self, step: int) -> Record:
+        """The same within the run, at this step."""
+        return dict(self.evaluate())
+
+    def export(self, directory: str | Path) -> None:
+        """Write model and tokenizer to a folder that `transformers` (with an adapter: `peft`) loads."""
+        self.policy.export(Path(directory))
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of what outlives the training, such as processes."""
