@@ -247,3 +247,18 @@ def test_what_a_vector_class_gives_is_kept_though_it_goes_on_in_the_same_memory(
     assert float(first[0, 0]) == 0
     assert [float(one.observations[0, 0]) for one in given] == [1, 2, 3]
     assert [float(one.rewards[0]) for one in given] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [((np.zeros(2, np.float32), 0.0, False, {}), "ValueError: not enough values to unpack"), (None, "TypeError")],
+)
+def test_an_environment_that_gives_something_else_is_named(given, problem):
+    class Faulty(Counting):
+        def step(self, action):
+            return given
+
+    environments = Environments(Faulty, 2, seed=0)
+    environments.reset()
+    with pytest.raises(RunError, match=rf"Faulty: step 1 failed with {problem}.*check_env"):
+        environments.step(np.zeros(2, dtype=np.int64))

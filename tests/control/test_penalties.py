@@ -77,7 +77,7 @@ def test_a_run_keeps_near_its_target(tmp_path):
     assert 0.01 / 3 < sum(late) / len(late) < 0.01 * 3
     assert records[0]["train/kl_coefficient"] == 64.0
     assert records[-1]["train/kl_coefficient"] < 32.0
-    assert records[-1]["train/clip_fraction"] == 0.0
+    assert "train/clip_fraction" not in records[-1]  # nothing is clipped
     assert records[-1]["eval/mean_reward"] > 100  # of 9 to 22 at first
 
 

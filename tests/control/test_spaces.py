@@ -9,7 +9,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
-from taurl.control.spaces import described, encode, has_images, space_of, width
+from taurl.control.spaces import described, encode, has_images, require_member, space_of, width
 from taurl.runtime.errors import InputError
 
 BOX = spaces.Box(np.array([-np.inf, 0.0]).astype(np.float32), np.array([1.5, np.inf]).astype(np.float32))
@@ -70,3 +70,28 @@ def test_spaces_that_are_not_known_are_refused():
 def test_bounds_that_are_all_the_same_are_written_once():
     assert len(json.dumps(described(spaces.Box(0, 255, (4, 84, 84), np.uint8)))) < 100
     assert described(BOX)["high"] == [1.5, np.inf]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_space_gives_is_a_member(name):
+    space, one, _ = CASES[name]
+    require_member(space, one)
+    space.seed(1)
+    require_member(space, space.sample())
+
+
+@pytest.mark.parametrize(
+    ("name", "observation", "problem"),
+    [
+        ("box", [0.5], r"has shape \(1,\), not \(2,\)"),
+        ("box", ["a", "b"], "no number"),
+        ("discrete", 3, "is 3, outside 4 to 6"),
+        ("tuple", (1,), "is a tuple, not a tuple of 2"),
+        ("tuple", (1, [0.5]), r"\[1\] has shape \(1,\)"),
+        ("dict", {"z": 0}, r"is \['z'\], not a dict with z, a"),
+        ("dict", 3, "is int, not a dict"),
+    ],
+)
+def test_what_is_no_member_is_named(name, observation, problem):
+    with pytest.raises(InputError, match=problem):
+        require_member(CASES[name][0], observation)

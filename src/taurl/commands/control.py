@@ -9,12 +9,14 @@ from pathlib import Path
 from rich.console import Console
 
 from taurl.commands.control_play import figures
-from taurl.commands.options import parse, take_option
+from taurl.commands.options import RESUMING, parse, refuse_bare, take_option
 from taurl.control import ALGORITHMS
 from taurl.control.presets import preset
 from taurl.control.settings import ControlConfig
 from taurl.runtime.config import read_config, read_yaml, validated
 from taurl.runtime.errors import InputError
+
+NO_PRESET = "\n    --no-preset leaves out the settings tuned for the environment."
 
 
 def train(name: str, words: Sequence[str]) -> int:
@@ -22,13 +24,14 @@ def train(name: str, words: Sequence[str]) -> int:
     module = ALGORITHMS[name]
     config_class = getattr(importlib.import_module(f"taurl.control.algorithms.{module}_config"), f"{name}Config")
     command = module.replace("_", "-")
+    refuse_bare(words, "--env")
     resume, words = take_option(words, "--resume")
     no_preset, words = "--no-preset" in words, [word for word in words if word != "--no-preset"]
     default = stored(Path(resume), command, config_class) if resume else None
     tuned = None if resume or no_preset else preset(command, take_option(words, "--env")[0])
     if tuned is not None:
         default = validated(config_class, read_yaml(tuned), source=str(tuned))
-    config = parse(config_class, words, prog=f"taurl control {command}", default=default)
+    config = parse(config_class, words, prog=f"taurl control {command}", default=default, more=RESUMING + NO_PRESET)
     if config.env is None:
         raise InputError(f"no environment given: taurl control {command} --env CartPole-v1")
 

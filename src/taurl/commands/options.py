@@ -18,6 +18,8 @@ from taurl.runtime.errors import InputError
 
 Config = TypeVar("Config", bound=BaseModel)
 
+RESUMING = "\n    --resume RUN goes on with the run in that directory."
+
 registry = tyro.constructors.ConstructorRegistry()
 
 
@@ -58,8 +60,13 @@ def take_option(words: Sequence[str], name: str) -> tuple[str | None, list[str]]
     return value, rest
 
 
-def parse(config: type[Config], words: Sequence[str], *, prog: str, default: Config | None = None) -> Config:
+def parse(
+    config: type[Config], words: Sequence[str], *, prog: str, default: Config | None = None, more: str = ""
+) -> Config:
     """The config that the options describe, on top of `--config FILE` or of `default`.
+
+    Args:
+        more: further lines of the help, about what the command takes beside its settings.
 
     Raises: InputError in one line for options that do not fit; SystemExit(0) after --help.
     """
@@ -69,9 +76,8 @@ def parse(config: type[Config], words: Sequence[str], *, prog: str, default: Con
         default = validated(config, below | read_yaml(Path(file)), source=file)
     for field in config.model_fields.values():  # tyro would keep the line breaks of the source
         field.description = " ".join((field.description or "").split())
-    help_text = inspect.cleandoc(
-        f"{(config.__doc__ or '').rstrip()}\n\n    --config FILE reads settings from YAML; options given beside it win."
-    )
+    said = "\n\n    --config FILE reads settings from YAML; options given beside it win." + more
+    help_text = inspect.cleandoc((config.__doc__ or "").rstrip() + said)
     errors = io.StringIO()
     try:
         # tyro draws its errors as boxes as wide as the terminal; a wide one keeps their lines whole.
@@ -118,4 +124,19 @@ def one_line(stop: BaseException, config: type[BaseModel], box: str) -> str:
             break
         if text and not text.startswith(" " * 9):
             kept.append(text.strip())
-    return " ".join(kept) or "the options do not fit"
+    return plainer(" ".join(kept)) or "the options do not fit"
+
+
+def plainer(text: str) -> str:
+    """tyro's words for a value of the wrong kind, as a person would say it."""
+    text = re.sub(r"invalid literal for int\(\) with base 10: ('.*')", r"\1 is no whole number, such as 100000", text)
+    neither = re.search(r"no type matching \{?None\}?\|(\w+) could be instantiated from \['(.*?)'\]", text)
+    if neither:
+        text = f"{text[: neither.start()]}{neither[2]!r} is neither None nor of type {neither[1]}"
+    return text
+
+
+def refuse_bare(words: Sequence[str], option: str) -> None:
+    """Raises: InputError when the words begin with one that is no option, naming the option it may be meant for."""
+    if words and not words[0].startswith("-"):
+        raise InputError(f"{words[0]!r} stands where an option was expected; did you mean {option} {words[0]}?")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from taurl.control.dense import Dense, Pullback, of_arrays
 from taurl.control.environments import Array, Environments, batched
 from taurl.control.policies import FACTS, WEIGHTS, policy_folder
-from taurl.control.spaces import described, encode, space_of, width
+from taurl.control.spaces import described, encode, require_member, space_of, width
 from taurl.functional.values import dueling_action_values
 from taurl.runtime.errors import InputError
 
@@ -155,7 +155,8 @@ class ValuePolicy:
         return actions + self.start
 
     def predict(self, observation: Any, *, deterministic: bool = True) -> Any:
-        """The action for one observation."""
+        """The action for one observation. Raises: InputError for one that is none of its space."""
+        require_member(self.observation_space, observation)
         return self.act(batched(observation), deterministic=deterministic)[0]
 
     def save(self, directory: str | Path) -> None:

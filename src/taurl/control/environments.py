@@ -22,7 +22,7 @@ from torch import Tensor
 from taurl.control.action_masks import ActionMasks
 from taurl.control.environment_states import NoState, restore, state_text
 from taurl.control.making import EnvironmentLike, learning_view, make_vector
-from taurl.runtime.errors import InputError, RunError
+from taurl.runtime.errors import InputError, RunError, one_line
 
 Array = np.ndarray[Any, Any]
 EPISODES_IN_MEAN = 100  # of the running means, as in Stable-Baselines3
@@ -131,7 +131,10 @@ class Environments:
         given: Any = self.seed if seeds is None else list(seeds)  # gymnasium declares no list, and takes one
         if seeds is None and self._steps:
             given = int(np.random.SeedSequence([self.seed, self._steps]).generate_state(1)[0])
-        observations, infos = self.vector.reset(seed=given)
+        try:
+            observations, infos = self.vector.reset(seed=given)
+        except Exception as error:
+            raise self._failed("reset", error) from error
         self._observations = self._own(observations)
         self.episode_starts = np.ones(self.count, dtype=bool)
         if self.view is not None:
@@ -140,6 +143,13 @@ class Environments:
         self._read_masks(infos)
         self.fresh = True
         return self._observations
+
+    def _failed(self, where: str, error: Exception) -> RunError:
+        """What to raise when the environment itself, or gymnasium over what it gave, fails."""
+        return RunError(
+            f"{self.name}: {where} failed with {type(error).__name__}: {one_line(error)}; expected what "
+            "gymnasium.utils.env_checker.check_env finds no fault with"
+        )
 
     def _own(self, observations: Any) -> Any:
         if self._copies:
@@ -157,7 +167,10 @@ class Environments:
         """
         if self._bounds is not None:
             actions = np.clip(actions, *self._bounds)
-        observations, rewards, terminated, truncated, infos = self.vector.step(actions)
+        try:
+            observations, rewards, terminated, truncated, infos = self.vector.step(actions)
+        except Exception as error:
+            raise self._failed(f"step {self._steps + 1}", error) from error
         if not self._copies:  # a vector class may go on in the same memory
             observations, rewards = self._own(observations), rewards.copy()
             terminated, truncated = terminated.copy(), truncated.copy()

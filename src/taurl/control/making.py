@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import difflib
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -60,7 +62,23 @@ def named(environment: str) -> Iterator[None]:
         yield
     except (gymnasium.error.Error, ModuleNotFoundError, TypeError) as error:
         text = " ".join(str(error).split())
-        raise InputError(f"env is {environment!r}: cannot be made: {text}") from error
+        raise InputError(f"env is {environment!r}: cannot be made: {text}{_hint(environment)}") from error
+
+
+def _hint(environment: str) -> str:
+    """The registered id that is nearest, or the arguments that the environment has."""
+    known = gymnasium.registry
+    if environment in known:
+        entry = known[environment].entry_point
+        try:
+            maker = gymnasium.envs.registration.load_env_creator(entry) if isinstance(entry, str) else entry
+            names = [name for name in inspect.signature(maker).parameters if name not in ("kwargs", "args")]  # type: ignore[arg-type]
+        except (ImportError, TypeError, ValueError):
+            return ""
+        return f"; its arguments: {', '.join(names)}" if names else ""
+    versions = sorted(name for name in known if name.rpartition("-v")[0] == environment)
+    close = versions[-1:] or difflib.get_close_matches(environment, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def pool(name: str, count: int, arguments: dict[str, Any]) -> VectorEnv[Any, Any, Any]:

@@ -17,7 +17,7 @@ from taurl.control.environments import batched, bounds
 from taurl.control.networks import Actor, Critic, Seeing, actor_for, critic_for
 from taurl.control.normalization import Normalizer
 from taurl.control.recurrent import RecurrentActor, forgotten
-from taurl.control.spaces import described, encode, has_images, space_of, width
+from taurl.control.spaces import described, encode, has_images, require_member, space_of, width
 from taurl.runtime.errors import InputError
 
 WEIGHTS, FACTS = "policy.safetensors", "policy.json"
@@ -148,7 +148,9 @@ class Policy:
         Args:
             episode_start: whether an episode begins here, for a policy with a memory.
             action_mask: bool [n], what is allowed, for a policy trained with masks.
+        Raises: InputError for an observation that is none of its space.
         """
+        require_member(self.observation_space, observation)
         action = self.act(
             batched(observation),
             deterministic=deterministic,
@@ -197,7 +199,9 @@ def policy_folder(directory: str | Path) -> Path:
     for folder in (directory, directory / "final"):
         if (folder / FACTS).exists():
             return folder
-    raise InputError(f"{directory}: no policy here: {FACTS} is missing (a run writes it to final/ at its end)")
+    unfinished = (directory / "config.yaml").exists()
+    way = f"the run has not ended: go on with --resume {directory}" if unfinished else "a run writes it to final/"
+    raise InputError(f"{directory}: no policy here: {FACTS} is missing ({way})")
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ memory, and numbers beside them are kept as the four bytes of their float32, whi
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gymnasium
@@ -79,6 +79,40 @@ def encode(space: gymnasium.Space[Any], batch: Any) -> Tensor:
         case spaces.Tuple():
             return beside([encode(part, batch[place]) for place, part in enumerate(space.spaces)])
     raise InputError(f"observation space {space} is not known")
+
+
+def require_member(space: gymnasium.Space[Any], observation: Any) -> None:
+    """Refuse an observation whose shape, choice or parts do not fit its space. Raises: InputError."""
+    problem = misfit(space, observation)
+    if problem:
+        raise InputError(f"the observation {problem}; expected one of {space}")
+
+
+def misfit(space: gymnasium.Space[Any], observation: Any) -> str:
+    """What is wrong with one observation; nothing where it fits. The bounds of a box are no matter."""
+    match space:
+        case spaces.Dict():
+            if not isinstance(observation, Mapping) or set(observation) != set(space.spaces):
+                found = sorted(observation) if isinstance(observation, Mapping) else type(observation).__name__
+                return f"is {found}, not a dict with {', '.join(space.spaces)}"
+            parts = ((f"[{name!r}]", part, observation[name]) for name, part in space.spaces.items())
+        case spaces.Tuple():
+            if not isinstance(observation, tuple | list) or len(observation) != len(space.spaces):
+                return f"is a {type(observation).__name__}, not a tuple of {len(space.spaces)}"
+            parts = ((f"[{place}]", part, observation[place]) for place, part in enumerate(space.spaces))
+        case _:
+            return _leaf_misfit(space, np.asarray(observation))
+    return next((f"{place} {problem}" for place, part, value in parts if (problem := misfit(part, value))), "")
+
+
+def _leaf_misfit(space: gymnasium.Space[Any], value: np.ndarray[Any, Any]) -> str:
+    if value.dtype.kind not in "biuf":
+        return f"is {value!r}, no number"
+    if value.shape != space.shape:
+        return f"has shape {value.shape}, not {space.shape}"
+    if isinstance(space, spaces.Discrete) and not 0 <= int(value) - space.start < space.n:
+        return f"is {value}, outside {space.start} to {space.start + space.n - 1}"
+    return ""
 
 
 def beside(parts: list[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from taurl.control.environments import Array, Environments, batched
 from taurl.control.policies import FACTS, WEIGHTS, policy_folder
-from taurl.control.spaces import described, space_of
+from taurl.control.spaces import described, require_member, space_of
 from taurl.runtime.errors import InputError
 
 KIND = "table"
@@ -149,7 +149,8 @@ class TablePolicy:
         return actions + self.start
 
     def predict(self, observation: Any, *, deterministic: bool = True) -> Any:
-        """The action for one observation."""
+        """The action for one observation. Raises: InputError for one that is none of its space."""
+        require_member(self.observation_space, observation)
         return self.act(batched(observation), deterministic=deterministic)[0]
 
     def save(self, directory: str | Path) -> None:

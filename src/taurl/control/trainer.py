@@ -86,6 +86,8 @@ class Trainer(ABC):
         assert isinstance(run.config, self.config_class)
         self.run, self.config, run.callbacks = run, run.config, callbacks
         environment = env if env is not None else self.config.env
+        if environment is None and run.environment.get(GIVEN):
+            raise InputError(f"{run.directory}: its env came from Python; resume it from Python and give it again")
         if environment is None:
             raise InputError("no environment given: name one with env (for example CartPole-v1)")
         self.environment: EnvironmentLike = environment

@@ -46,7 +46,7 @@ class RunConfig(ThreadSettings):
     out: Path | None = Field(None, json_schema_extra=FREE)
     """Run directory; must not exist yet. Default: runs/ALGORITHM-DATE-TIME."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Everything random is drawn from this number: data order, held-out split, sampling, adapter initialisation."""
+    """Everything random is drawn from this number: first weights, order of the data, sampling, environments."""
     steps: int = Field(100, ge=1, json_schema_extra=FREE)
     """Optimisation steps in all; a finished run may be resumed with more."""
 

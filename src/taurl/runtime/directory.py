@@ -52,7 +52,7 @@ def refuse_other_past(directory: Path, stored: RunConfig, config: RunConfig) -> 
     if config.steps != stored.steps and config.schedule != "constant":
         raise InputError(
             f"{directory}: steps was {stored.steps} and cannot become {config.steps}: the {config.schedule} schedule "
-            "spreads over all steps, so those already taken would have had another learning rate"
+            "spreads over all steps, so those already taken would have had another learning rate; start a new run"
         )
 
 

@@ -209,8 +209,9 @@ class PPO(Trainer):
                 "train/value_loss": value_loss.detach(),
                 "entropy": entropy.detach(),
                 "train/approx_kl": weighted_sum(log_ratios.expm1() - log_ratios, weights),  # k3 of KL(π_old ‖ π)
-                "train/clip_fraction": weighted_sum(((ratios - 1).abs() > clip).float(), weights),
             }
+            if not self.penalty:
+                figures["train/clip_fraction"] = weighted_sum(((ratios - 1).abs() > clip).float(), weights)
         return loss, figures
 
 

@@ -45,7 +45,7 @@ class PPOConfig(NetworkSettings, ControlConfig):
     """PPO's other form: no clip, but a price β on the divergence from the policy that acted, exact; after each
     iteration β is halved where the divergence is below this by a factor of 1.5, and doubled where it is above."""
     kl_coefficient: float = Field(1.0, gt=0)
-    """β at first."""
+    """β at first, with kl_penalty_target."""
     target_kl: float | None = Field(None, gt=0)
     """End an iteration's epochs when the divergence from the policy that acted exceeds 1.5 times this."""
 
@@ -64,5 +64,9 @@ class PPOConfig(NetworkSettings, ControlConfig):
             raise ValueError(
                 f"minibatch_size {self.minibatch_size} is no multiple of rollout_steps {self.rollout_steps}; with "
                 "memory, minibatches are whole rollouts of some environments"
+            )
+        if "kl_coefficient" in self.model_fields_set and self.kl_coefficient != 1 and self.kl_penalty_target is None:
+            raise ValueError(
+                f"kl_coefficient is {self.kl_coefficient:g}, the first price under kl_penalty_target: give that too"
             )
         return self
