@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_policy import KeepFloat64, tiny_model, tiny_tokenizer
 
-from taurl.llm.algorithms import grpo as grpo_module
+from taurl.llm.algorithms import online as online_module
 from taurl.llm.algorithms.grpo import GRPO
 from taurl.llm.algorithms.grpo_config import GRPOConfig
 
@@ -84,10 +84,10 @@ def step(config, *, reward=reward, monkeypatch=None):
         with trainer.policy.reference() as reference:
             move(reference)
     forwards = []
-    real = grpo_module.completion_logprobs
+    real = online_module.completion_logprobs
     if monkeypatch:
         monkeypatch.setattr(
-            grpo_module,
+            online_module,
             "completion_logprobs",
             lambda *a, **k: (forwards.append(torch.is_grad_enabled()), real(*a, **k))[1],
         )
@@ -419,7 +419,7 @@ def test_a_step_without_any_signal_moves_by_momentum_as_zeros_would(tmp_path):
 def test_the_tokens_trained_on_are_the_ids_that_were_sampled(tmp_path, monkeypatch):
     """Special tokens and unknown characters would not survive being decoded and encoded again."""
     trained, scored = {}, []
-    real = grpo_module.completion_logprobs
+    real = online_module.completion_logprobs
 
     def spy(model, prompts, prompt_of, tokens, mask, **keywords):
         for place, row, kept in zip(prompt_of.tolist(), tokens, mask, strict=True):
@@ -430,7 +430,7 @@ def test_the_tokens_trained_on_are_the_ids_that_were_sampled(tmp_path, monkeypat
         scored.extend(completion_ids)
         return [float(i) for i in range(len(prompts))]
 
-    monkeypatch.setattr(grpo_module, "completion_logprobs", spy)
+    monkeypatch.setattr(online_module, "completion_logprobs", spy)
     _, _, sampled, _ = step(settings(tmp_path, tokens_per_part=50, stop=()), reward=keep)
     expected = {
         tuple(prompt): [c.tokens for c in group]

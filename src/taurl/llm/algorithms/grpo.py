@@ -4,8 +4,7 @@
 P prompts with G completions each make N = P · G rows of at most L tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,32 +18,16 @@ from taurl.functional.kl import k3, kl_loss, kl_penalty, kl_ratios
 from taurl.functional.loss_types import clipped_tokens, loss_weights, policy_loss
 from taurl.llm.algorithms.figures import Tally, rollout_figures
 from taurl.llm.algorithms.grpo_config import GRPOConfig
-from taurl.llm.algorithms.setup import loading_model, repeat_data
-from taurl.llm.algorithms.trainer import Trainer
-from taurl.llm.datasets import PromptOrder
-from taurl.llm.evaluation import Evaluation, TrainerState, describe, evaluate, reward_columns, reward_metrics, score
-from taurl.llm.generation import Sampling
-from taurl.llm.likelihood import completion_logprobs
-from taurl.llm.policies import Policy
-from taurl.llm.rewards import RewardSet, Scores
+from taurl.llm.algorithms.online import MEMORY_SETTINGS, OnlineTrainer, RewardFunction
+from taurl.llm.evaluation import reward_metrics
+from taurl.llm.rewards import Scores
 from taurl.llm.rollouts import Part, Rollout
-from taurl.llm.tasks import PromptReader, train_and_held_out
-from taurl.runtime.errors import InputError
 from taurl.runtime.machine import out_of_memory_names
-from taurl.runtime.optimization import Optimizer, learning_rate
-from taurl.runtime.run import Callback, Record, Step
-
-RewardFunction = str | Callable[..., Any]
-
-HEADLINE = {
-    "reward": "reward",
-    "entropy": "entropy",
-    "length": "completions/mean_length",
-    "tokens/s": "tokens_per_second",
-}
+from taurl.runtime.optimization import learning_rate
+from taurl.runtime.run import Callback, Record
 
 
-class GRPO(Trainer):
+class GRPO(OnlineTrainer):
     """Trains a causal language model on prompts and reward functions.
 
         GRPO("smollm2-135m-instruct", rows, [reward], GRPOConfig(steps=60)).train()
@@ -61,7 +44,6 @@ class GRPO(Trainer):
 
     algorithm = "grpo"
     config_class = GRPOConfig
-    headline = HEADLINE
     takes = ("model", "dataset", "rewards", "eval_dataset", "tokenizer")
     config: GRPOConfig
 
@@ -87,77 +69,36 @@ class GRPO(Trainer):
         )
 
     def set_up(self, dtype: torch.dtype | None) -> None:
-        config, run = self.config, self.run
-        self.rewards = RewardSet(
-            self.given("rewards"),
-            config.reward_weights,
-            timeout=config.reward_timeout,
-            worker_process=config.reward_process,
-        )
-        with loading_model():
-            self.policy = Policy(
-                self.given("model"),
-                self.given("tokenizer"),
-                dtype=dtype,
-                device=self.device,
-                lora=(config.lora_rank, config.lora_alpha, config.lora_targets),
-                keep_reference=config.kl_coefficient > 0,
-                gradient_checkpointing=config.gradient_checkpointing,
-            )
-            self.optimizer = Optimizer(self.policy.model.named_parameters(), config)
-        self.generator = self.policy.generator(config.generator, config.slots)
-        self.prompts, self.held_out, dropped = train_and_held_out(
-            PromptReader.of(config, self.policy.tokenizer, self.policy.model),
-            self.given("dataset"),
-            self.given("eval_dataset"),
-            config.eval_rows,
-            config.seed,
-        )
-        if dropped:
-            run.view.note(f"{dropped} training rows left out: their prompts are among the held-out ones")
-        for rows in (self.prompts.rows, self.held_out.rows):
-            if rows:
-                self.rewards.check_columns(reward_columns(rows))
-        repeat_data(run, self.prompts.fingerprint() + self.held_out.fingerprint())
-        self.order = PromptOrder(len(self.prompts), config.seed)
-        # Per-token figures are in float32, in float64 for a model in float64.
-        self.dtype = torch.promote_types(self.policy.model.dtype, torch.float32)
+        self.load_rewards()
+        self.load_policy(dtype, keep_reference=self.config.kl_coefficient > 0)
+        self.load_prompts()
 
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""
         config, run = self.config, self.run
-        memory_settings = "tokens_per_part or slots (or max_tokens, group_size, prompts_per_step)"
-        with run.begin(optimizer=self.optimizer), out_of_memory_names(memory_settings):
+        with run.begin(optimizer=self.optimizer), out_of_memory_names(MEMORY_SETTINGS):
             self.evaluate_before()
             for step in run.steps():
                 indices = self.order.take((step.number - 1) * config.prompts_per_step, config.prompts_per_step)
                 batch = self.prompts.take(indices)
                 rows = [row for row in batch.rows for _ in range(config.group_size)]
                 with step.phase("sample", f"sampling {len(batch)} prompts × {config.group_size}"):
-                    rollout = self._sample(batch.ids, step.number)
+                    rollout = self.sample(batch.ids, config.group_size, step.number)
                 with step.phase("reward", "scoring"):
-                    state = TrainerState(step.number - 1, config.steps)
-                    scores = score(rows, rollout.completions, self.policy.tokenizer, self.rewards, state)
+                    scores = self.score(rows, rollout.completions, step.number)
                 rewards = torch.from_numpy(scores.total).reshape(len(batch), config.group_size)  # NaN: none applies
                 advantages = group_relative(rewards, scale=config.scale_rewards)
                 rollout.advantages = advantages.flatten().to(self.device, self.dtype)
                 self._leave_out(rollout, scores)
                 with step.phase("update", "updating"):
                     figures = self._update(rollout, has_variance(rewards), step.number)
-                if skipped := figures["updates_skipped"]:
-                    loss, norm = figures["loss"], figures["grad_norm"]
-                    at = f"step {step.number}: {skipped} of its updates not taken"
-                    run.view.note(f"{at}: loss {loss:g}, gradient norm {norm:g}")
-                self._log_samples(step, indices, rows, rollout, scores)
+                self.note_updates(step, figures)
+                origins = [index for index in indices for _ in range(config.group_size)]
+                names, given = self.rewards.names, rollout.advantages
+                self.log_completions(step, origins, rows, rollout, scores, names, given)
                 figures = reward_metrics(self.rewards.names, scores) | figures
                 figures |= rollout_figures(rollout, rewards, step.times)
                 yield self.finish(step, figures)
-
-    def _sample(self, prompts: list[list[int]], step: int) -> Rollout:
-        config = self.config
-        sampling = Sampling(config.max_tokens, temperature=config.temperature, stop=config.stop)
-        groups = self.generator.generate(prompts, config.group_size, sampling, key=(config.seed, step))
-        return Rollout.of(prompts, groups, self.device)
 
     def _leave_out(self, rollout: Rollout, scores: Scores) -> None:
         """Train on no completion that no reward applies to and, by option, on none that hit the limit."""
@@ -177,10 +118,10 @@ class GRPO(Trainer):
             has_signal = torch.ones_like(has_signal)
         forwarded = has_signal.repeat_interleave(config.group_size).nonzero().flatten().tolist()
         if config.epochs * config.minibatches > 1:
-            rollout.old_logprobs = self._logprobs(rollout, forwarded, self.policy.model)
+            rollout.old_logprobs = self.logprobs(rollout, forwarded, self.policy.model)
         if config.kl_coefficient > 0:
             with self.policy.reference() as reference:
-                rollout.reference_logprobs = self._logprobs(rollout, forwarded, reference)
+                rollout.reference_logprobs = self.logprobs(rollout, forwarded, reference)
         rate = learning_rate(step, config)
         tally = Tally()
         for epoch in range(config.epochs):
@@ -190,7 +131,7 @@ class GRPO(Trainer):
                     config.loss_type, rollout.mask[rows], max_tokens=config.max_tokens, dtype=self.dtype
                 )
                 with self.optimizer.update(rate) as backward:
-                    for part in self._parts(rollout, sorted(set(rows) & set(forwarded))):
+                    for part in self.parts(rollout, sorted(set(rows) & set(forwarded))):
                         backward(self._loss(rollout, part, part.of(weights), tally))
                 tally.updates.append(backward)
         return {**tally.figures(), "learning_rate": rate}
@@ -198,7 +139,7 @@ class GRPO(Trainer):
     def _loss(self, rollout: Rollout, part: Part, weights: Tensor, tally: Tally) -> Tensor:
         """The part's share of the loss: surrogate, corrected for the sampler, with KL and entropy terms."""
         config, mask = self.config, part.of(rollout.mask)
-        logprobs, entropies = self._forward(rollout, part, self.policy.model)
+        logprobs, entropies = self.forward(rollout, part, self.policy.model)
         # On a single update the old log-probabilities are the current ones, and the ratio is exactly 1.
         old = logprobs.detach() if rollout.old_logprobs is None else part.of(rollout.old_logprobs)
         sampler = part.of(rollout.sampler_logprobs)
@@ -234,71 +175,3 @@ class GRPO(Trainer):
             return beta * kl_penalty(logprobs, reference, mask, estimator=estimator, level=level), nothing
         ratios = kl_ratios(logprobs, old, mask, level=level) if config.kl_place == "weighted_loss" else None
         return nothing, beta * kl_loss(logprobs, reference, mask, estimator=estimator, level=level, ratios=ratios)
-
-    def _parts(self, rollout: Rollout, rows: Sequence[int]) -> Iterator[Part]:
-        shared = not self.config.gradient_checkpointing
-        return rollout.parts(rows, self.config.tokens_per_part, share_prompts=shared)
-
-    def _forward(self, rollout: Rollout, part: Part, model: Any) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies [n, l] of a part's tokens."""
-        return completion_logprobs(
-            model,
-            part.prompts,
-            part.prompt_of,
-            part.of(rollout.tokens),
-            part.of(rollout.mask),
-            temperature=self.config.temperature,
-        )
-
-    @torch.no_grad()
-    def _logprobs(self, rollout: Rollout, rows: Sequence[int], model: Any) -> Tensor:
-        """Log-probabilities [N, L] of these rows under a model, without gradient; 0 elsewhere."""
-        found = torch.zeros_like(rollout.mask, dtype=self.dtype)
-        for part in self._parts(rollout, rows):
-            found[part.rows, : part.length] = self._forward(rollout, part, model)[0].to(self.dtype)
-        return found
-
-    def _log_samples(
-        self, step: Step, indices: Sequence[int], rows: Sequence[Record], rollout: Rollout, scores: Scores
-    ) -> None:
-        """Keep the step's first completions, and show one of them all."""
-        samples = describe(rows, rollout.completions, self.policy.tokenizer, self.rewards.names, scores)
-        kept = []
-        for place, sample in enumerate(samples[: self.config.samples_per_step]):
-            origin = {"step": step.number, "kind": "train", "row": indices[place // self.config.group_size]}
-            kept.append(origin | sample | {"advantage": float(rollout.advantages[place])})
-        self.run.log_samples(kept)
-        shown = samples[step.number % len(samples)]
-        title = f"step {step.number}, reward {shown['reward']:.3g}"
-        self.run.view.sample(title, f"{shown['prompt']}\n→ {shown['completion']}")
-
-    def evaluate(self) -> dict[str, float]:
-        """Greedy scores of the policy on the held-out rows, by `eval/…` names."""
-        if not len(self.held_out):
-            raise InputError("there are no held-out rows to evaluate on: eval_rows is 0")
-        return self._answers(self.run.step).metrics
-
-    def evaluate_at(self, step: int) -> Record:
-        """The same within the run: the answers go to samples.jsonl."""
-        found = self._answers(step)
-        self.run.log_samples(found.samples)
-        return dict(found.metrics)
-
-    def _answers(self, step: int) -> Evaluation:
-        groups = self.generator.generate(
-            self.held_out.ids,
-            1,
-            Sampling(self.config.max_tokens, temperature=0, stop=self.config.stop),
-            progress=lambda done, count: self.run.view.status(f"evaluating on held-out rows: {done} of {count}"),
-        )
-        completions = [group[0] for group in groups]
-        state = TrainerState(step, self.config.steps)
-        return evaluate(self.held_out.rows, completions, self.policy.tokenizer, self.rewards, state)
-
-    def can_evaluate(self) -> bool:
-        """Whether there are held-out rows."""
-        return len(self.held_out) > 0
-
-    def close(self) -> None:
-        """Stop the reward functions' process, if they have one."""
-        self.rewards.close()

@@ -4,41 +4,18 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from taurl.llm.settings import (
-    DataSettings,
-    EvaluationSettings,
-    LoraSettings,
-    PartSettings,
-    PromptSettings,
-    RewardSettings,
-    SamplerSettings,
-)
-from taurl.runtime.config import FREE, TrainingConfig
+from taurl.llm.algorithms.online_config import OnlineConfig
 
 
-class GRPOConfig(
-    PartSettings,
-    LoraSettings,
-    SamplerSettings,
-    RewardSettings,
-    EvaluationSettings,
-    PromptSettings,
-    TrainingConfig,
-    DataSettings,
-):
+class GRPOConfig(OnlineConfig):
     """Group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300).
 
     Each step samples `group_size` completions of `prompts_per_step` prompts, scores them with the reward functions,
     takes a completion's advantage from the rewards of its group, and climbs the clipped surrogate.
     """
 
-    prompts_per_step: int = Field(16, ge=1)
-    """Prompts in one step."""
     group_size: int = Field(8, ge=2)
     """Completions of each prompt."""
-    temperature: float = Field(1.0, gt=0)
-    """Of sampling and of the trained distribution alike. (Top-k, top-p and min-p are refused in training: the sampled
-    distribution would not be the trained one.)"""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide the centred rewards by the standard deviation of the group, of the batch, or not at all (Dr. GRPO)."""
     loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
@@ -73,29 +50,11 @@ class GRPOConfig(
     """One estimate a token (in the reward with what follows it), or one of the whole sequence's log-ratio."""
     entropy_coefficient: float = Field(0.0, ge=0)
     """Weight of the entropy bonus."""
-    importance_cap: float | None = Field(2.0, gt=0)
-    """Bound of the weights that correct for sampler and trainer disagreeing; None switches the correction off."""
-    importance_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
-    """One such weight a token, or one for the whole sequence; above the cap it is cut to it, or counts as 0 (TRL's
-    vllm_importance_sampling_mode)."""
     mask_truncated: bool = False
     """Leave completions that hit max_tokens out of the loss (DAPO's overlong filtering)."""
-    minibatches: int = Field(1, ge=1)
-    """Optimiser updates a pass over the step's completions."""
-    epochs: int = Field(1, ge=1)
-    """Passes over the step's completions."""
-
-    samples_per_step: int = Field(8, ge=0, json_schema_extra=FREE)
-    """Completions of each step that are kept in samples.jsonl."""
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.minibatches > self.prompts_per_step:
-            raise ValueError(f"minibatches {self.minibatches} exceed prompts_per_step {self.prompts_per_step}")
-        if self.reward_weights is not None and self.rewards and len(self.reward_weights) != len(self.rewards):
-            raise ValueError(f"{len(self.reward_weights)} reward_weights for {len(self.rewards)} rewards")
+    def _loss_fits_together(self) -> Self:
         if self.loss_type == "vespo" and self.ratio_level is not None:
             raise ValueError(f"ratio_level is {self.ratio_level}, but vespo weighs whole trajectories: leave it out")
-        if self.reward_timeout is None and self.reward_process:
-            raise ValueError("reward_process needs a reward_timeout")
         return self

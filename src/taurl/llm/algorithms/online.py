@@ -1,0 +1,192 @@
+"""What algorithms have in common that sample from the policy, score what it said, and learn from that."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taurl.llm.algorithms.online_config import OnlineConfig
+from taurl.llm.algorithms.setup import loading_model, repeat_data
+from taurl.llm.algorithms.trainer import Trainer
+from taurl.llm.datasets import PromptOrder
+from taurl.llm.evaluation import Evaluation, TrainerState, describe, evaluate, reward_columns, score
+from taurl.llm.generation import Completion, Sampling
+from taurl.llm.likelihood import completion_logprobs
+from taurl.llm.policies import Policy
+from taurl.llm.rewards import RewardSet, Scores
+from taurl.llm.rollouts import Part, Rollout
+from taurl.llm.tasks import PromptReader, train_and_held_out
+from taurl.runtime.errors import InputError
+from taurl.runtime.optimization import Optimizer
+from taurl.runtime.run import Record, Step
+
+RewardFunction = str | Callable[..., Any]
+
+HEADLINE = {
+    "reward": "reward",
+    "entropy": "entropy",
+    "length": "completions/mean_length",
+    "tokens/s": "tokens_per_second",
+}
+MEMORY_SETTINGS = "tokens_per_part or slots (or max_tokens, group_size, prompts_per_step)"
+
+
+class OnlineTrainer(Trainer):
+    """A trainer that samples completions of prompts, has them scored, and learns from both.
+
+    Attributes:
+        rewards: the reward functions.
+        generator: samples from the policy's current weights.
+        prompts, held_out: what is trained and evaluated on.
+        dtype: of figures per token: float32, or float64 for a model in float64.
+    """
+
+    headline = HEADLINE
+    config: OnlineConfig
+
+    def load_rewards(self) -> None:
+        """Make the reward functions."""
+        config = self.config
+        self.rewards = RewardSet(
+            self.given("rewards"),
+            config.reward_weights,
+            timeout=config.reward_timeout,
+            worker_process=config.reward_process,
+        )
+
+    def load_policy(self, dtype: torch.dtype | None, *, keep_reference: bool) -> None:
+        """Make the policy, its optimiser and its generator."""
+        config = self.config
+        with loading_model():
+            self.policy = Policy(
+                self.given("model"),
+                self.given("tokenizer"),
+                dtype=dtype,
+                device=self.device,
+                lora=(config.lora_rank, config.lora_alpha, config.lora_targets),
+                keep_reference=keep_reference,
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+            self.optimizer = Optimizer(self.policy.model.named_parameters(), config)
+        self.generator = self.policy.generator(config.generator, config.slots)
+        self.dtype = torch.promote_types(self.policy.model.dtype, torch.float32)
+
+    def load_prompts(self) -> None:
+        """Read the data, check that the reward functions find their columns, and note it for the resume."""
+        config = self.config
+        self.prompts, self.held_out, dropped = train_and_held_out(
+            PromptReader.of(config, self.policy.tokenizer, self.policy.model),
+            self.given("dataset"),
+            self.given("eval_dataset"),
+            config.eval_rows,
+            config.seed,
+        )
+        if dropped:
+            self.run.view.note(f"{dropped} training rows left out: their prompts are among the held-out ones")
+        for rows in (self.prompts.rows, self.held_out.rows):
+            if rows:
+                self.rewards.check_columns(reward_columns(rows))
+        repeat_data(self.run, self.prompts.fingerprint() + self.held_out.fingerprint())
+        self.order = PromptOrder(len(self.prompts), config.seed)
+
+    def sample(self, prompts: list[list[int]], group_size: int, step: int) -> Rollout:
+        """Completions of prompts given as token ids, `group_size` of each."""
+        config = self.config
+        sampling = Sampling(config.max_tokens, temperature=config.temperature, stop=config.stop)
+        groups = self.generator.generate(prompts, group_size, sampling, key=(config.seed, step))
+        return Rollout.of(prompts, groups, self.device)
+
+    def score(self, rows: Sequence[Record], completions: Sequence[Completion], step: int) -> Scores:
+        """The rewards of one completion a row, as the reward functions see them in this step."""
+        state = TrainerState(step - 1, self.config.steps)
+        return score(rows, completions, self.policy.tokenizer, self.rewards, state)
+
+    def parts(self, rollout: Rollout, rows: Sequence[int]) -> Iterator[Part]:
+        """Some rows of a rollout, cut by the token budget."""
+        shared = not self.config.gradient_checkpointing
+        return rollout.parts(rows, self.config.tokens_per_part, share_prompts=shared)
+
+    def forward(self, rollout: Rollout, part: Part, model: Any) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies [n, l] of a part's tokens under a model."""
+        return completion_logprobs(
+            model,
+            part.prompts,
+            part.prompt_of,
+            part.of(rollout.tokens),
+            part.of(rollout.mask),
+            temperature=self.config.temperature,
+        )
+
+    @torch.no_grad()
+    def logprobs(self, rollout: Rollout, rows: Sequence[int], model: Any) -> Tensor:
+        """Log-probabilities [N, L] of these rows under a model, without gradient; 0 elsewhere."""
+        found = torch.zeros_like(rollout.mask, dtype=self.dtype)
+        for part in self.parts(rollout, rows):
+            found[part.rows, : part.length] = self.forward(rollout, part, model)[0].to(self.dtype)
+        return found
+
+    def note_updates(self, step: Step, figures: Record) -> None:
+        """Say where updates were not taken."""
+        if skipped := figures["updates_skipped"]:
+            at = f"step {step.number}: {skipped} of its updates not taken"
+            self.run.view.note(f"{at}: loss {figures['loss']:g}, gradient norm {figures['grad_norm']:g}")
+
+    def log_completions(
+        self,
+        step: Step,
+        origins: Sequence[int],
+        rows: Sequence[Record],
+        rollout: Rollout,
+        scores: Scores,
+        names: Sequence[str],
+        advantages: Tensor,
+    ) -> None:
+        """Keep the step's first completions, and show one of them all.
+
+        Args:
+            origins: of each completion, the index of its row in the data.
+            names: of the rewards.
+            advantages: float [N].
+        """
+        samples = describe(rows, rollout.completions, self.policy.tokenizer, names, scores)
+        kept = []
+        for place, sample in enumerate(samples[: self.config.samples_per_step]):
+            origin = {"step": step.number, "kind": "train", "row": origins[place]}
+            kept.append(origin | sample | {"advantage": float(advantages[place])})
+        self.run.log_samples(kept)
+        shown = samples[step.number % len(samples)]
+        title = f"step {step.number}, reward {shown['reward']:.3g}"
+        self.run.view.sample(title, f"{shown['prompt']}\n→ {shown['completion']}")
+
+    def evaluate(self) -> dict[str, float]:
+        """Greedy scores of the policy on the held-out rows, by `eval/…` names."""
+        if not self.can_evaluate():
+            raise InputError("there are no held-out rows to evaluate on: eval_rows is 0")
+        return self.answers(self.run.step).metrics
+
+    def evaluate_at(self, step: int) -> Record:
+        """The same within the run: the answers go to samples.jsonl."""
+        found = self.answers(step)
+        self.run.log_samples(found.samples)
+        return dict(found.metrics)
+
+    def answers(self, step: int) -> Evaluation:
+        """Greedy answers to the held-out rows, scored."""
+        groups = self.generator.generate(
+            self.held_out.ids,
+            1,
+            Sampling(self.config.max_tokens, temperature=0, stop=self.config.stop),
+            progress=lambda done, count: self.run.view.status(f"evaluating on held-out rows: {done} of {count}"),
+        )
+        completions = [group[0] for group in groups]
+        state = TrainerState(step, self.config.steps)
+        return evaluate(self.held_out.rows, completions, self.policy.tokenizer, self.rewards, state)
+
+    def can_evaluate(self) -> bool:
+        """Whether there are held-out rows."""
+        return len(self.held_out) > 0
+
+    def close(self) -> None:
+        """Stop the reward functions' process, if they have one."""
+        self.rewards.close()
