@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from taurl.llm.generation import Sampling
-from taurl.llm.generation.draw import draw, truncate, uniforms
+from taurl.llm.generation.draw import draw, require_finite, truncate, uniforms
 from taurl.runtime.errors import InputError, RunError
 
 ALMOST_ONE = 1 - 2.0**-53
@@ -97,8 +97,10 @@ def test_draw_leaves_the_logits_as_they_are():
 def test_logits_that_are_not_finite_are_named(bad, temperature):
     logits = torch.zeros(3, 5)
     logits[1, 2] = bad
+    tokens, logprobs = draw(logits, torch.full((3,), 0.5, dtype=torch.float64), Sampling(1, temperature=temperature))
+    assert (tokens < 5).all()  # none that the model could stumble over before anybody looks
     with pytest.raises(RunError, match="not finite in 1 of 3 sequences") as caught:
-        draw(logits, torch.full((3,), 0.5, dtype=torch.float64), Sampling(1, temperature=temperature))
+        require_finite(logprobs)
     assert "\n" not in str(caught.value)
 
 

@@ -59,6 +59,23 @@ def test_the_number_of_slots_does_not_matter(gemma3):
 
 
 @in_double
+def test_how_often_the_sampler_looks_does_not_matter(gemma3):
+    sampler = SlotSampler(gemma3, stop_token_ids=STOPS, slots=3)
+    assert sampler.tokens_a_look == 1
+    every = sampler.generate(PROMPTS, 4, Sampling(24))
+    sampler.tokens_a_look = 7  # as on a GPU: sequences run on for a while after their end
+    streamed = {}
+    rarely = sampler.generate(
+        PROMPTS,
+        4,
+        Sampling(24),
+        on_token=lambda prompt, completion, token: streamed.setdefault((prompt, completion), []).append(token),
+    )
+    assert_same(every, rarely)
+    assert streamed == {(p, c): group[c].tokens for p, group in enumerate(rarely) for c in range(4)}
+
+
+@in_double
 def test_what_is_sampled_beside_a_prompt_does_not_matter_but_its_place_does(gemma3):
     sampler = SlotSampler(gemma3, stop_token_ids=STOPS, slots=3)
     first, second, third, fourth = PROMPTS

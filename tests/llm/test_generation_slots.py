@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import ARCHITECTURES, CONTEXT, checkpoint_activations, prompts_of, tiny_model
 from transformers import AutoModelForCausalLM, GPTNeoConfig, Llama4TextConfig, MambaConfig
 
 from taurl.llm.generation import Sampling, SlotSampler, TransformersSampler
 from taurl.llm.generation.cache import SlotCache
+from taurl.llm.generation.slot_model import SlotModel
 from taurl.llm.generation.slots import Batch
 from taurl.llm.models import load_model, load_tokenizer
 from taurl.runtime.errors import InputError, RunError
+from taurl.runtime.machine import free_memory_gb
 
 GREEDY = {"temperature": 0.0}
 
@@ -35,13 +38,24 @@ def seen(monkeypatch):
     logits_of = {}
     draw = Batch._draw
 
-    def spy(batch, drafts, logits):
+    def spy(batch, drafts, logits, numbers, ahead):
         for draft, row in zip(drafts, logits, strict=True):
-            logits_of[draft.prompt, draft.completion, len(draft.tokens)] = row.clone()
-        return draw(batch, drafts, logits)
+            logits_of[draft.prompt, draft.completion, len(draft.tokens) + ahead] = row.clone()
+        return draw(batch, drafts, logits, numbers, ahead)
 
     monkeypatch.setattr(Batch, "_draw", spy)
     return logits_of
+
+
+def adapted(architecture):
+    """A tiny model with a LoRA adapter that changes it."""
+    model = get_peft_model(
+        tiny_model(architecture), LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    return model.eval()
 
 
 def stops_at_different_times(rows):
@@ -54,10 +68,10 @@ def stops_at_different_times(rows):
     return sorted(firsts, key=firsts.get)[-2:]
 
 
-@pytest.mark.parametrize("attention", [None, "eager"])
+@pytest.mark.parametrize("attention", [None, "eager", "LoRA"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_tokens_and_logits_equal_those_of_generate(architecture, attention, seen, monkeypatch):
-    model = tiny_model(architecture, attention=attention)
+    model = adapted(architecture) if attention == "LoRA" else tiny_model(architecture, attention=attention)
     prompts = prompts_of([3, 40, 7, 20, 1])
     stops = stops_at_different_times([generate_alone(model, prompt, 30)[0] for prompt in prompts])
     moves = []
@@ -245,6 +259,26 @@ def test_an_attention_that_takes_no_mask_of_ours_is_refused(llama):
     with pytest.raises(InputError, match="attn_implementation='flash_attention_2', not 'sdpa' or 'eager'") as caught:
         SlotSampler(llama)
     one_line(caught)
+
+
+def test_the_memory_for_keys_and_values_bounds_the_slots(llama, monkeypatch):
+    token = 2 * 2 * 2 * 8 * 4  # layers × (keys and values) × key heads × head size × bytes
+    four = 4 * 64 * token / 1e9  # rows come in multiples of 32 columns
+    sampler = SlotSampler(llama, slots=16, kv_memory_gb=four)
+    assert [sampler.slots_for(tokens) for tokens in (33, 64, 65, 96, 1)] == [4, 4, 2, 2, 8]
+    assert SlotSampler(llama, slots=16, kv_memory_gb=1.0).slots_for(64) == 16
+    largest = []
+    decode = SlotModel.decode
+    monkeypatch.setattr(SlotModel, "decode", lambda *args: (largest.append(len(args[2])), decode(*args))[1])
+    groups = sampler.generate(prompts_of([20, 40]), 3, Sampling(20, **GREEDY))
+    assert [len(group) for group in groups] == [3, 3]
+    assert max(largest) == 4
+    with pytest.raises(InputError, match=r"one sequence of 121 tokens .* needs 3.28e-05 GB .* kv_memory_gb is 2e-05"):
+        SlotSampler(llama, kv_memory_gb=2e-5).generate([[1] * 101], 1, Sampling(20))
+
+
+def test_the_default_memory_for_keys_and_values_is_a_quarter_of_what_is_free(llama):
+    assert SlotSampler(llama).kv_memory_gb == pytest.approx(free_memory_gb(llama.device) / 4, rel=0.5)
 
 
 def test_no_slots_are_refused(llama):

@@ -16,8 +16,11 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    PhiConfig,
     PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -59,9 +62,17 @@ _GPT2 = {_GPT2_NAMES.get(name, name): value for name, value in _SIZES.items() if
 
 _CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**_SIZES),
+    "qwen2": lambda: Qwen2Config(**_SIZES),
     "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=8),
     "gemma3": lambda: Gemma3TextConfig(**_SIZES | _GEMMA),
     "mistral": lambda: MistralConfig(**_SIZES, sliding_window=WINDOW),
+    "phi": lambda: PhiConfig(**_SIZES, partial_rotary_factor=0.5),
+    "smollm3": lambda: SmolLM3Config(
+        **_SIZES | {"num_hidden_layers": 4},  # the last one without rotary embedding
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
     "gpt2": lambda: GPT2Config(**_GPT2),
     "gemma2": lambda: Gemma2Config(**_SIZES | _GEMMA, final_logit_softcapping=4.0, attn_logit_softcapping=3.0),
     "granite": lambda: GraniteConfig(**_SIZES, logits_scaling=0.7, attention_multiplier=0.3, residual_multiplier=0.8),

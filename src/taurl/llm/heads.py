@@ -33,7 +33,10 @@ class OutputHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., d], in their dtype."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        return self.finish(nn.functional.linear(hidden, self.weight, self.bias))
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """Scale and soft cap, for what the linear layer gave."""
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

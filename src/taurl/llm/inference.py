@@ -28,7 +28,9 @@ class Model:
         self.tokenizer = load_tokenizer(config.model)
         with out_of_memory_names("the model's size, or precision to bfloat16"):
             self.model = load_model(config.model, dtype=choose_precision(config.precision, device), device=device)
-        self.generator = make_generator(config.generator, self.model, self.tokenizer, config.slots)
+        self.generator = make_generator(
+            config.generator, self.model, self.tokenizer, config.slots, config.kv_memory_gb
+        )
         self.sampling = Sampling(
             config.max_tokens,
             temperature=config.temperature,
@@ -54,7 +56,7 @@ class Model:
             def note(done: int, _: int, start: int = start) -> None:
                 progress(start * count + done)
 
-            with out_of_memory_names("slots or max_tokens"):
+            with out_of_memory_names("kv_memory_gb, slots or max_tokens"):
                 yield self.generator.generate(
                     prompts[start : start + size],
                     count,

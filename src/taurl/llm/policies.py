@@ -94,9 +94,9 @@ class Policy:
             assert self._reference is not None, "made without keep_reference"
             yield self._reference
 
-    def generator(self, kind: str = "slots", slots: int = 64) -> Generator:
+    def generator(self, kind: str = "slots", slots: int = 64, kv_memory_gb: float | None = None) -> Generator:
         """A generator over the current weights."""
-        return make_generator(kind, self.model, self.tokenizer, slots)
+        return make_generator(kind, self.model, self.tokenizer, slots, kv_memory_gb)
 
     def export(self, directory: Path) -> None:
         """Write a folder that `transformers` (with an adapter: `peft`) loads: safetensors, config, tokenizer."""
@@ -111,11 +111,17 @@ def base_name(name: str, loaded_from: str) -> str:
     return name if ("/" in name and not is_folder) or not loaded_from else str(Path(loaded_from).resolve())
 
 
-def make_generator(kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, slots: int) -> Generator:
+def make_generator(
+    kind: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    slots: int,
+    kv_memory_gb: float | None = None,
+) -> Generator:
     """The slot sampler ("slots"), or `model.generate` ("transformers"), with the model's stop tokens."""
     stops = stop_token_ids(model, tokenizer)
     if kind == "slots":
-        return SlotSampler(model, stop_token_ids=stops, tokenizer=tokenizer, slots=slots)
+        return SlotSampler(model, stop_token_ids=stops, tokenizer=tokenizer, slots=slots, kv_memory_gb=kv_memory_gb)
     return TransformersSampler(model, stop_token_ids=stops, tokenizer=tokenizer)
 
 

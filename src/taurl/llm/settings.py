@@ -61,7 +61,10 @@ class SamplerSettings(Settings):
     stop: tuple[str, ...] = ()
     """Strings that end a completion, beside the model's stop tokens."""
     slots: int = Field(64, ge=1, json_schema_extra=FREE)
-    """Sequences that are sampled together; lower it if memory runs out."""
+    """Sequences that are sampled together, at most."""
+    kv_memory_gb: float | None = Field(None, gt=0, json_schema_extra=FREE)
+    """GB that the keys and values of sequences sampled together may take; fewer than `slots` go together where more
+    would not fit. None: a quarter of the memory that is free when the run begins. Lower it if memory runs out."""
     generator: Literal["slots", "transformers"] = Field("slots", json_schema_extra=FREE)
     """The slot sampler, or `model.generate` for models it does not know (slow)."""
 

@@ -102,6 +102,15 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def free_memory_gb(device: torch.device) -> float:
+    """Memory that can still be taken, in GB: the GPU's, or the machine's; all of it where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 1e9
+    with suppress(OSError, StopIteration), open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024 / 1e9
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
 def describe_machine() -> dict[str, str]:
     """Facts for environment.json: system, Python, processor, and GPU if there is one."""
     cpu = platform.processor() or platform.machine()

@@ -11,7 +11,7 @@ from taurl.llm.algorithms.setup import loading_model, repeat_data
 from taurl.llm.algorithms.trainer import Trainer
 from taurl.llm.datasets import PromptOrder
 from taurl.llm.evaluation import Evaluation, TrainerState, describe, evaluate, reward_columns, score
-from taurl.llm.generation import Completion, Sampling
+from taurl.llm.generation import Completion, Sampling, default_kv_memory_gb
 from taurl.llm.likelihood import completion_logprobs
 from taurl.llm.policies import Policy
 from taurl.llm.rewards import RewardSet, Scores
@@ -29,7 +29,7 @@ HEADLINE = {
     "length": "completions/mean_length",
     "tokens/s": "tokens_per_second",
 }
-MEMORY_SETTINGS = "tokens_per_part or slots (or max_tokens, group_size, prompts_per_step)"
+MEMORY_SETTINGS = "tokens_per_part or slots (or kv_memory_gb, max_tokens, group_size, prompts_per_step)"
 
 
 class OnlineTrainer(Trainer):
@@ -69,7 +69,8 @@ class OnlineTrainer(Trainer):
                 gradient_checkpointing=config.gradient_checkpointing,
             )
             self.optimizer = Optimizer(self.policy.model.named_parameters(), config)
-        self.generator = self.policy.generator(config.generator, config.slots)
+        default = self.run.chosen.setdefault("kv_memory_gb", default_kv_memory_gb(self.device))
+        self.generator = self.policy.generator(config.generator, config.slots, config.kv_memory_gb or default)
         self.dtype = torch.promote_types(self.policy.model.dtype, torch.float32)
 
     def load_prompts(self) -> None:

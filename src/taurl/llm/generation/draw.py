@@ -30,14 +30,14 @@ def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> tuple[Tensor, T
     Args:
         logits: [R, V], any floating dtype; the softmax is in float32, or float64 for float64 logits.
         numbers: float64 [R], uniform in [0, 1).
-    Returns: tokens int64 [R], logprobs float [R] (0 at temperature 0, where the draw is certain).
-    Raises: RunError if a row has logits that are NaN or +∞.
+    Returns: tokens int64 [R], logprobs float [R] (0 at temperature 0, where the draw is certain). Where a row has
+        logits that are NaN or +∞, its log-probability is NaN: see `require_finite`, which reads from the device.
     """
     softmax_dtype = torch.promote_types(logits.dtype, torch.float32)
     if sampling.temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)  # NaN counts as the largest
-        require_finite(logits.gather(-1, tokens))
-        return tokens[:, 0], logits.new_zeros(len(logits), dtype=softmax_dtype)
+        best = logits.gather(-1, tokens)[:, 0].to(softmax_dtype)
+        return tokens[:, 0], best - best  # 0, and NaN for what is not finite
     scores = logits.to(softmax_dtype)
     scores = scores - scores.amax(-1, keepdim=True)
     if sampling.temperature != 1:
@@ -46,19 +46,23 @@ def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> tuple[Tensor, T
     # A sum in parallel need not grow monotonically; in float64 that is too little to ever draw what was truncated.
     cumulative = scores.exp().cumsum(-1, dtype=torch.float64 if scores.is_cuda else None)
     total = cumulative[:, -1:]
-    require_finite(total)
     # Rounding may lift the target to the total itself, where no token would exceed it.
     target = (numbers[:, None].to(total) * total).minimum(total.nextafter(torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, target, right=True)
+    # Where the target is NaN the search may end anywhere, past the vocabulary too.
+    tokens = torch.searchsorted(cumulative, target, right=True).clamp_(max=scores.shape[-1] - 1)
     return tokens[:, 0], (scores.gather(-1, tokens) - total.log())[:, 0]
 
 
-def require_finite(values: Tensor) -> None:
-    """Raise a RunError if the model computed something that cannot be drawn from."""
-    if not values.isfinite().all():
-        count = int((~values.isfinite()).sum())
+def require_finite(logprobs: Tensor) -> None:
+    """Raise a RunError if the model computed something that could not be drawn from.
+
+    Args:
+        logprobs: float [R, …], as drawn for R sequences.
+    """
+    if not logprobs.isfinite().all():
+        count = int((~logprobs.isfinite().reshape(len(logprobs), -1).all(1)).sum())
         raise RunError(
-            f"the model's logits are not finite in {count} of {len(values)} sequences: its weights have diverged or "
+            f"the model's logits are not finite in {count} of {len(logprobs)} sequences: its weights have diverged or "
             "are damaged, or overflow in this precision (float32 rules that out)"
         )
 

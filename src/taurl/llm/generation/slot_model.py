@@ -1,14 +1,17 @@
 """A language model run over slots: prompts fill the columns from 0 on, then each row takes one token at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from taurl.llm.generation.attention import NAME, attending_by_plain_products, pays
 from taurl.llm.generation.cache import SlotCache
-from taurl.llm.heads import body, causal_lm, check_head, output_head
+from taurl.llm.generation.packed import PackedLinears
+from taurl.llm.heads import body, causal_lm, check_head, evaluating, output_head
 from taurl.runtime.errors import InputError
 
 COLUMN_STEP = 32  # attention sees a multiple of this many columns, so that kernels meet few distinct shapes
@@ -29,10 +32,37 @@ class SlotModel:
         self.config = model.config.get_text_config()
         self.window = getattr(self.config, "sliding_window", None)
         self.layer_kinds = layer_kinds(self.config)
+        self.packed = PackedLinears(causal_lm(model))
+        self.bytes_a_token = self._bytes_a_token()
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Prepare the model for forward passes: evaluation mode, packed weights, attention of one query.
+
+        Every pass belongs in here. Afterwards the model is as it was, for the trainer's own passes.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            stack.enter_context(self.packed.in_place())
+            if pays(self.config, self.model.dtype, self.model.device):
+                stack.enter_context(attending_by_plain_products(self.config))
+            yield
 
     def new_cache(self, slots: int, tokens: int) -> SlotCache:
         """Storage for `slots` sequences of up to `tokens` tokens, prompt included."""
         return SlotCache(self.config.num_hidden_layers, slots, round_up(tokens, COLUMN_STEP))
+
+    def bytes_of(self, tokens: int) -> int:
+        """Bytes of storage for one sequence of up to `tokens` tokens."""
+        return self.bytes_a_token * round_up(tokens, COLUMN_STEP)
+
+    @torch.inference_mode()
+    def _bytes_a_token(self) -> int:
+        """Bytes of one token's keys and values in all layers, as the model fills them."""
+        with evaluating(self.model):
+            cache, _ = self.prefill([[0]])
+        filled = [layer for layer in cache.slot_layers if layer.is_initialized]
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[SlotCache, Tensor]:
         """Put prompts through the model, padded on the right: their keys and values, and the logits [P, V] that follow.
@@ -48,15 +78,22 @@ class SlotModel:
         positions = torch.arange(ids.shape[1], device=device).expand(len(prompts), -1)
         hidden = self._forward(cache, ids.to(device), positions)
         rows, last = torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1
-        return cache, output_head(self.model)(hidden[rows, last])
+        return cache, self._logits(hidden[rows, last])
 
-    def decode(self, cache: SlotCache, tokens: Sequence[int], columns: Sequence[int]) -> Tensor:
-        """Put one token of each of the first R rows through the model, at its column: the logits [R, V] that follow."""
-        device = self.model.device
-        positions = torch.tensor(columns, device=device)
-        cache.place.decode_at(positions, view=round_up(max(columns) + 1, COLUMN_STEP))
-        hidden = self._forward(cache, torch.tensor(tokens, device=device)[:, None], positions[:, None])
-        return output_head(self.model)(hidden[:, -1])
+    def decode(self, cache: SlotCache, tokens: Tensor, columns: Tensor, seen: int) -> Tensor:
+        """Put one token of each of the first R rows through the model, at its column: the logits [R, V] that follow.
+
+        Args:
+            tokens, columns: int64 [R], on the model's device; no number of theirs is read back from there.
+            seen: more than the last of the columns.
+        """
+        cache.place.decode_at(columns, view=round_up(seen, COLUMN_STEP))
+        return self._logits(self._forward(cache, tokens[:, None], columns[:, None])[:, -1])
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits [R, V] of hidden states [R, d], through the head as a layer, which may be packed."""
+        head: Any = causal_lm(self.model).get_output_embeddings()
+        return output_head(self.model).finish(head(hidden))
 
     def _forward(self, cache: SlotCache, ids: Tensor, positions: Tensor) -> Tensor:
         """Hidden states [R, Q, d] of tokens [R, Q] at their positions, each seeing the columns up to its own."""
@@ -65,7 +102,7 @@ class SlotModel:
         masks = {"full_attention": columns <= own}  # bool [R, 1, Q, view]
         if self.window:
             masks["sliding_attention"] = masks["full_attention"] & (columns > own - self.window)
-        if self.config._attn_implementation == "eager":  # adds the mask to the scores
+        if self.config._attn_implementation in ("eager", NAME):  # these add the mask to the scores
             lowest = torch.finfo(self.model.dtype).min
             masks = {kind: (~mask).to(self.model.dtype) * lowest for kind, mask in masks.items()}
         output = body(self.model)(

@@ -15,13 +15,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.generation.cache import SlotCache
-from taurl.llm.generation.draw import draw, uniforms
+from taurl.llm.generation.draw import draw, require_finite, uniforms
 from taurl.llm.generation.protocol import Completion, Sampling, check_prompts, context_length, ends
 from taurl.llm.generation.slot_model import SlotModel
-from taurl.llm.heads import evaluating
 from taurl.runtime.errors import InputError
+from taurl.runtime.machine import free_memory_gb
 
 PREFILL_TOKENS = 4096  # prompt tokens, padding included, that go through the model together
+# Tokens that every sequence gets before the first look at them. Looking makes a GPU wait for the processor and back;
+# what a sequence gets after its end is thrown away. On a CPU there is nothing to wait for.
+TOKENS_A_LOOK = {"cpu": 1}
+TOKENS_A_LOOK_ELSEWHERE = 8
 
 
 class SlotSampler:
@@ -31,7 +35,9 @@ class SlotSampler:
         model: any model whose layers are full or sliding-window attention.
         stop_token_ids: tokens that end a completion.
         tokenizer: needed for stop strings only.
-        slots: sequences that decode together.
+        slots: sequences that decode together, at most.
+        kv_memory_gb: GB that their keys and values may take: fewer decode together where more would not fit. (Prompts
+            on their way to a slot take room for PREFILL_TOKENS tokens more.) None: see `default_kv_memory_gb`.
     Raises: InputError for a model with other layers.
     """
 
@@ -42,12 +48,17 @@ class SlotSampler:
         stop_token_ids: Iterable[int] = (),
         tokenizer: PreTrainedTokenizerBase | None = None,
         slots: int = 64,
+        kv_memory_gb: float | None = None,
     ):
         if slots < 1:
             raise InputError(f"slots is {slots}, expected at least 1")
+        if kv_memory_gb is None:
+            kv_memory_gb = default_kv_memory_gb(model.device)
+        self.kv_memory_gb = kv_memory_gb
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self.stop_token_ids = frozenset(stop_token_ids)
         self.slot_model = SlotModel(model)
+        self.tokens_a_look = TOKENS_A_LOOK.get(model.device.type, TOKENS_A_LOOK_ELSEWHERE)
 
     @torch.inference_mode()
     def generate(
@@ -60,16 +71,29 @@ class SlotSampler:
         on_token: Callable[[int, int, int], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[list[Completion]]:
-        """See `Generator.generate`. For one number of slots the result is the same bit for bit, else up to rounding."""
+        """See `Generator.generate`. For one number of slots the result is the same bit for bit, else up to rounding.
+
+        Raises: InputError if not even one sequence fits in `kv_memory_gb`.
+        """
         check_prompts(prompts, sampling, context_length(self.model))
         batch = Batch(self, prompts, count, sampling, key, on_token)
-        with evaluating(self.model):
+        with self.slot_model.sampling():
             while batch.waiting or batch.running:
                 batch.fill()
                 batch.decode()
                 if progress:
                     progress(len(batch.done), len(prompts) * count)
         return [[batch.done[prompt, completion] for completion in range(count)] for prompt in range(len(prompts))]
+
+    def slots_for(self, tokens: int) -> int:
+        """How many sequences of up to `tokens` tokens, prompt included, decode together."""
+        gb = self.slot_model.bytes_of(tokens) / 1e9
+        if gb > self.kv_memory_gb:
+            raise InputError(
+                f"one sequence of {tokens} tokens (the longest prompt and max_tokens) needs {gb:.3g} GB for keys and "
+                f"values, kv_memory_gb is {self.kv_memory_gb:.3g}: raise it, or lower max_tokens or the prompt's length"
+            )
+        return min(self.slots, int(self.kv_memory_gb / gb))
 
 
 @dataclass
@@ -120,8 +144,9 @@ class Batch:
         self.running: list[Draft] = []
         self.done: dict[tuple[int, int], Completion] = {}
         self.prefilled: Prefilled | None = None
-        self.slots = min(sampler.slots, len(self.waiting))
-        self.cache = self.model.new_cache(self.slots, max(map(len, prompts), default=0) + sampling.max_tokens)
+        longest = max(map(len, prompts), default=0) + sampling.max_tokens
+        self.slots = min(sampler.slots_for(longest), len(self.waiting))
+        self.cache = self.model.new_cache(self.slots, longest)
 
     def fill(self) -> None:
         """Start waiting completions until the slots are full: draw their first tokens after their prompts."""
@@ -133,7 +158,8 @@ class Batch:
                     break
                 drafts.append(self.waiting.popleft())
             source = torch.tensor([prefilled.rows[draft.prompt] for draft in drafts], device=self.device)
-            stay = self._draw(drafts, prefilled.logits[source])
+            drawn = self._draw(drafts, prefilled.logits[source], self._numbers(drafts, 1)[0], 0)
+            stay = self._take(drafts, [drawn])
             first, last = len(self.running), len(self.running) + len(stay)
             if stay:
                 rows = torch.arange(first, last, device=self.device)
@@ -162,29 +188,57 @@ class Batch:
         return chosen
 
     def decode(self) -> None:
-        """Give every running completion its next token, and free the rows of those that end with it."""
-        if self.running:
-            tokens = [draft.tokens[-1] for draft in self.running]
-            logits = self.model.decode(self.cache, tokens, [draft.column for draft in self.running])
-            self._compact(self._draw(self.running, logits))
+        """Give every running completion its next token or tokens, and free the rows of those that end with one."""
+        running = self.running
+        if not running:
+            return
+        left = min(self.sampling.max_tokens - len(draft.tokens) for draft in running)
+        steps = min(self.sampler.tokens_a_look, left)
+        numbers = self._numbers(running, steps)
+        tokens = torch.tensor([draft.tokens[-1] for draft in running], device=self.device)
+        columns = torch.tensor([draft.column for draft in running], device=self.device)
+        seen = max(draft.column for draft in running) + 1
+        drawn = []
+        for step in range(steps):
+            logits = self.model.decode(self.cache, tokens, columns + step, seen + step)
+            drawn.append(self._draw(running, logits, numbers[step], step))
+            tokens = drawn[-1][0]
+        self._compact(self._take(running, drawn))
 
-    def _draw(self, drafts: Sequence[Draft], logits: Tensor) -> list[int]:
-        """Draw each draft's next token and note those that are done; the indices of the others."""
-        numbers = torch.tensor([draft.numbers[len(draft.tokens)] for draft in drafts], dtype=torch.float64)
-        tokens, logprobs = draw(logits, numbers.to(self.device), self.sampling)
+    def _numbers(self, drafts: Sequence[Draft], steps: int) -> Tensor:
+        """The uniform numbers of each draft's next draws, float64 [steps, R]."""
+        rows = [draft.numbers[len(draft.tokens) : len(draft.tokens) + steps] for draft in drafts]
+        return torch.from_numpy(np.stack(rows, 1)).to(self.device)
+
+    def _draw(self, drafts: Sequence[Draft], logits: Tensor, numbers: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
+        """A token for each draft, `ahead` of those that it has taken by one more, and its log-probability."""
+        return draw(logits, numbers, self.sampling)
+
+    def _take(self, drafts: Sequence[Draft], drawn: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
+        """Add what was drawn to each draft, up to its end; note those that are done; the indices of the others."""
+        tokens, logprobs = (torch.stack(of_steps, 1).cpu() for of_steps in zip(*drawn, strict=True))
+        require_finite(logprobs)
         stay = []
-        for index, (draft, token, logprob) in enumerate(zip(drafts, tokens.tolist(), logprobs.tolist(), strict=True)):
+        for index, (draft, *rows) in enumerate(zip(drafts, tokens.tolist(), logprobs.tolist(), strict=True)):
+            completion = self._finished(draft, *rows)
+            if completion is None:
+                stay.append(index)
+            else:
+                self.done[draft.prompt, draft.completion] = completion
+        return stay
+
+    def _finished(self, draft: Draft, tokens: list[int], logprobs: list[float]) -> Completion | None:
+        """Add tokens to a draft; the completion, if it ends with one of them."""
+        for token, logprob in zip(tokens, logprobs, strict=True):
             draft.tokens.append(token)
             draft.logprobs.append(logprob)
             if self.on_token:
                 self.on_token(draft.prompt, draft.completion, token)
             if ends(draft.tokens, self.sampler.stop_token_ids, self.sampling.stop, self.sampler.tokenizer):
-                self.done[draft.prompt, draft.completion] = Completion(draft.tokens, draft.logprobs, "stop")
-            elif len(draft.tokens) == self.sampling.max_tokens:
-                self.done[draft.prompt, draft.completion] = Completion(draft.tokens, draft.logprobs, "length")
-            else:
-                stay.append(index)
-        return stay
+                return Completion(draft.tokens, draft.logprobs, "stop")
+            if len(draft.tokens) == self.sampling.max_tokens:
+                return Completion(draft.tokens, draft.logprobs, "length")
+        return None
 
     def _compact(self, stay: list[int]) -> None:
         """Keep the running completions `stay` (ascending) in rows 0, 1, …: the last move to where others ended."""
@@ -197,3 +251,8 @@ class Batch:
         for hole, mover in zip(holes, movers, strict=True):
             self.running[hole] = self.running[mover]
         del self.running[left:]
+
+
+def default_kv_memory_gb(device: torch.device) -> float:
+    """A quarter of the memory that is free by now: with the model loaded, and training still to take its part."""
+    return free_memory_gb(device) / 4

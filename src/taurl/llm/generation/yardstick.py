@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from taurl.llm.generation.draw import draw, uniforms
+from taurl.llm.generation.draw import draw, require_finite, uniforms
 from taurl.llm.generation.protocol import Completion, Sampling, check_prompts, context_length, ends
 from taurl.llm.heads import causal_lm, evaluating
 
@@ -29,6 +29,7 @@ class KeyedDraw(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         tokens, logprobs = draw(scores, self.numbers[:, len(self.logprobs)].to(scores.device), self.sampling)
+        require_finite(logprobs)
         self.logprobs.append(logprobs)
         return torch.full_like(scores, -torch.inf).scatter(-1, tokens[:, None], 0.0)
 

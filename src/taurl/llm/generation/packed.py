@@ -1,0 +1,156 @@
+"""Linear layers whose weights oneDNN has packed once, in place of a product that packs them at every call."""
+
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROWS = 32  # what a weight is packed for; other numbers of rows work as well
+SAMPLED = 256  # numbers of a weight that are compared to see whether it has changed
+
+
+class PackedLinears:
+    """A CPU model's linear layers, packed; LoRA adapters are merged into them, for sampling only.
+
+    The packed weights are a copy, some 0.2 s for a model of 135M weights, and the only one: merged weights are packed
+    and dropped. A layer is packed again when its weights have changed. What cannot be packed is left as it is: float64
+    and what oneDNN lacks on this processor, other devices, adapters that do more than W + s · B · A, quantised and
+    sharded weights, and layers that are not `nn.Linear`.
+
+    Args:
+        model: the module whose layers are packed, its output head included.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._packed: dict[nn.Module, Packed] = {}
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the layers compute with packed weights for a while, under inference mode; then they are as before."""
+        layers = self._packed = self._refreshed()
+        try:
+            for layer, packed in layers.items():
+                layer.forward = functools.partial(packed_linear, packed)  # on the instance: hides the class's own
+            yield
+        finally:
+            for layer in layers:
+                vars(layer).pop("forward", None)
+
+    def _refreshed(self) -> dict[nn.Module, "Packed"]:
+        """The layers as they are by now: new and changed ones packed, the others taken over."""
+        layers = {}
+        for layer, linear, factors in packable_layers(self.model):
+            weights = (linear.weight, *(weight for a, b, _ in factors for weight in (a, b)))
+            scales = tuple(scale for _, _, scale in factors)
+            packed = self._packed.get(layer)
+            if packed is None or packed.stale(weights, scales):
+                weight = torch.ops.mkldnn._reorder_linear_weight(merged(linear.weight, factors), ROWS)
+                versions = tuple(map(version, weights))
+                packed = Packed(weight, linear, weights, scales, versions, tuple(sample(w).clone() for w in weights))
+            layers[layer] = packed
+        return layers
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed weight, the layer that holds its bias, and what it was made from."""
+
+    weight: Tensor
+    linear: nn.Linear
+    sources: tuple[Tensor, ...]
+    scales: tuple[float, ...]
+    versions: tuple[tuple[int, int], ...]
+    samples: tuple[Tensor, ...]
+
+    def stale(self, weights: Sequence[Tensor], scales: Sequence[float]) -> bool:
+        """Whether the weights are others by now.
+
+        torch counts what is written to a tensor, but neither through its `.data` nor by a kernel that takes a pointer
+        (bitsandbytes); hence a look at some of the numbers as well. Only such a write to a few numbers of a weight
+        goes unnoticed.
+        """
+        return (
+            len(weights) != len(self.sources)
+            or any(weight is not source for weight, source in zip(weights, self.sources, strict=True))
+            or tuple(scales) != self.scales
+            or tuple(map(version, weights)) != self.versions
+            or not all(torch.equal(sample(w), before) for w, before in zip(weights, self.samples, strict=True))
+        )
+
+
+Factors = list[tuple[Tensor, Tensor, float]]  # LoRA's A [r, in], B [out, r] and scale, of each active adapter
+
+
+def packed_linear(packed: Packed, hidden: Tensor) -> Tensor:
+    """hidden [..., in] · Wᵀ + b, of a packed W."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, packed.weight, packed.linear.bias, "none", [], "")
+    return product
+
+
+def packable_layers(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Linear, Factors]]:
+    """Each layer that can be packed, the plain linear layer it is or wraps, and the adapters to merge into that."""
+    adapters = active_adapters(module)
+    linear: Any = module if adapters is None else module.get_submodule("base_layer")
+    if type(linear) is nn.Linear and "forward" not in vars(module) and can_pack_weight(linear.weight):
+        yield module, linear, adapters or []
+        return
+    for child in module.children():
+        yield from packable_layers(child)
+
+
+def active_adapters(module: Any) -> Factors | None:
+    """The active adapters of a LoRA layer of `peft`; None for other modules, and where one does more than B · A."""
+    layers = sys.modules.get("peft.tuners.lora.layer")  # a second to import; without it there is no such layer
+    if layers is None or type(module) is not layers.Linear or module.disable_adapters or module.merged:
+        return None
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if any(name in module.lora_variant or module.lora_bias[name] for name in names):
+        return None
+    return [(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]) for name in names]
+
+
+def can_pack_weight(weight: Tensor) -> bool:
+    """Whether this is an ordinary weight on the CPU, of a dtype that oneDNN multiplies here."""
+    plain = type(weight) in (nn.Parameter, Tensor) and not weight.is_inference()
+    return plain and weight.device.type == "cpu" and can_pack(weight.dtype)
+
+
+@functools.cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's packed product is there, for this dtype on this processor."""
+    if dtype == torch.float64 or not torch.backends.mkldnn.is_available():
+        return False
+    ones = torch.ones(2, 2, dtype=dtype)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(ones, 2)
+        product = torch.ops.mkldnn._linear_pointwise(ones, packed, None, "none", [], "")
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return torch.equal(product, 2 * ones)
+
+
+def merged(weight: Tensor, factors: Factors) -> Tensor:
+    """W + Σ s · B · A in the dtype of W, added up in float32."""
+    if not factors:
+        return weight.detach()
+    total = weight.float()
+    for a, b, scale in factors:
+        total = total + scale * (b.float() @ a.float())
+    return total.to(weight.dtype)
+
+
+def version(weight: Tensor) -> tuple[int, int]:
+    """Where a tensor's numbers are, and how often torch has written to them."""
+    return weight.data_ptr(), weight._version
+
+
+def sample(weight: Tensor) -> Tensor:
+    """Some of a tensor's numbers, evenly spread over it."""
+    flat = weight.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // SAMPLED)]
