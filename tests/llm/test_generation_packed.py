@@ -1,0 +1,227 @@
+"""Packed linear layers and attention of one query: the same numbers, fresh after each update, no trace afterwards."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import prompts_of, tiny_model
+from torch import nn
+
+from taurl.llm.generation import Sampling, SlotSampler
+from taurl.llm.generation.attention import NAME, one_query_attention
+from taurl.llm.generation.packed import PackedLinears, can_pack
+from taurl.llm.likelihood import completion_logprobs
+from taurl.llm.rollouts import Rollout
+
+IDS = torch.tensor([[5, 17, 99, 3, 42]])
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(dtype)]
+pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="oneDNN is not in this build of torch")
+
+
+def logits(model, packed=None):
+    with torch.inference_mode():
+        if packed is None:
+            return model(IDS, use_cache=False).logits
+        with packed.in_place():
+            return model(IDS, use_cache=False).logits
+
+
+def packed_count(model):
+    packed = PackedLinears(model)
+    with torch.inference_mode(), packed.in_place():
+        return sum("forward" in vars(module) for module in model.modules())
+
+
+def with_lora(base, **settings):
+    options = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
+    model = get_peft_model(base, LoraConfig(**options)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 1, 7)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_packed_layer_computes_what_a_plain_one_does(dtype, shape, bias):
+    layer = nn.Linear(7, 5, bias=bias, dtype=dtype)
+    hidden = torch.randn(*shape[:-1], 14, dtype=dtype)[..., ::2]
+    with torch.inference_mode():
+        expected = nn.functional.linear(hidden.double(), layer.weight.double(), layer.bias.double() if bias else None)
+        with PackedLinears(layer).in_place():
+            found = layer(hidden)
+    assert found.dtype == dtype
+    assert found.shape == expected.shape
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_every_linear_layer_and_the_head_is_packed_and_adapters_within():
+    assert packed_count(tiny_model("llama")) == 2 * 7 + 1
+    assert packed_count(tiny_model("phi")) == 2 * 6 + 1
+    assert packed_count(tiny_model("gpt2")) == 1  # its layers are not nn.Linear
+    model = with_lora(tiny_model("llama"))
+    assert packed_count(model) == 2 * 7 + 1  # merged: neither the bases nor the adapters one by one
+    packed = PackedLinears(model)
+    torch.testing.assert_close(logits(model, packed), logits(model), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"bias": "lora_only", "lora_bias": True}])
+def test_an_adapter_that_does_more_is_not_merged(settings):
+    base = tiny_model("phi")
+    model = with_lora(base, **settings)
+    torch.testing.assert_close(logits(model, PackedLinears(model)), logits(model), atol=1e-4, rtol=1e-4)
+
+
+def set_by_optimizer(model):
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
+    model(IDS, use_cache=False).logits.square().sum().backward()
+    optimizer.step()
+
+
+def set_by_copy(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter * 1.5)
+
+
+def set_through_data(model):
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)  # torch does not count it
+
+
+def set_other_data(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.5
+
+
+def set_by_state(model):
+    model.load_state_dict({name: value * 1.5 for name, value in copy.deepcopy(model.state_dict()).items()})
+
+
+def set_parameters(model):
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.weight = nn.Parameter(module.weight.detach() * 1.5)
+
+
+CHANGES = [set_by_optimizer, set_by_copy, set_through_data, set_other_data, set_by_state, set_parameters]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_weights_are_packed_again(change, adapted):
+    model = with_lora(tiny_model("llama")) if adapted else tiny_model("llama")
+    packed = PackedLinears(model)
+    before = logits(model, packed)
+    change(model)
+    after = logits(model, packed)
+    torch.testing.assert_close(after, logits(model), atol=2e-3, rtol=2e-3)
+    assert (after - before).abs().max() > 0.1
+    assert torch.equal(after, logits(model, PackedLinears(model)))  # as packed anew, bit for bit: resume is exact
+
+
+def test_adapters_switched_and_scaled_are_seen():
+    model = with_lora(tiny_model("llama"))
+    packed = PackedLinears(model)
+    with model.disable_adapter():
+        base = logits(model)
+        torch.testing.assert_close(logits(model, packed), base, atol=1e-4, rtol=1e-4)
+    full = logits(model, packed)
+    assert (full - base).abs().max() > 0.1
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.scaling["default"] *= 0.5
+    half = logits(model, packed)
+    torch.testing.assert_close(half, logits(model), atol=1e-4, rtol=1e-4)
+    assert (half - full).abs().max() > 0.1
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, packed), half, atol=1e-4, rtol=1e-4)
+
+
+def test_what_has_not_changed_is_not_packed_again(monkeypatch):
+    model = with_lora(tiny_model("llama"))
+    packed = PackedLinears(model)
+    logits(model, packed)
+    weights = {layer: entry.weight for layer, entry in packed._packed.items()}
+    logits(model, packed)
+    assert all(packed._packed[layer].weight is weight for layer, weight in weights.items())
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].mlp.up_proj.lora_A["default"].weight.mul_(2)
+    logits(model, packed)
+    assert sum(packed._packed[layer].weight is not weight for layer, weight in weights.items()) == 1
+
+
+def test_float64_and_processors_without_the_operator_compute_as_before(monkeypatch):
+    assert packed_count(tiny_model("llama", torch.float64)) == 0
+    monkeypatch.setattr("taurl.llm.generation.packed.can_pack", lambda dtype: False)
+    assert packed_count(with_lora(tiny_model("llama"))) == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_sampling_leaves_no_trace_on_the_model(adapted, fails):
+    model = with_lora(tiny_model("llama")) if adapted else tiny_model("llama")
+    before = {module: dict(vars(module)) for module in model.modules()}
+    implementation = model.config._attn_implementation
+    expected = logits(model)
+
+    def on_token(*args):
+        assert model.config._attn_implementation == NAME
+        if fails:
+            raise KeyboardInterrupt
+
+    sampler = SlotSampler(model)
+    try:
+        sampler.generate([[1, 2]], 2, Sampling(3), on_token=on_token)
+    except KeyboardInterrupt:
+        assert fails
+    assert model.config._attn_implementation == implementation == "sdpa"
+    assert all(vars(module) == before[module] for module in model.modules())
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize("heads", [1, 2, 6])
+def test_one_query_attends_as_a_plain_loop_says(heads, scaling):
+    query = torch.randn(3, 6, 1, 4, dtype=torch.float64)
+    key, value = torch.randn(3, heads, 5, 4, dtype=torch.float64), torch.randn(3, heads, 5, 2, dtype=torch.float64)
+    visible = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1]], dtype=torch.bool)
+    mask = torch.zeros(3, 5, dtype=torch.float64).masked_fill(~visible, -torch.inf)[:, None, None]
+    found, weights = one_query_attention(nn.Module(), query, key, value, mask, scaling=scaling, sliding_window=3)
+    assert weights is None
+    assert found.shape == (3, 1, 6, 2)
+    for row in range(3):
+        for head in range(6):
+            shared = head * heads // 6
+            columns = visible[row].nonzero()[:, 0].tolist()
+            scores = [float(query[row, head, 0] @ key[row, shared, c]) * (scaling or 0.5) for c in columns]
+            shares = torch.tensor(scores, dtype=torch.float64).softmax(0)
+            expected = sum(share * value[row, shared, c] for share, c in zip(shares, columns, strict=True))
+            torch.testing.assert_close(found[row, 0, head], expected)
+
+
+def test_a_layer_that_does_more_to_its_scores_is_left_to_transformers():
+    query = key = value = torch.randn(1, 2, 1, 4)
+    with pytest.raises(ValueError, match="does not support `softcap`"):
+        one_query_attention(nn.Module(), query, key, value, torch.zeros(1, 1, 1, 1), softcap=3.0)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "phi"])
+def test_log_probabilities_agree_with_the_trainers(architecture, dtype, adapted):
+    model = tiny_model(architecture, dtype)
+    if adapted:
+        model = with_lora(model, init_lora_weights=True)
+    prompts = prompts_of([3, 17, 8, 1])
+    groups = SlotSampler(model, slots=5).generate(prompts, 4, Sampling(24))
+    rollout = Rollout.of(prompts, groups, torch.device("cpu"))
+    prompt_of = torch.arange(4).repeat_interleave(4)
+    with torch.no_grad():
+        trainers, _ = completion_logprobs(model, prompts, prompt_of, rollout.tokens, rollout.mask)
+    difference = (trainers - rollout.sampler_logprobs)[rollout.mask].abs().mean()
+    assert difference < (1e-4 if dtype == torch.float32 else 0.05)
