@@ -34,8 +34,7 @@ docs: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/functional_agreement.py
-	$(BIN)/python benchmarks/sampling.py --prompts 32
-	$(BIN)/python benchmarks/sampling.py --prompts 64
+	$(BIN)/python benchmarks/sampling.py --rows 32x64 64x64
 	$(BIN)/python benchmarks/control_speed.py
 
 # Every preset of the control wing, three seeds each: more than an hour.

@@ -4,8 +4,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import ARCHITECTURES, CONTEXT, checkpoint_activations, prompts_of, tiny_model
+from tiny_policy import letter_a, save_tiny_policy
 from transformers import AutoModelForCausalLM, GPTNeoConfig, Llama4TextConfig, MambaConfig
 
+from taurl.llm import GRPO, GRPOConfig
 from taurl.llm.generation import Sampling, SlotSampler, TransformersSampler
 from taurl.llm.generation.cache import SlotCache
 from taurl.llm.generation.slot_model import SlotModel
@@ -279,6 +281,22 @@ def test_the_memory_for_keys_and_values_bounds_the_slots(llama, monkeypatch):
 
 def test_the_default_memory_for_keys_and_values_is_a_quarter_of_what_is_free(llama):
     assert SlotSampler(llama).kv_memory_gb == pytest.approx(free_memory_gb(llama.device) / 4, rel=0.5)
+
+
+def test_a_resumed_run_keeps_the_memory_that_was_chosen(tmp_path, monkeypatch):
+    """The number of slots, and with it the rounding of what is sampled, follows from it."""
+    rows = [{"prompt": f"{number}+1?"} for number in range(6)]
+    config = GRPOConfig(out=tmp_path / "run", steps=1, prompts_per_step=1, group_size=2, max_tokens=2, eval_rows=0)
+    folder = str(save_tiny_policy(tmp_path / "tiny"))
+    monkeypatch.setattr("taurl.llm.generation.slots.free_memory_gb", lambda device: 8.0)
+    run = GRPO(folder, rows, letter_a, config).train().run
+    monkeypatch.setattr("taurl.llm.generation.slots.free_memory_gb", lambda device: 4.0)
+    resumed = GRPO.resume(run.directory, dataset=rows, rewards=letter_a)
+    assert resumed.generator.kv_memory_gb == 2.0
+    given = GRPO.resume(
+        run.directory, run.config.model_copy(update={"kv_memory_gb": 0.5}), dataset=rows, rewards=letter_a
+    )
+    assert given.generator.kv_memory_gb == 0.5
 
 
 def test_no_slots_are_refused(llama):
