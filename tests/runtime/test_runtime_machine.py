@@ -15,6 +15,7 @@ from taurl.runtime.machine import (
     choose_device,
     choose_precision,
     describe_machine,
+    free_memory_gb,
     keep_freed_memory,
     matrix_product_seconds,
     out_of_memory_names,
@@ -141,3 +142,10 @@ def test_only_failed_allocations_are_taken_for_one(error, expected):
         raise error
     assert type(caught.value) is expected
     assert (caught.value is error) == ("lower slots" not in str(caught.value))
+
+
+def test_free_memory_is_part_of_what_there_is(monkeypatch):
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    assert 0 < free_memory_gb(CPU) <= total
+    monkeypatch.setattr("builtins.open", lambda *args: (_ for _ in ()).throw(FileNotFoundError))  # no /proc
+    assert free_memory_gb(CPU) == total

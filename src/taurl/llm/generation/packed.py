@@ -124,7 +124,7 @@ def can_pack_weight(weight: Tensor) -> bool:
 @functools.cache
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether oneDNN's packed product is there, for this dtype on this processor."""
-    if dtype == torch.float64 or not torch.backends.mkldnn.is_available():
+    if dtype == torch.float64 or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     ones = torch.ones(2, 2, dtype=dtype)
     try:
