@@ -92,8 +92,8 @@ class SlotModel:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits [R, V] of hidden states [R, d], through the head as a layer, which may be packed."""
-        head: Any = causal_lm(self.model).get_output_embeddings()
-        return output_head(self.model).finish(head(hidden))
+        plain: Any = causal_lm(self.model)
+        return output_head(plain).finish(plain.get_output_embeddings()(hidden))
 
     def _forward(self, cache: SlotCache, ids: Tensor, positions: Tensor) -> Tensor:
         """Hidden states [R, Q, d] of tokens [R, Q] at their positions, each seeing the columns up to its own."""
