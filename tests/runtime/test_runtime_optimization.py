@@ -403,6 +403,7 @@ def test_a_checkpoint_in_eight_bits_continues_bit_for_bit(tmp_path):
 def test_eight_bits_are_refused_in_one_line_where_they_cannot_be_had(monkeypatch):
     settings = config(optimizer_states="eight_bit")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(InputError, match=r"needs the package bitsandbytes: pip install 'taurl\[eight-bit\]'") as caught:
         Optimizer(network().named_parameters(), settings)
     assert "\n" not in str(caught.value)

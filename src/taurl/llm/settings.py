@@ -93,7 +93,7 @@ class LoraSettings(Settings):
 class PartSettings(Settings):
     """How much goes through the model at once: speed and memory, not the result."""
 
-    tokens_per_part: int = Field(8192, ge=1, json_schema_extra=FREE)
+    tokens_per_part: int = Field(2048, ge=1, json_schema_extra=FREE)
     """Tokens, padding included, that go forward and backward together; lower it if memory runs out. Speed and memory
     only, the result stays."""
     gradient_checkpointing: bool = Field(False, json_schema_extra=FREE)

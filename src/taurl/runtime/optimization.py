@@ -13,6 +13,10 @@ from taurl.runtime.config import RunConfig, TrainingConfig
 from taurl.runtime.errors import InputError, RunError
 
 
+# What bitsandbytes' eight bits stand for, one table for all weights.
+SHARED = ("qmap1", "qmap2")
+
+
 def learning_rate(step: int, config: RunConfig) -> float:
     """The learning rate of step 1, 2, …, config.steps: linear warm-up, then constant, linear or cosine to 0."""
     if step <= config.warmup_steps:
@@ -140,6 +144,8 @@ class Optimizer:
         for name, master in self.masters.items():
             found[f"master/{name}"] = master.detach()
             for kind, value in self.adam.state.get(master, {}).items():
+                if kind in SHARED:
+                    value = value.clone()  # safetensors stores no tensor under two names
                 found[f"{kind}/{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
         return found
 
@@ -158,8 +164,8 @@ class Optimizer:
                     self.masters[name].copy_(value)
             elif name:
                 master = self.masters[name]
-                counts = self.config.optimizer_states == "eight_bit" and kind == "step"  # a plain number there
-                self.adam.state[master][kind] = int(value) if counts else value.to(master.device, copy=True)
+                plain = kind == "step" and not value.is_floating_point()  # bitsandbytes counts with a Python integer
+                self.adam.state[master][kind] = int(value) if plain else value.to(master.device, copy=True)
         self._round_from_masters()
 
     def _check_fit(self, stored: dict[str, Tensor]) -> None:
