@@ -1,7 +1,7 @@
 """AdamW with float32 masters, gradient accumulation, clipping and the learning rate's schedule."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from taurl.runtime.config import RunConfig, TrainingConfig
 from taurl.runtime.errors import InputError, RunError
-
 
 # What bitsandbytes' eight bits stand for, one table for all weights.
 SHARED = ("qmap1", "qmap2")
@@ -71,7 +70,10 @@ class Optimizer:
             name: parameter if parameter.dtype in (torch.float32, torch.float64) else parameter.detach().float()
             for name, parameter in self.parameters.items()
         }
-        self.adam = adamw(self.masters, config)
+        matrices = [master for master in self.masters.values() if master.ndim >= 2]
+        others = [master for master in self.masters.values() if master.ndim < 2]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+        self.adam = adamw(groups, config)
         # Kept for good: taken afresh in each backward pass they come to lie between activations, and the heap grows.
         self._gradients = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         self.non_finite_in_a_row = 0
@@ -179,15 +181,14 @@ class Optimizer:
                 )
 
 
-def adamw(masters: Mapping[str, Tensor], config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over these tensors, with weight decay on matrices only; its moving averages in float32 or in eight bits.
+def adamw(groups: Sequence[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW over groups of parameters, its moving averages in float32 or in eight bits.
 
     Eight bits are those of Dettmers et al. 2022 (arXiv:2110.02861), in blocks of 256 numbers, from the package
-    bitsandbytes; tensors of fewer than 4,096 numbers stay in float32.
+    bitsandbytes, which keeps tensors of fewer than 4,096 numbers in float32.
+
+    Raises: InputError where bitsandbytes is missing, or would round a parameter in float64.
     """
-    matrices = [master for master in masters.values() if master.ndim >= 2]
-    others = [master for master in masters.values() if master.ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     common: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": config.adam_betas,
@@ -196,15 +197,14 @@ def adamw(masters: Mapping[str, Tensor], config: TrainingConfig) -> torch.optim.
     }
     if config.optimizer_states == "float32":
         return torch.optim.AdamW(groups, **common, fused=True)
+    if any(parameter.dtype != torch.float32 for group in groups for parameter in group["params"]):
+        raise InputError("optimizer_states is eight_bit, but the model has weights in float64; give one in float32")
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise InputError(
-            "optimizer_states is eight_bit, which needs the package bitsandbytes: pip install 'taurl[eight-bit]'"
+            "optimizer_states is eight_bit, which needs the package bitsandbytes: pip install 'taurl[bitsandbytes]'"
         ) from error
-    for name, master in masters.items():
-        if master.dtype != torch.float32:  # bitsandbytes would round it
-            raise InputError(f"optimizer_states is eight_bit, but {name} is {master.dtype}; give a model in float32")
     eight_bit: torch.optim.Optimizer = AdamW8bit([group for group in groups if group["params"]], **common)
     return eight_bit
 
