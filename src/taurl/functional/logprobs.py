@@ -18,8 +18,8 @@ from taurl.functional._inputs import at_least_float32
 # per row than at 512, at 128 rows 15 to 25%, at 64 rows 35 to 40% (d = 576, one core, float32 and bfloat16).
 CHUNK_BYTES = 64 * 2**20
 
-# Logits kept from the forward for the backward pass, which computes those of other rows again, a quarter of the work. For
-# a vocabulary of 49,152: 1,364 rows, a tenth of the memory that SmolLM2's layers keep for as many tokens.
+# Logits kept from the forward for the backward pass, which computes those of other rows again, a quarter of the work.
+# For a vocabulary of 49,152: 1,364 rows, a tenth of the memory that SmolLM2's layers keep for as many tokens.
 KEPT_BYTES = 256 * 2**20
 
 # exp(−1000) is 0 in float64 too: at and below it p · log p is 0, and log p, which may be −∞, may stand for any such.
