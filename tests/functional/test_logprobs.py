@@ -13,6 +13,13 @@ from taurl.functional.logprobs import chosen_logprobs
 OPTIONS = [{}, {"temperature": 0.7}, {"temperature": 2.5}, {"softcap": 2.0}, {"temperature": 1.6, "softcap": 1.5}]
 
 
+@pytest.fixture(autouse=True, params=["nothing kept", "some kept", "all kept"])
+def kept(request, monkeypatch):
+    """Logits for the backward pass: a part of them, in most tests a chunk or two, or as many as fit by default."""
+    some = {"nothing kept": 0, "some kept": 700, "all kept": module.KEPT_BYTES}
+    monkeypatch.setattr(module, "KEPT_BYTES", some[request.param])
+
+
 def example(rows=11, size=4, vocabulary=13, dtype=torch.float64) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     tensors = {
@@ -119,6 +126,19 @@ def test_chunk_size_does_not_change_the_result(options):
         torch.testing.assert_close(values, expected_values, rtol=1e-12, atol=1e-13)
         found = gradients(chosen_logprobs, inputs, **options, rows_per_chunk=rows_per_chunk)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_what_is_kept_is_bounded_and_saves_products(monkeypatch):
+    inputs, row = example(), 13 * 8
+    for kept_bytes, products in [(0, 4), (3 * row - 1, 4), (3 * row, 3), (6 * row, 2), (11 * row, 1), (12 * row, 0)]:
+        monkeypatch.setattr(module, "KEPT_BYTES", kept_bytes)
+        outputs = chosen_logprobs(**inputs, rows_per_chunk=3)
+        with monkeypatch.context() as patch:
+            computed, real = [], module._logits
+            patch.setattr(module, "_logits", lambda *a: (computed.append(a), real(*a))[1])  # noqa: B023
+            first = torch.autograd.grad(outputs[0].sum(), inputs["hidden"], retain_graph=True)[0]
+            assert len(computed) == products
+            assert torch.equal(torch.autograd.grad(outputs[0].sum(), inputs["hidden"])[0], first)
 
 
 @pytest.mark.parametrize("frozen", [("weight", "bias"), ("hidden",), ("hidden", "weight"), ("bias",)])

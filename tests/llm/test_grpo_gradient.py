@@ -380,6 +380,47 @@ def test_several_updates_use_the_log_probabilities_from_before_the_first(tmp_pat
     assert difference(dict(trainer.policy.model.named_parameters()), weights) < 1e-9
 
 
+@pytest.mark.parametrize(("minibatches", "others"), [(1, 0), (5, 4)])
+def test_the_first_minibatch_needs_no_pass_of_its_own(tmp_path, monkeypatch, minibatches, others):
+    """Prompts forwarded without gradient, and log-probabilities from before the first update all the same."""
+    forwarded, rollouts = [], []
+    real, update = GRPO.forward, GRPO._update
+
+    def spy(self, rollout, part, model):
+        forwarded.extend(tuple(prompt) for prompt in part.prompts if not torch.is_grad_enabled())
+        return real(self, rollout, part, model)
+
+    def keep(self, rollout, *arguments):
+        rollouts.append(rollout)
+        return update(self, rollout, *arguments)
+
+    monkeypatch.setattr(GRPO, "forward", spy)
+    monkeypatch.setattr(GRPO, "_update", keep)
+    every = {"entropy_coefficient": 0.1}  # without it, groups without a signal would not be forwarded
+    config = settings(tmp_path, epochs=2, minibatches=minibatches, learning_rate=0.02, tokens_per_part=60, **every)
+    step(config, reward=lambda prompts, **_: [float(place % GROUP) for place in range(len(prompts))])
+    assert len(set(forwarded)) == others
+    untouched, (rollout,) = tiny_model(dtype=torch.float64), rollouts
+    for row, completion in enumerate(rollout.completions):
+        expected, _ = naive_tokens(untouched, rollout.prompts[row // GROUP], completion.tokens, config.temperature)
+        found = rollout.old_logprobs[row, : len(expected)]
+        assert float((found - torch.stack(expected)).abs().max()) < 1e-9
+
+
+def test_the_ratio_may_be_taken_to_the_sampler_without_any_other_pass(tmp_path):
+    config = settings(tmp_path, old_logprobs="sampler", clip_low=0.3, clip_high=0.4)
+    record, trainer, sampled, _ = step(config)
+    old = [completion.logprobs for group in sampled.completions for completion in group]
+    model = tiny_model(dtype=torch.float64)
+    counted = [r is not None for group in REWARDS for r in group]
+    loss = naive_loss(model, None, old, sampled, naive_advantages(REWARDS, "group"), counted, config)
+    loss.backward()
+    assert record["loss"] == pytest.approx(float(loss), rel=1e-9)
+    assert difference(gradient(trainer), {name: p.grad for name, p in model.named_parameters()}) < 1e-9
+    assert record["clip_ratio/low_mean"] > 0  # the shifts of `Mismatched`: ratios are not 1
+    assert record["sampling/logp_difference_mean"] > 0.1
+
+
 def test_on_a_single_update_nothing_is_clipped_and_the_ratio_is_one(tmp_path):
     """However tight the clip: the loss is then −Σ weight · advantage, without any ratio in it."""
     config = settings(tmp_path, clip_low=0.0, clip_high=0.0, importance_cap=None)

@@ -1,6 +1,7 @@
 """The optimiser against torch's, against plain float64 loops, and through a checkpoint."""
 
 import math
+import sys
 from contextlib import suppress
 
 import pytest
@@ -350,3 +351,62 @@ def test_only_vectors_or_only_matrices():
             backward((parameter * 0).sum())
         expected = 1.0 if len(shape) == 1 else 0.95
         assert parameter.flatten().tolist() == pytest.approx([expected] * 3)
+
+
+def eight_bit_network():
+    """Matrices large enough to be kept in eight bits, and vectors that are not."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(64, 80), nn.Tanh(), nn.Linear(80, 64))
+
+
+def eight_bit_run(model, optimizer, steps, skip=0):
+    generator = torch.Generator().manual_seed(5)
+    for number in range(steps):
+        inputs = torch.randn(7, 64, generator=generator)
+        if number >= skip:
+            with optimizer.update(0.001 * (number + 1)) as backward:
+                backward((model(inputs) - inputs).square().mean())
+
+
+def test_averages_in_eight_bits_follow_those_in_float32():
+    pytest.importorskip("bitsandbytes")
+    lean, full = eight_bit_network(), eight_bit_network()
+    start = [parameter.detach().clone() for parameter in full.parameters()]
+    optimizers = {
+        states: Optimizer(model.named_parameters(), config(weight_decay=0.1, optimizer_states=states))
+        for states, model in (("eight_bit", lean), ("float32", full))
+    }
+    eight_bit_run(lean, optimizers["eight_bit"], 6)
+    eight_bit_run(full, optimizers["float32"], 6)
+    for mine, other, before in zip(lean.parameters(), full.parameters(), start, strict=True):
+        assert (mine - other).norm() < 0.1 * (other - before).norm()
+    held = {states: sum(t.nbytes for t in each.tensors().values()) for states, each in optimizers.items()}
+    masters = sum(parameter.nbytes for parameter in full.parameters())
+    assert (held["eight_bit"] - masters) < 0.4 * (held["float32"] - masters)
+
+
+def test_a_checkpoint_in_eight_bits_continues_bit_for_bit(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    whole, before, after = (eight_bit_network() for _ in range(3))
+    settings = config(optimizer_states="eight_bit")
+    optimizers = [Optimizer(model.named_parameters(), settings) for model in (whole, before, after)]
+    eight_bit_run(whole, optimizers[0], 8)
+    eight_bit_run(before, optimizers[1], 4)
+    save_checkpoint(tmp_path, 1, {"optimizer": optimizers[1].tensors()}, {}, keep=1)
+    eight_bit_run(after, optimizers[2], 3)  # what it held before is gone
+    optimizers[2].load_tensors(load_checkpoint(tmp_path, 1)[0]["optimizer"])
+    eight_bit_run(after, optimizers[2], 8, skip=4)
+    assert equal(state_of(optimizers[0]), state_of(optimizers[2]))
+
+
+def test_eight_bits_are_refused_in_one_line_where_they_cannot_be_had(monkeypatch):
+    settings = config(optimizer_states="eight_bit")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(
+        InputError, match=r"needs the package bitsandbytes: pip install 'taurl\[bitsandbytes\]'"
+    ) as caught:
+        Optimizer(network().named_parameters(), settings)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="the model has weights in float64; give one in float32"):
+        Optimizer(network(torch.float64).named_parameters(), settings)

@@ -21,7 +21,7 @@ class Rollout:
         mask: bool [N, L], the tokens that are trained on.
         sampler_logprobs: float [N, L], as sampled.
         advantages: float [N].
-        old_logprobs: float [N, L], the trainer's before the first update; None while there is only one update.
+        old_logprobs: float [N, L], what current log-probabilities are compared with; None until a step's updates begin.
         reference_logprobs: float [N, L]; None without a KL term.
     """
 
@@ -124,6 +124,10 @@ class Part:
         """These rows of a rollout's tensor [N, L] or [N], cut to their longest completion."""
         picked = tensor[self.rows]
         return picked[:, : self.length] if tensor.dim() == 2 else picked
+
+    def put(self, values: Tensor, *, into: Tensor) -> None:
+        """Write values [n, length] of these rows into a rollout's tensor [N, L]."""
+        into[self.rows, : self.length] = values.to(into.dtype)
 
 
 def fitting_pieces(rows: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:

@@ -96,8 +96,11 @@ class LoraSettings(Settings):
 class PartSettings(Settings):
     """How much goes through the model at once: speed and memory, not the result."""
 
-    tokens_per_part: int = Field(8192, ge=1, json_schema_extra=FREE)
+    tokens_per_part: int = Field(2048, ge=1, json_schema_extra=FREE)
     """Tokens, padding included, that go forward and backward together; lower it if memory runs out. Speed and memory
     only, the result stays."""
     gradient_checkpointing: bool = Field(False, json_schema_extra=FREE)
     """Compute activations again in the backward pass: less memory, more time, and prompts are not shared."""
+    compile_layers: bool = False
+    """Compile norms and feed-forward layers by torch.compile, for the passes that take a gradient: fewer passes over
+    memory, and less memory. Needs a C++ compiler (g++), and a minute where no earlier run has compiled the same."""

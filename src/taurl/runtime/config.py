@@ -91,6 +91,9 @@ class OptimizerSettings(Settings):
 class TrainingConfig(OptimizerSettings, RunConfig, MachineSettings):
     """The settings of a run that trains a model of any size, on whatever device."""
 
+    optimizer_states: Literal["float32", "eight_bit"] = "float32"
+    """AdamW's moving averages: float32 (8 bytes a weight), or eight_bit (2 bytes, by bitsandbytes; slower on a CPU)."""
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings of a YAML file; InputError in one line if it is missing, not YAML, or no mapping."""

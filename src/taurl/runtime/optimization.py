@@ -1,7 +1,7 @@
 """AdamW with float32 masters, gradient accumulation, clipping and the learning rate's schedule."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from taurl.runtime.config import RunConfig, TrainingConfig
 from taurl.runtime.errors import InputError, RunError
+
+# What bitsandbytes' eight bits stand for, one table for all weights.
+SHARED = ("qmap1", "qmap2")
 
 
 def learning_rate(step: int, config: RunConfig) -> float:
@@ -70,14 +73,7 @@ class Optimizer:
         matrices = [master for master in self.masters.values() if master.ndim >= 2]
         others = [master for master in self.masters.values() if master.ndim < 2]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-        self.adam = torch.optim.AdamW(
-            groups,
-            lr=config.learning_rate,
-            betas=config.adam_betas,
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.adam = adamw(groups, config)
         # Kept for good: taken afresh in each backward pass they come to lie between activations, and the heap grows.
         self._gradients = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         self.non_finite_in_a_row = 0
@@ -150,7 +146,9 @@ class Optimizer:
         for name, master in self.masters.items():
             found[f"master/{name}"] = master.detach()
             for kind, value in self.adam.state.get(master, {}).items():
-                found[f"{kind}/{name}"] = value
+                if kind in SHARED:
+                    value = value.clone()  # safetensors stores no tensor under two names
+                found[f"{kind}/{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
         return found
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -168,7 +166,8 @@ class Optimizer:
                     self.masters[name].copy_(value)
             elif name:
                 master = self.masters[name]
-                self.adam.state[master][kind] = value.to(master.device, copy=True)
+                plain = kind == "step" and not value.is_floating_point()  # bitsandbytes counts with a Python integer
+                self.adam.state[master][kind] = int(value) if plain else value.to(master.device, copy=True)
         self._round_from_masters()
 
     def _check_fit(self, stored: dict[str, Tensor]) -> None:
@@ -180,6 +179,34 @@ class Optimizer:
                     f"the checkpoint does not fit this model: {name} has shape {shapes.get(name, 'none')} in the "
                     f"checkpoint and {expected.get(name, 'none')} in the model; give the model that the run began with"
                 )
+
+
+def adamw(groups: Sequence[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW over groups of parameters, its moving averages in float32 or in eight bits.
+
+    Eight bits are those of Dettmers et al. 2022 (arXiv:2110.02861), in blocks of 256 numbers, from the package
+    bitsandbytes, which keeps tensors of fewer than 4,096 numbers in float32.
+
+    Raises: InputError where bitsandbytes is missing, or would round a parameter in float64.
+    """
+    common: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": config.adam_betas,
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer_states == "float32":
+        return torch.optim.AdamW(groups, **common, fused=True)
+    if any(parameter.dtype != torch.float32 for group in groups for parameter in group["params"]):
+        raise InputError("optimizer_states is eight_bit, but the model has weights in float64; give one in float32")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise InputError(
+            "optimizer_states is eight_bit, which needs the package bitsandbytes: pip install 'taurl[bitsandbytes]'"
+        ) from error
+    eight_bit: torch.optim.Optimizer = AdamW8bit([group for group in groups if group["params"]], **common)
+    return eight_bit
 
 
 def moving_into(master: Tensor) -> Callable[[Tensor], None]:

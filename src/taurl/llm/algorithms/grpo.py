@@ -117,32 +117,49 @@ class GRPO(OnlineTrainer):
         if config.kl_coefficient > 0 or config.entropy_coefficient > 0:
             has_signal = torch.ones_like(has_signal)
         forwarded = has_signal.repeat_interleave(config.group_size).nonzero().flatten().tolist()
-        if config.epochs * config.minibatches > 1:
-            rollout.old_logprobs = self.logprobs(rollout, forwarded, self.policy.model)
+        minibatches = [
+            rows
+            for epoch in range(config.epochs)
+            for rows in rollout.minibatches(config.minibatches, key=(config.seed, step, epoch))
+        ]
+        rollout.old_logprobs = self._old_logprobs(rollout, sorted(set(forwarded) - set(minibatches[0])))
         if config.kl_coefficient > 0:
             with self.policy.reference() as reference:
                 rollout.reference_logprobs = self.logprobs(rollout, forwarded, reference)
         rate = learning_rate(step, config)
         tally = Tally()
-        for epoch in range(config.epochs):
-            for rows in rollout.minibatches(config.minibatches, key=(config.seed, step, epoch)):
-                weights = torch.zeros_like(rollout.mask, dtype=self.dtype)
-                weights[rows] = loss_weights(
-                    config.loss_type, rollout.mask[rows], max_tokens=config.max_tokens, dtype=self.dtype
-                )
-                with self.optimizer.update(rate) as backward:
-                    for part in self.parts(rollout, sorted(set(rows) & set(forwarded))):
-                        backward(self._loss(rollout, part, part.of(weights), tally))
-                tally.updates.append(backward)
+        for rows in minibatches:
+            weights = torch.zeros_like(rollout.mask, dtype=self.dtype)
+            weights[rows] = loss_weights(
+                config.loss_type, rollout.mask[rows], max_tokens=config.max_tokens, dtype=self.dtype
+            )
+            with self.optimizer.update(rate) as backward:
+                for part in self.parts(rollout, sorted(set(rows) & set(forwarded))):
+                    backward(self._loss(rollout, part, part.of(weights), tally))
+            tally.updates.append(backward)
         return {**tally.figures(), "learning_rate": rate}
+
+    def _old_logprobs(self, rollout: Rollout, later: Sequence[int]) -> Tensor:
+        """What current log-probabilities are compared with [N, L]: the sampler's, or the trainer's before any update.
+
+        The trainer's take a pass of their own only for rows of `later` minibatches: the first minibatch is forwarded
+        before its update anyway, and then fills its own in.
+        """
+        if self.config.old_logprobs == "sampler":
+            return rollout.sampler_logprobs.to(self.dtype)
+        return self.logprobs(rollout, later, self.policy.model)
 
     def _loss(self, rollout: Rollout, part: Part, weights: Tensor, tally: Tally) -> Tensor:
         """The part's share of the loss: surrogate, corrected for the sampler, with KL and entropy terms."""
         config, mask = self.config, part.of(rollout.mask)
         logprobs, entropies = self.forward(rollout, part, self.policy.model)
-        # On a single update the old log-probabilities are the current ones, and the ratio is exactly 1.
-        old = logprobs.detach() if rollout.old_logprobs is None else part.of(rollout.old_logprobs)
-        sampler = part.of(rollout.sampler_logprobs)
+        assert rollout.old_logprobs is not None
+        old, sampler = part.of(rollout.old_logprobs), part.of(rollout.sampler_logprobs)
+        if not tally.updates:  # nothing has changed since the completions were sampled
+            tally.add(mask, {"sampling/logp_difference_mean": (logprobs - sampler).abs()})
+            if config.old_logprobs == "trainer":
+                old = logprobs.detach()  # the ratio is exactly 1
+                part.put(old, into=rollout.old_logprobs)
         penalties, divergences = self._divergence(logprobs, old, rollout, part, tally)
         advantages = part.of(rollout.advantages)[:, None] - penalties
         # vespo weighs whole trajectories against the sampler itself, so that nothing is left to correct.
@@ -158,7 +175,6 @@ class GRPO(OnlineTrainer):
             losses = losses - config.entropy_coefficient * entropies
         low, high = clipped_tokens(*given, ratio_level=level, clip_low=clip_low, clip_high=clip_high)
         tally.add(mask, {"entropy": entropies, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high})
-        tally.add(mask, {"sampling/logp_difference_mean": (old - sampler).abs()})
         return weighted_sum(losses, weights)
 
     def _divergence(

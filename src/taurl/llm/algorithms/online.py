@@ -124,7 +124,7 @@ class OnlineTrainer(Trainer):
         """Log-probabilities [N, L] of these rows under a model, without gradient; 0 elsewhere."""
         found = torch.zeros_like(rollout.mask, dtype=self.dtype)
         for part in self.parts(rollout, rows):
-            found[part.rows, : part.length] = self.forward(rollout, part, model)[0].to(self.dtype)
+            part.put(self.forward(rollout, part, model)[0], into=found)
         return found
 
     def note_updates(self, step: Step, figures: Record) -> None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from taurl.llm.algorithms.setup import choose_machine, separate, with_whole_paths
+from taurl.llm.compiled import compile_layers
 from taurl.llm.policies import Policy
 from taurl.runtime.config import TrainingConfig, read_config
 from taurl.runtime.directory import require_algorithm, write_folder
@@ -78,6 +79,8 @@ class Trainer(ABC):
         self.device, dtype = choose_machine(run, keep_dtype=not isinstance(model, str))
         seed_everything(self.config.seed)
         self.set_up(dtype)
+        if getattr(self.config, "compile_layers", False):
+            run.view.note(compile_layers(self.policy.model, self.device))
 
     def given(self, name: str) -> Any:
         """The object given from Python, or else the setting of that name (None where there is no such setting)."""

@@ -1,0 +1,57 @@
+"""Norms and feed-forward parts of a model's layers compiled by `torch.compile`, for passes with a gradient."""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from taurl.llm.embedded import cache_folder
+from taurl.runtime.errors import InputError
+
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def compile_layers(model: nn.Module, device: torch.device) -> str:
+    """Have what stands beside attention in each layer compiled when a gradient is first taken through it.
+
+    Elementwise work is then done in fewer passes over memory, and less of it is kept for the backward pass. One
+    compilation serves all layers and shapes (but for a single row or column, which takes its own). Attention keeps its
+    cache of keys and values, which does not compile; sampling, and other passes without a gradient, run as before.
+
+    Returns: a line for the log, which says where compiled code is kept for the next run.
+    Raises: InputError where there is no C++ compiler, or the model has no layers that are known as such.
+    """
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise InputError(f"compile_layers needs a C++ compiler, found no {compiler}: install it, or leave it out")
+    parts = parts_beside_attention(model)
+    if not parts:
+        raise InputError(f"compile_layers: {type(model).__name__} has no layers that can be compiled; leave it out")
+    kept = os.environ.setdefault(CACHE_VARIABLE, str(cache_folder() / "compiled"))
+    forwards = {kind: compiled_with_gradient(kind) for kind in {type(part) for part in parts}}
+    for part in parts:
+        part.forward = MethodType(forwards[type(part)], part)
+    return f"the first update compiles parts of the layers, half a minute or more; kept for later runs in {kept}"
+
+
+def parts_beside_attention(model: nn.Module) -> list[nn.Module]:
+    """The modules of each decoder layer that do not belong to its attention, which alone knows the layer's number."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [part for layer in layers for part in layer.children() if not hasattr(part, "layer_idx")]
+
+
+def compiled_with_gradient(kind: type[nn.Module]) -> Callable[..., Any]:
+    """The forward function of a kind of module: compiled where a gradient is taken, and plain elsewhere."""
+    plain: Callable[..., Any] = kind.forward
+    compiled = torch.compile(plain, dynamic=True)
+
+    def forward(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        return (compiled if torch.is_grad_enabled() else plain)(self, *arguments, **keywords)
+
+    return forward

@@ -1,0 +1,89 @@
+"""Compiled parts of layers against the plain ones. By torch's `aot_eager`: captured and differentiated, without C++."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from test_heads import lora
+from test_likelihood import COMPLETIONS, PROMPT_OF, PROMPTS, assert_close, assert_same_gradients, gradients, padded
+from tiny_models import checkpoint_activations, tiny_model
+
+from taurl.llm import compiled
+from taurl.llm.compiled import compile_layers, parts_beside_attention
+from taurl.llm.likelihood import completion_logprobs
+from taurl.runtime.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def captured(monkeypatch, tmp_path):
+    """Where the compiled code would go, and the number of graphs that were captured."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: name)
+    monkeypatch.setenv(compiled.CACHE_VARIABLE, str(tmp_path))
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+def scores(model, completions=COMPLETIONS):
+    tokens, mask = padded(completions, 0)
+    return completion_logprobs(model, PROMPTS, torch.tensor(PROMPT_OF[: len(completions)]), tokens, mask)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kinds"), [("llama", 2), ("gemma3", 2), ("gpt2", 2), ("cohere", 2), ("adapter", 2), ("again", 2)]
+)
+def test_values_and_gradients_are_the_same_and_each_kind_is_compiled_once(captured, architecture, kinds):
+    model = tiny_model(architecture if architecture not in ("adapter", "again") else "llama", torch.float64)
+    if architecture == "adapter":
+        model = lora(model, target_modules="all-linear").double()
+    if architecture == "again":  # computed again in the backward pass
+        checkpoint_activations(model)
+        model.model.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    expected = scores(model)
+    expected_gradients = gradients(model, *expected)
+    said = compile_layers(model, CPU)
+    assert "first update compiles" in said
+    found = scores(model)
+    for values, others in zip(found, expected, strict=True):
+        assert_close(values, others)
+    assert_same_gradients(gradients(model, *found), expected_gradients)
+    scores(model, COMPLETIONS[:3])
+    scores(model, [[3, 4, 5, 6], [7, 8]])
+    assert captured() == kinds
+
+
+def test_passes_without_a_gradient_are_left_alone(captured):
+    model = tiny_model("llama")
+    compile_layers(model, CPU)
+    with torch.no_grad():
+        scores(model)
+    with torch.inference_mode():
+        scores(model)
+    assert captured() == 0
+
+
+def test_a_copy_computes_with_its_own_weights():
+    model = tiny_model("llama")
+    compile_layers(model, CPU)
+    other = copy.deepcopy(model)
+    for part in parts_beside_attention(other):
+        for parameter in part.parameters():
+            parameter.data.zero_()
+    expected = tiny_model("llama")
+    for values, others in zip(scores(model), scores(expected), strict=True):
+        assert_close(values, others, 1e-5)
+    assert float((scores(other)[0] - scores(expected)[0]).abs().max()) > 0.01
+
+
+def test_what_cannot_be_compiled_is_refused_in_one_line(monkeypatch):
+    with pytest.raises(InputError, match=r"^compile_layers: Linear has no layers that can be compiled; leave it out$"):
+        compile_layers(torch.nn.Linear(1, 1), CPU)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    monkeypatch.setenv("CXX", "g++-99")
+    with pytest.raises(InputError, match=r"needs a C\+\+ compiler, found no g\+\+-99: install it, or leave it out"):
+        compile_layers(tiny_model("llama"), CPU)
