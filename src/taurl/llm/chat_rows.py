@@ -105,7 +105,7 @@ class RowEncoder:
         for place in range(1, len(ids)):  # templates differ in whether the end of a turn stands inside the mark
             if ids[place] in self.stops and trained[place - 1] and ids[place - 1] not in self.stops:
                 trained[place] = True
-        if any(message["role"] == "assistant" for message in row.messages[: turns[0]]):
+        if any(message["role"] == "assistant" for message in (row.begun or row.messages[: turns[0]])):
             _, (opening,) = self._places(self._render(row.messages, row), [(turns[0], self._opening(row, turns[0]))])
             trained = [mark and place >= len(opening) for place, mark in enumerate(trained)]
         if not any(trained):
@@ -168,9 +168,9 @@ class RowEncoder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def _render(self, messages: Sequence[Message], row: Chat, **how: bool) -> str:
+        options = {**self._options(row), **how, "tokenize": False}
         with template_refusals():
-            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, **self._options(row), **how)
-        return cast(str, text)
+            return cast(str, self.tokenizer.apply_chat_template(cast(Any, messages), **options))
 
     def _options(self, row: Chat) -> dict[str, Any]:
         return {**self.template_options, **row.options}

@@ -101,15 +101,21 @@ def in_row(number: int) -> Iterator[None]:
 
 
 def question(row: Row) -> str:
-    """What makes two rows the same question: the text before the last answer, or all of a text without one."""
-    if _has(row, "prompt"):
-        return prompt_text(row["prompt"])
-    for column in ("messages", "conversations"):
-        if _has(row, column):
-            messages = _messages(row, column)
-            answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-            return prompt_text(messages[: answers[-1]] if answers else messages)
-    return str(row.get("text") or row.get("input_ids"))
+    """What makes two rows the same question: the text before the last answer, or all of a text without one.
+
+    Of a row that is not well formed, all of it.
+    """
+    column = next((name for name in ("prompt", "messages", "conversations") if _has(row, name)), None)
+    if column is None:
+        return str(row.get("text") or row.get("input_ids") or row)
+    try:
+        asked = row["prompt"] if column == "prompt" else _messages(row, column)
+    except InputError:
+        return str(row)
+    if prompt_problem(asked):
+        return str(row)
+    answers = [place for place, message in enumerate(asked) if column != "prompt" and message["role"] == "assistant"]
+    return prompt_text(asked[: answers[-1]] if answers else asked)
 
 
 def _messages(row: Row, column: str) -> Messages:
@@ -166,7 +172,7 @@ def _options(row: Row) -> dict[str, Any]:
         if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
             raise InputError(f"column 'tools': it is {shown(tools)}; expected a list of JSON schemas")
         options = {**options, "tools": list(tools)}
-    return without_none(options)
+    return {name: without_none(value) for name, value in options.items() if value is not None}
 
 
 def _parsed(row: Row, column: str) -> Any:

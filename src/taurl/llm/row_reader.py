@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -173,8 +174,8 @@ class RowReader:
         )
 
     def _check_ids(self, ids: Sequence[int]) -> None:
-        plain = self.model
-        size = len(self.tokenizer) if plain is None else plain.get_input_embeddings().num_embeddings
+        embeddings: Any = None if self.model is None else self.model.get_input_embeddings()
+        size = len(self.tokenizer) if embeddings is None else embeddings.num_embeddings
         for place, token in enumerate(ids):
             if not 0 <= token < size:
                 raise InputError(f"column 'input_ids': value {place} is {token}; expected a token id below {size}")
