@@ -186,7 +186,7 @@ def test_what_has_no_target_is_named():
             encoder(tokenizer, mask).chat(chat)
     with pytest.raises(InputError, match="mask last needs a prompt with a completion, or messages; this row is text"):
         encoder(tokenizer, "last").text(Text("2+2"))
-    silent = character_tokenizer("{% generation %}{% endgeneration %}" + CHATML_TEXT)
+    silent = character_tokenizer("{% if false %}{% generation %}x{% endgeneration %}{% endif %}" + CHATML_TEXT)
     with pytest.raises(InputError, match="marks no token"):
         encoder(silent).chat(Chat(TALK))
 

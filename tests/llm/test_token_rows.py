@@ -321,7 +321,7 @@ def test_data_sets_are_mixed_by_weight_each_in_epochs_of_its_own(tmp_path):
     for epoch in range(0, len(of_other) - 7, 7):
         assert len(set(of_other[epoch : epoch + 7])) == 7
     of_first = [text for text in drawn if text[0] == "a"]
-    assert len(set(of_first[:20])) == 20 != len(set(drawn[:20]))
+    assert len(set(of_first[:20])) == 20
     again = RowCycle(reader.read(texts("a", 20)), seed=3)
     again.load_state_dict({"position": 4000})
     assert taken(again, 1000, reader) == drawn[4000:]
@@ -368,7 +368,7 @@ def test_a_stream_resumes_exactly_wherever_it_stood(tmp_path, kind):
     drawn = taken(whole, 60, reader)
     assert len({text for text in drawn if text[0] == "a"}) == 12  # the long row makes two
     first = [text for text in drawn if text[0] == "a"]
-    assert {first[i] for i in range(4)} == {"a0", "a1", "a2", "a3"} != set(first[:4:2])
+    assert {first[i] for i in range(4)} == {"a0", "a1", "a2", "a3"}
     for stop in (1, 7, 23, 41):
         begun = stream()
         assert taken(begun, stop, reader) == drawn[:stop]

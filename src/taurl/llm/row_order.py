@@ -131,6 +131,7 @@ class _Source:
         self, reader: RowReader, name: object, seed: Sequence[int], without: Collection[str], counts: Counter[str]
     ):
         self.reader, self.name, self.seed, self.without, self.counts = reader, name, seed, without, counts
+        self.window: list[TokenRow] = []
         self.go_to(0, 0, 0)
 
     @property
