@@ -12,6 +12,7 @@ COMMANDS = {
     "llm grpo": ("taurl.commands.llm_training:grpo", "train a language model on reward functions (GRPO)"),
     "llm evaluate": ("taurl.commands.evaluate:main", "score a model greedily on a data set"),
     "llm generate": ("taurl.commands.generate:main", "complete the prompts of a file"),
+    "llm inspect": ("taurl.commands.inspect:main", "show the rows of a data set as the model sees them"),
     "llm chat": ("taurl.commands.chat:main", "talk to a model"),
     "control q-learning": ("taurl.commands.control:q_learning", "learn a table of action values (Q-learning, SARSA)"),
     "control dqn": ("taurl.commands.control:dqn", "train a network of action values (DQN)"),

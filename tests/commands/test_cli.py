@@ -60,7 +60,7 @@ def test_a_misspelt_command_is_answered_with_the_closest(capsys, words, line):
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("command", ["llm grpo", "llm evaluate", "llm generate", "llm chat"])
+@pytest.mark.parametrize("command", ["llm grpo", "llm evaluate", "llm generate", "llm chat", "llm inspect"])
 def test_each_command_has_its_options_in_its_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])

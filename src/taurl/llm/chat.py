@@ -5,7 +5,8 @@ A prompt is a string or a list of messages {"role", "content"}. Nothing here dec
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from taurl.runtime.errors import InputError
@@ -23,26 +24,29 @@ through the template."""
 MARKER = "taurl"  # a word that no template writes, trims or escapes
 
 
-def prompt_problem(prompt: object) -> str | None:
+def prompt_problem(prompt: object, name: str = "the prompt") -> str | None:
     """What is wrong with a prompt, in a few words that fit after "row 3: ", or None if it is well formed."""
     if isinstance(prompt, str):
-        return None if prompt.strip() else "the prompt is an empty string"
+        return None if prompt.strip() else f"{name} is an empty string"
     if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
-        return f"the prompt is {_shown(prompt)}; expected a string or a list of messages"
+        return f"{name} is {shown(prompt)}; expected a string or a list of messages"
     if not prompt:
-        return "the prompt is an empty list of messages"
+        return f"{name} is an empty list of messages"
     for position, message in enumerate(prompt, start=1):
         if not isinstance(message, Mapping):
-            return f"message {position} is {_shown(message)}; expected {{'role': …, 'content': …}}"
+            return f"message {position} is {shown(message)}; expected {{'role': …, 'content': …}}"
         for key in ("role", "content"):
+            if key == "content" and message.get("tool_calls") and message.get(key) is None:
+                continue  # a call of a tool needs no words
             if key not in message:
                 return f"message {position} has no '{key}' (it has {', '.join(map(str, message)) or 'nothing'})"
             if not isinstance(message[key], str):
-                return f"message {position} has {_shown(message[key])} as '{key}'; expected a string"
+                return f"message {position} has {shown(message[key])} as '{key}'; expected a string"
     return None
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value and its type, short enough for an error message."""
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:59] + '…'} ({type(value).__name__})"
 
@@ -53,7 +57,8 @@ def prompt_text(prompt: Prompt) -> str:
         return prompt
     if len(prompt) == 1 and prompt[0]["role"] == "user":
         return cast(str, prompt[0]["content"])
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    words = (message.get("content") or message.get("tool_calls") or "" for message in prompt)
+    return "\n".join(f"{message['role']}: {said}" for message, said in zip(prompt, words, strict=True))
 
 
 def as_completion(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
@@ -92,15 +97,13 @@ def encode_prompt(
                 raise InputError(
                     "system_prompt needs a chat template, and these prompts are raw text; put it into the prompts"
                 )
-            return _encode_text(prompt, tokenizer)
+            return encode_text(prompt, tokenizer)
         prompt = [{"role": "user", "content": prompt}]
     if not has_template:
         raise InputError(f"{where}: messages need a chat template, and this tokenizer has none; give strings instead")
-    messages = [dict(message) for message in prompt]
-    if system_prompt is not None and all(message["role"] != "system" for message in messages):
-        messages.insert(0, {"role": "system", "content": system_prompt})
+    messages = with_system_prompt(prompt, system_prompt)
     continued = messages[-1]["role"] == "assistant"
-    try:
+    with template_refusals(f"{where}: "):
         ids = tokenizer.apply_chat_template(
             messages,
             tokenize=True,
@@ -109,12 +112,28 @@ def encode_prompt(
             continue_final_message=continued,
             **(chat_template_kwargs or {}),
         )
-    except Exception as error:  # a template raises what it likes, jinja2's errors most often
-        raise InputError(f"{where}: the chat template refuses the messages: {' '.join(str(error).split())}") from error
     return list(cast(list[int], ids))
 
 
-def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[dict[str, Any]]:
+    """The messages (new dicts), with the system prompt before them where they have no system message of their own."""
+    copies = [dict(message) for message in messages]
+    if system_prompt is not None and all(message["role"] != "system" for message in copies):
+        copies.insert(0, {"role": "system", "content": system_prompt})
+    return copies
+
+
+@contextmanager
+def template_refusals(before: str = "") -> Iterator[None]:
+    """Inside, what a chat template raises becomes an InputError; `before` stands before its words."""
+    try:
+        yield
+    except Exception as error:  # a template raises what it likes, jinja2's errors most often
+        raise InputError(f"{before}the chat template refuses the messages: {' '.join(str(error).split())}") from error
+
+
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Raw text as token ids, left open: begun as the tokenizer begins a text, never twice, and not ended."""
     ids: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     begin = [tokenizer.bos_token_id]
     # Of what the tokenizer puts around a text only its beginning is wanted: a text that was closed has no continuation.

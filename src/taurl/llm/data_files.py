@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,19 @@ Row = dict[str, Any]
 
 
 def read_file(name: str) -> list[Row]:
-    """All rows of a data file, one dict a row, chosen by the file's ending (see `READERS`). CSV values stay strings.
+    """All rows of a data file, as `iterate_file` gives them. Raises: InputError, also for a file without rows."""
+    rows = list(iterate_file(name))
+    if not rows:
+        raise InputError(f"{name}: holds no rows")
+    return rows
 
-    Raises: InputError for a missing or empty file, an unknown ending, or the first row that cannot be read, with its
-    line.
+
+def iterate_file(name: str) -> Iterator[Row]:
+    """The rows of a data file, one dict a row, read as they are taken (but for a .json that is one array).
+
+    The file's ending chooses how it is read (see `READERS`). CSV values stay strings.
+
+    Raises: InputError for a missing file, an unknown ending, or the first row that cannot be read, with its line.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -28,23 +37,19 @@ def read_file(name: str) -> list[Row]:
     if reader is None:
         raise InputError(f"data file '{name}' ends in '{path.suffix}'; expected one of {', '.join(READERS)}")
     try:
-        rows = reader(path)
+        yield from reader(path)
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from error
     except OSError as error:
         raise InputError(f"{name}: cannot be read: {one_line(error)}") from error
-    if not rows:
-        raise InputError(f"{name}: holds no rows")
-    return rows
 
 
-def _read_jsonl(path: Path) -> list[Row]:
+def _read_jsonl(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as file:
-        return _parse_lines(path, file)
+        yield from _parse_lines(path, file)
 
 
-def _parse_lines(path: Path, lines: Iterable[str]) -> list[Row]:
-    rows = []
+def _parse_lines(path: Path, lines: Iterable[str]) -> Iterator[Row]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -52,21 +57,21 @@ def _parse_lines(path: Path, lines: Iterable[str]) -> list[Row]:
             row = json.loads(line)
         except ValueError as error:
             raise InputError(f"{path}:{number}: not JSON ({one_line(error)}): {_excerpt(line)}") from error
-        rows.append(_require_object(row, f"{path}:{number}"))
-    return rows
+        yield _require_object(row, f"{path}:{number}")
 
 
-def _read_json(path: Path) -> list[Row]:
+def _read_json(path: Path) -> Iterator[Row]:
     text = path.read_text(encoding="utf-8-sig")
     if not text.lstrip().startswith("["):
-        return _parse_lines(
-            path, text.split("\n")
-        )  # JSON lines under the shorter name; `splitlines` would cut at U+2028 too
+        # JSON lines under the shorter name; `splitlines` would cut at U+2028 too
+        yield from _parse_lines(path, text.split("\n"))
+        return
     try:
         rows = json.loads(text)
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {one_line(error)}") from error
-    return [_require_object(row, f"{path}: item {number}") for number, row in enumerate(rows, start=1)]
+    for number, row in enumerate(rows, start=1):
+        yield _require_object(row, f"{path}: item {number}")
 
 
 def _require_object(row: object, where: str) -> Row:
@@ -82,10 +87,9 @@ def _excerpt(text: str) -> str:
     return text if len(text) <= 60 else text[:59] + "…"
 
 
-def _read_csv(path: Path) -> list[Row]:
+def _read_csv(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
-        rows: list[Row] = []
         header: list[str] | None = None
         try:
             for values in reader:
@@ -100,10 +104,9 @@ def _read_csv(path: Path) -> list[Row]:
                         "quote a value that holds commas or line breaks"
                     )
                 else:
-                    rows.append(dict(zip(header, values, strict=True)))
+                    yield dict(zip(header, values, strict=True))
         except csv.Error as error:
             raise InputError(f"{path}:{reader.line_num}: not CSV: {one_line(error)}") from error
-        return rows
 
 
 def _header(names: list[str], path: Path) -> list[str]:
@@ -113,18 +116,19 @@ def _header(names: list[str], path: Path) -> list[str]:
     return names
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a readable Parquet file: {one_line(error)}") from error
-    return rows
 
 
-READERS: dict[str, Callable[[Path], list[Row]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,

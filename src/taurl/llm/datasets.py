@@ -7,16 +7,19 @@ Rows are a plain list of dicts, one per example, with the column names of Huggin
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from taurl.llm.chat import prompt_problem, prompt_text
-from taurl.llm.data_files import READERS, Row, read_file
+from taurl.llm.chat import prompt_problem
+from taurl.llm.data_files import READERS, Row, iterate_file, read_file
 from taurl.llm.hub import hub_cache_only, hub_problem
 from taurl.llm.reasoning_tasks import PREFIX, reasoning_rows
+from taurl.llm.row_forms import question
 from taurl.runtime.errors import InputError, one_line
 
 Rows = list[Row]
@@ -41,24 +44,62 @@ def load_rows(
             thousands.
     Raises: InputError (one line) for anything that cannot be read or found.
     """
-    if name.startswith(PREFIX):
+    if is_task(name):
         rows = reasoning_rows(name.removeprefix(PREFIX), arguments or {})
-    elif arguments:
-        raise InputError(f"data set '{name}' takes no arguments ({', '.join(arguments)} given); only {PREFIX}TASK does")
-    elif name.startswith(("/", "~", ".")) or name.endswith(tuple(READERS)) or Path(name).exists():
-        rows = read_file(name)
     else:
-        rows = _hub_rows(name)
+        _refuse_arguments(name, arguments)
+        rows = read_file(name) if _is_file(name) else as_rows(hub_rows(name))
     return prepare_rows(rows, columns=columns, answer_after=answer_after)
 
 
-def prepare_rows(rows: object, *, columns: Mapping[str, str] | None = None, answer_after: str | None = None) -> Rows:
-    """Rows given from Python, or just read, with their columns renamed and the answer cut out as `load_rows` says."""
+def iterate_rows(source: object, *, arguments: Mapping[str, Any] | None = None, start: int = 0) -> Iterator[Row]:
+    """The raw rows of a data set from row `start` on (counted from 0), without holding them all where it can be.
+
+    Files are read as rows are taken, hub data sets and iterable ones of `datasets` as streams; the rest is read whole.
+
+    Args:
+        source: a name as in `load_rows`, a `datasets.IterableDataset`, or what `as_rows` takes.
+    """
+    if isinstance(source, str) and is_task(source):
+        source = reasoning_rows(source.removeprefix(PREFIX), arguments or {})
+    elif isinstance(source, str):
+        _refuse_arguments(source, arguments)
+        if _is_file(source):
+            return islice(iterate_file(source), start, None)
+        source = hub_rows(source, streaming=True)
+    if hasattr(source, "skip"):  # a data set of `datasets`
+        return (dict(row) for row in source.skip(start))
+    return islice(as_rows(source), start, None)
+
+
+def is_task(name: str) -> bool:
+    """Whether a data set's name is that of a reasoning-gym task."""
+    return name.startswith(PREFIX)
+
+
+def _refuse_arguments(name: str, arguments: Mapping[str, Any] | None) -> None:
+    if arguments:
+        raise InputError(f"data set '{name}' takes no arguments ({', '.join(arguments)} given); only {PREFIX}TASK does")
+
+
+def _is_file(name: str) -> bool:
+    return name.startswith(("/", "~", ".")) or name.endswith(tuple(READERS)) or Path(name).exists()
+
+
+def prepare_rows(
+    rows: object, *, columns: Mapping[str, str] | None = None, answer_after: str | None = None, first: int = 1
+) -> Rows:
+    """Rows given from Python, or just read, with their columns renamed and the answer cut out as `load_rows` says.
+
+    Args:
+        first: number of the first row, for error messages.
+    """
     ready = rename_columns(as_rows(rows), columns or {})
-    return ready if answer_after is None else extract_answers(ready, answer_after)
+    return ready if answer_after is None else extract_answers(ready, answer_after, first=first)
 
 
-def _hub_rows(name: str) -> Rows:
+def hub_rows(name: str, *, streaming: bool = False) -> Any:
+    """A split of a hub data set, as `load_rows` names it: a `datasets.Dataset`, or an `IterableDataset`."""
     import datasets
 
     repository, *selection = name.split(":")
@@ -69,9 +110,7 @@ def _hub_rows(name: str) -> Rows:
     unreachable = hub_problem(repository, "dataset")
     try:
         with hub_cache_only() if unreachable else nullcontext():
-            return as_rows(datasets.load_dataset(repository, config, split=split_name))
-    except InputError:
-        raise
+            return datasets.load_dataset(repository, config, split=split_name, streaming=streaming)
     except Exception as error:  # a loader can fail in as many ways as there are formats
         reason = unreachable or one_line(error)
         raise InputError(
@@ -129,7 +168,7 @@ def rename_columns(rows: Rows, columns: Mapping[str, str]) -> Rows:
     return [{columns.get(name, name): value for name, value in row.items()} for row in rows]
 
 
-def extract_answers(rows: Rows, marker: str) -> Rows:
+def extract_answers(rows: Rows, marker: str, *, first: int = 1) -> Rows:
     """Rows whose column `answer` is what followed the last `marker` in it, stripped, with `1,234` written `1234`.
 
     Raises: InputError naming the first row whose answer is no text or holds no marker.
@@ -137,7 +176,7 @@ def extract_answers(rows: Rows, marker: str) -> Rows:
     if "answer" not in columns_of(rows):
         raise InputError(f"no column 'answer' to cut after '{marker}'; the data has {', '.join(columns_of(rows))}")
     extracted = []
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(rows, start=first):
         answer = row["answer"]
         if not isinstance(answer, str) or marker not in answer:
             raise InputError(f"row {number} of the data: no '{marker}' in its answer {str(answer)[-60:]!r}")
@@ -159,9 +198,9 @@ def check_prompts(rows: Rows) -> None:
             raise InputError(f"row {number} of the data: {problem}")
 
 
-def _key(row: Row) -> str:
-    """What makes two rows the same question: the text of the prompt, white space apart."""
-    return " ".join(prompt_text(row["prompt"]).split())
+def key(row: Row) -> str:
+    """What makes two rows the same question: the text of the prompt (see `question`), white space apart."""
+    return " ".join(question(row).split())
 
 
 def split(rows: Rows, held_out: int, seed: int) -> tuple[Rows, Rows, int]:
@@ -176,7 +215,7 @@ def split(rows: Rows, held_out: int, seed: int) -> tuple[Rows, Rows, int]:
     """
     if held_out == 0:
         return rows, [], 0
-    distinct = len({_key(row) for row in rows})
+    distinct = len({key(row) for row in rows})
     if held_out < 0 or held_out >= distinct:
         raise InputError(
             f"cannot hold out {held_out} of {len(rows)} rows: they have {distinct} distinct prompts, and at least "
@@ -184,7 +223,7 @@ def split(rows: Rows, held_out: int, seed: int) -> tuple[Rows, Rows, int]:
         )
     chosen: dict[str, int] = {}
     for index in np.random.default_rng(seed).permutation(len(rows)).tolist():
-        chosen.setdefault(_key(rows[index]), index)
+        chosen.setdefault(key(rows[index]), index)
         if len(chosen) == held_out:
             break
     train, _ = _without(rows, chosen)
@@ -195,7 +234,7 @@ def distinct_rows(rows: Rows) -> Rows:
     """The first row of each prompt text, in order."""
     first: dict[str, Row] = {}
     for row in rows:
-        first.setdefault(_key(row), row)
+        first.setdefault(key(row), row)
     return list(first.values())
 
 
@@ -204,7 +243,7 @@ def distinct_from(train: Rows, held_out: Rows) -> tuple[Rows, int]:
 
     Raises: InputError if none is left.
     """
-    kept, removed = _without(train, {_key(row) for row in held_out})
+    kept, removed = _without(train, {key(row) for row in held_out})
     if not kept:
         raise InputError(
             f"all {len(train)} training prompts are among the {len(held_out)} held-out ones; evaluate on other rows"
@@ -213,7 +252,7 @@ def distinct_from(train: Rows, held_out: Rows) -> tuple[Rows, int]:
 
 
 def _without(rows: Rows, keys: Collection[str]) -> tuple[Rows, int]:
-    kept = [row for row in rows if _key(row) not in keys]
+    kept = [row for row in rows if key(row) not in keys]
     return kept, len(rows) - len(kept)
 
 

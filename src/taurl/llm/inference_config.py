@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from taurl.llm.settings import ModelSettings, PromptSettings, RewardSettings, SamplerSettings
+from taurl.llm.settings import ModelSettings, PromptSettings, RewardSettings, RowSettings, SamplerSettings
 from taurl.runtime.config import MachineSettings
 
 
@@ -54,3 +54,15 @@ class ChatConfig(InferenceConfig):
     """Of sampling; 0 takes the most likely token."""
     max_tokens: int = Field(512, ge=1)
     """Longest answer."""
+
+
+class InspectConfig(RowSettings, ModelSettings):
+    """Show rows of a data set as the model sees them in training: targets bright, the rest dim, each special token
+    by its name. Rows with `chosen` and `rejected` are shown as both; of prompts alone, nothing is a target."""
+
+    model: str = "smollm2-135m-instruct"
+    """Local folder (runs/NAME/final), smollm2-135m-instruct, or a Hugging Face hub name."""
+    dataset: str | None = None
+    """reasoning-gym:TASK, a .jsonl, .json, .csv or .parquet file, or a hub name."""
+    rows: int = Field(3, ge=1)
+    """How many rows are shown, the first ones."""

@@ -9,7 +9,14 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from taurl.llm import embedded
 from taurl.llm.hub import hub_problem, quiet_transformers
@@ -121,6 +128,25 @@ def load_model(name_or_path: str | Path, *, dtype: torch.dtype, device: str | to
             "its folder is incomplete or its config.json belongs to another model"
         )
     return cast(PreTrainedModel, model.eval().to(device))
+
+
+def load_outline(name_or_path: str | Path) -> PreTrainedModel:
+    """A model as `load_model` would load it, but for its weights, which take no memory: for a look at what it takes.
+
+    Raises: InputError if there is none.
+    """
+    path = resolve_model(str(name_or_path))
+    if is_adapter(path):
+        path = resolve_model(_adapter_base(path))
+    factory: Any = AutoModelForCausalLM
+    with quiet_transformers(), torch.device("meta"):
+        try:
+            model = factory.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
+            if (Path(path) / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"model '{name_or_path}' cannot be loaded: {one_line(error)}") from error
+    return cast(PreTrainedModel, model)
 
 
 def _load_adapter(path: str, **options: Any) -> PreTrainedModel:

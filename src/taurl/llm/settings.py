@@ -5,7 +5,7 @@ A config inherits the groups it has, first the most particular: `class GRPOConfi
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from taurl.runtime.config import FREE, Settings
 
@@ -51,6 +51,38 @@ class EvaluationSettings(Settings):
     """Held-out rows: none of their prompts is trained on. 0 evaluates nothing."""
     eval_every: int = Field(0, ge=0, json_schema_extra=FREE)
     """Steps between evaluations; 0 evaluates before and after."""
+
+
+class RowSettings(PromptSettings):
+    """How the rows of supervised training become token ids, and which of these are targets."""
+
+    chat_template: str | None = None
+    """chatml, a template file (Jinja), or a local model folder whose template is taken. Default: the model's own, and
+    chatml for a model without one that is given conversations."""
+    mask: Literal["auto", "completion", "assistant", "last", "all"] = "auto"
+    """Which tokens are trained: the completion of a prompt, every turn of the assistant, its last turn, or all. Auto:
+    completion where there is a prompt with one, assistant for conversations, all for plain text."""
+    separate_turns: bool = False
+    """Make a row of each answer, with the conversation as the model saw it then: for templates that render earlier
+    turns otherwise (Qwen 3 leaves their thinking out)."""
+    max_length: int | None = Field(None, ge=2)
+    """Longest row in tokens; default: the model's context (TRL: 1024)."""
+    overlong: Literal["truncate", "drop", "split"] = "truncate"
+    """What becomes of a longer row: its beginning, nothing, or several rows."""
+    mix: dict[str, float] = Field(default_factory=dict)
+    """More data sets to train on, as name=weight; `dataset` has weight 1, and rows are drawn in proportion."""
+    streaming: bool = False
+    """Read rows as they are needed, for data that does not fit in memory; eval_dataset must then be given."""
+    shuffle_window: int = Field(1000, ge=1)
+    """Rows of a stream that are shuffled among themselves."""
+
+    @field_validator("mix")
+    @classmethod
+    def _weights_are_positive(cls, mix: dict[str, float]) -> dict[str, float]:
+        for name, weight in mix.items():
+            if not 0 < weight < float("inf"):
+                raise ValueError(f"the weight of {name} is {weight}; expected a number above 0")
+        return mix
 
 
 class SamplerSettings(Settings):

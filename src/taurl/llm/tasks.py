@@ -5,14 +5,22 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.chat import PromptFormat, encode_prompt
-from taurl.llm.datasets import Rows, check_prompts, distinct_from, distinct_rows, load_rows, prepare_rows, split
+from taurl.llm.datasets import (
+    Rows,
+    check_prompts,
+    distinct_from,
+    distinct_rows,
+    is_task,
+    load_rows,
+    prepare_rows,
+    split,
+)
 from taurl.llm.generation.protocol import context_length
-from taurl.llm.reasoning_tasks import PREFIX
 from taurl.runtime.errors import InputError
 
 
@@ -62,6 +70,10 @@ class PromptReader:
             check_prompts(rows)
             rows = (distinct_rows(rows) if distinct else rows)[:limit]
             return Prompts(rows, [self._encode(row, index) for index, row in enumerate(rows)])
+
+    def for_other(self, source: object) -> "PromptReader":
+        """The reader of a further data set: the arguments are those of a task, and go to no file."""
+        return self if not isinstance(source, str) or is_task(source) else replace(self, arguments={})
 
     def _encode(self, row: Mapping[str, Any], index: int) -> list[int]:
         ids = encode_prompt(
@@ -116,23 +128,41 @@ class Prompts:
         return self.take([place[id(row)] for row in rows])
 
 
+class Readable(Protocol):
+    """Rows of a data set in some form, `Prompts` for one."""
+
+    @property
+    def rows(self) -> Rows: ...
+
+    def of(self, rows: Rows) -> Self: ...
+
+
+Read = TypeVar("Read", bound=Readable)
+
+
+class Reader(Protocol[Read]):
+    """What reads a data set, `PromptReader` for one."""
+
+    def read(self, source: object, limit: int | None = None, *, distinct: bool = False) -> Read: ...
+
+    def for_other(self, source: object) -> "Reader[Read]": ...
+
+
 def train_and_held_out(
-    reader: PromptReader, dataset: object, eval_dataset: object, eval_rows: int, seed: int
-) -> tuple[Prompts, Prompts, int]:
-    """Training and held-out prompts that share no text, and how many training rows were dropped for that.
+    reader: Reader[Read], dataset: object, eval_dataset: object, eval_rows: int, seed: int
+) -> tuple[Read, Read, int]:
+    """Training and held-out rows that share no question, and how many training rows were dropped for that.
 
     Without `eval_dataset` the held-out rows are taken out of `dataset`; with it, its first `eval_rows`
     distinct ones are used.
     """
-    prompts = reader.read(dataset)
+    read = reader.read(dataset)
     if eval_dataset is not None:
-        file = isinstance(eval_dataset, str) and not eval_dataset.startswith(PREFIX)
-        own = replace(reader, arguments={}) if file else reader  # the arguments are the task's
-        held_out = own.read(eval_dataset, limit=eval_rows, distinct=True)
-        train, dropped = distinct_from(prompts.rows, held_out.rows)
-        return prompts.of(train), held_out, dropped
+        held_out = reader.for_other(eval_dataset).read(eval_dataset, limit=eval_rows, distinct=True)
+        train, dropped = distinct_from(read.rows, held_out.rows)
+        return read.of(train), held_out, dropped
     try:
-        train, chosen, dropped = split(prompts.rows, eval_rows, seed)
+        train, chosen, dropped = split(read.rows, eval_rows, seed)
     except InputError as error:
         raise InputError(f"eval_rows is {eval_rows}: {error}") from error
-    return prompts.of(train), prompts.of(chosen), dropped
+    return read.of(train), read.of(chosen), dropped

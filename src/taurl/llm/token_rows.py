@@ -1,6 +1,17 @@
 """Rows of token ids for supervised training, and which of their tokens are targets."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from taurl.llm.datasets import Rows
+
+Overlong: TypeAlias = Literal["truncate", "drop", "split"]
 
 
 @dataclass(frozen=True)
@@ -14,3 +25,60 @@ class TokenRow:
 
     ids: list[int]
     trained: list[bool]
+
+
+def fit(row: TokenRow, longest: int | None, overlong: Overlong) -> list[TokenRow]:
+    """A row of at most `longest` tokens: itself, its beginning, nothing, or rows that it is cut into.
+
+    Each of these begins with the last token of the one before, so that no target is lost. Those without a target are
+    left out.
+    """
+    length = len(row.ids)
+    if longest is None or length <= longest:
+        return [row]
+    starts = {"truncate": range(1), "drop": range(0), "split": range(0, length - 1, longest - 1)}[overlong]
+    parts = [
+        TokenRow(row.ids[start : start + longest], [False, *row.trained[start + 1 : start + longest]])
+        for start in starts
+    ]
+    return [part for part in parts if any(part.trained)]
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows of one or several data sets with their token ids.
+
+    Attributes:
+        rows: as they were read, less those of which nothing was left.
+        parts: the token rows of each, one unless it was split.
+        sources: which data set each came from, an index of `weights`.
+        weights: how often rows of each data set are drawn, in proportion.
+        counts: how many rows were `truncated`, `split` or `dropped` for their length when they were read.
+    """
+
+    rows: Rows
+    parts: list[list[TokenRow]]
+    sources: list[int]
+    weights: tuple[float, ...] = (1.0,)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def token_rows(self) -> list[TokenRow]:
+        """All token rows, in order."""
+        return [row for parts in self.parts for row in parts]
+
+    def __len__(self) -> int:
+        return len(self.token_rows)
+
+    def of(self, rows: Rows) -> TokenRows:
+        """Some of the rows, which are found by identity."""
+        place = {id(row): index for index, row in enumerate(self.rows)}
+        kept = [place[id(row)] for row in rows]
+        return TokenRows(
+            rows, [self.parts[i] for i in kept], [self.sources[i] for i in kept], self.weights, self.counts
+        )
+
+    def fingerprint(self) -> str:
+        """A hash of the token rows and their weights: other data, another order, template or mask give another."""
+        content = [[row.ids, row.trained] for row in self.token_rows]
+        return hashlib.sha256(json.dumps([content, self.sources, self.weights]).encode()).hexdigest()

@@ -1,0 +1,110 @@
+"""`taurl llm inspect`: rows of a data set as token rows, targets apart from what is only read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from taurl.commands.options import parse
+from taurl.llm.inference_config import InspectConfig
+from taurl.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from taurl.llm.data_files import Row
+    from taurl.llm.row_reader import RowReader
+    from taurl.llm.token_rows import TokenRow
+
+CONTEXT, TARGET = "dim", "bold bright_green"
+SPECIAL_CONTEXT, SPECIAL_TARGET = "cyan", "bold bright_yellow"
+LEGEND = "⟦what is trained⟧, the rest is context"  # brackets where there is no colour
+
+
+def main(words: Sequence[str]) -> int:
+    config = parse(InspectConfig, words, prog="taurl llm inspect")
+    if config.dataset is None:
+        raise InputError("no data set given: name one with --dataset (a .jsonl file, for example)")
+
+    from taurl.llm.datasets import iterate_rows
+    from taurl.llm.models import load_outline, load_tokenizer
+    from taurl.llm.row_reader import RowReader
+    from taurl.llm.tasks import named
+
+    reader = RowReader.of(config, load_tokenizer(config.model), load_outline(config.model))
+    console, counts = Console(highlight=False), Counter[str]()
+    for index, (own, name) in enumerate(reader.sources(config.dataset)):
+        with named(name):
+            raw = list(islice(iterate_rows(name, arguments=own.settings.dataset_args), config.rows))
+            rows = own.prepare(raw, further=index > 0)
+            for number, row in enumerate(rows, start=1):
+                for title, shown in versions(own, row, number, counts):
+                    console.print(heading(f"{name}, row {number}{title}", shown), style="bold", soft_wrap=True)
+                    console.print(painted(shown, own.tokenizer, console.color_system is not None), soft_wrap=True)
+                    console.print()
+    console.print(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or LEGEND, style="dim")
+    return 0
+
+
+def versions(reader: RowReader, row: Row, number: int, counts: Counter[str]) -> Iterator[tuple[str, TokenRow]]:
+    """What a row is trained as, with a title for each: one token row, several, or none if it is dropped."""
+    from taurl.llm.chat import encode_prompt
+    from taurl.llm.token_rows import TokenRow
+
+    def has(name: str) -> bool:
+        return row.get(name) is not None
+
+    if has("prompt") and has("chosen") and has("rejected"):
+        for side in ("chosen", "rejected"):
+            for shown in reader.encode({**row, "completion": row[side]}, number, counts):
+                yield f", {side}", shown
+    elif any(map(has, ("input_ids", "messages", "conversations", "completion", "text"))):
+        parts = reader.encode(row, number, counts)
+        for place, shown in enumerate(parts, start=1):
+            yield f", part {place} of {len(parts)}" if len(parts) > 1 else "", shown
+    else:
+        settings = reader.settings
+        ids = encode_prompt(
+            row.get("prompt"),  # type: ignore[arg-type]  # what is wrong with it is said there
+            reader.tokenizer,
+            system_prompt=settings.system_prompt,
+            prompt_format=settings.prompt_format,
+            chat_template_kwargs=settings.chat_template_kwargs,
+            row=number - 1,
+        )
+        yield ", prompt alone", TokenRow(ids, [False] * len(ids))
+
+
+def heading(title: str, row: TokenRow) -> Text:
+    """Which row, and its size."""
+    return Text(f"{title}: {len(row.ids)} tokens, {sum(row.trained)} trained")
+
+
+def painted(row: TokenRow, tokenizer: PreTrainedTokenizerBase, coloured: bool) -> Text:
+    """The row's text; line breaks are marked where a token row holds them, targets stand in brackets without colour."""
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    text = Text()
+    place = 0
+    for trained, targets in groupby(row.trained):
+        if trained and not coloured:
+            text.append("⟦")
+        run = row.ids[place : place + len(list(targets))]
+        for is_special, tokens in groupby(run, key=special.__contains__):
+            piece = tokenizer.decode(list(tokens), skip_special_tokens=False)
+            style = (SPECIAL_TARGET if trained else SPECIAL_CONTEXT) if is_special else TARGET if trained else CONTEXT
+            text.append(visible(str(piece)), style=style)
+        place += len(run)
+        if trained and not coloured:
+            text.append("⟧")
+    return text
+
+
+def visible(text: str) -> str:
+    """Line breaks with a mark, and nothing that a terminal would obey."""
+    shown = "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in text)
+    return shown.replace("\n", "↵\n")

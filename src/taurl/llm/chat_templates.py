@@ -1,0 +1,112 @@
+"""Chat templates by name or file, the tokens they need, and the stop tokens that go with the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from taurl.llm.chat import stop_token_ids
+from taurl.llm.embedded import NAME
+from taurl.llm.models import load_tokenizer
+from taurl.runtime.errors import InputError, reason
+
+CHATML = "chatml"
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+CHATML_TEXT = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def set_chat_template(name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> list[int]:
+    """Give the tokenizer a chat template, and where ChatML's tokens are new, tokenizer and model those.
+
+    Args:
+        name: `chatml`, a file (Jinja, as chat_template.jinja in a model's folder), or a model in a local folder (or
+            the embedded one), whose template is taken.
+        model: None where there is only a tokenizer to look at.
+    Returns: ids of the tokens that are new, none in most cases.
+    Raises: InputError for another name, a file that is no template, or a model with an adapter that needs new tokens.
+    """
+    if name == CHATML:
+        tokenizer.chat_template = CHATML_TEXT
+        return _add_tokens(CHATML_TOKENS, tokenizer, model)
+    path = Path(name).expanduser()
+    if path.is_file():
+        tokenizer.chat_template = _template_file(path)
+    elif path.is_dir() or name.lower() == NAME:
+        tokenizer.chat_template = load_tokenizer(name).chat_template
+        if not tokenizer.chat_template:
+            raise InputError(f"chat_template is {name!r}: this model has none")
+    else:
+        raise InputError(f"chat_template is {name!r}; expected {CHATML}, a template file or a model's folder")
+    return []
+
+
+def _template_file(path: Path) -> str:
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        # The tag `generation` is an extension of transformers; without it the rest is what jinja checks here.
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(text))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"chat_template {path}: cannot be read: {reason(error)}") from error
+    except TemplateSyntaxError as error:
+        raise InputError(f"chat_template {path}:{error.lineno}: not a Jinja template: {error.message}") from error
+    return text
+
+
+def _without_generation(text: str) -> str:
+    import re
+
+    return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
+
+
+def _add_tokens(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> list[int]:
+    """Make these special tokens of the tokenizer, and make room for the new ones among them in the model.
+
+    A new token's embedding is the mean of all others, and so is its row of the output layer: its logit is then the mean
+    logit, and the token is no more probable than an average one. A row near 0, the usual start, has a logit near 0,
+    which is above all others in a model whose logits are negative, and the token would be sampled everywhere
+    (Hewitt 2021, Initializing New Word Embeddings for Pretrained Language Models).
+    """
+    known = tokenizer.get_vocab()
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    new = [int(cast(int, tokenizer.convert_tokens_to_ids(token))) for token in tokens if token not in known]
+    if not new or model is None:
+        return new
+    if hasattr(model, "peft_config"):
+        raise InputError(
+            f"the template needs the new tokens {' '.join(tokens)}, and this model has an adapter already: "
+            "merge it first, or give a template whose tokens the model knows"
+        )
+    old = list(known.values())
+    plain: Any = model
+    if max(new) >= plain.get_input_embeddings().num_embeddings:
+        with torch.random.fork_rng(devices=[]):  # its random rows are overwritten below; draw them from nowhere
+            plain.resize_token_embeddings(max(new) + 1, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (plain.get_input_embeddings(), plain.get_output_embeddings()):
+            for values in (layer.weight, getattr(layer, "bias", None)) if layer is not None else ():
+                if values is not None:
+                    values[new] = values[old].double().mean(dim=0).to(values.dtype)
+    return new
+
+
+def write_stop_tokens(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end an answer (`stop_token_ids`), which are also written to the model's generation_config.
+
+    So that whoever loads the model from its folder stops where it was taught to.
+    """
+    stops = stop_token_ids(cast(PreTrainedModel, model), tokenizer)
+    settings = getattr(model, "generation_config", None)
+    if settings is not None and stops:
+        settings.eos_token_id = list(stops) if len(stops) > 1 else stops[0]
+    return stops

@@ -1,0 +1,181 @@
+"""From a data set by name to rows of token ids, as supervised training takes them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from taurl.llm.chat import with_system_prompt
+from taurl.llm.chat_rows import RowEncoder
+from taurl.llm.chat_templates import CHATML, set_chat_template, write_stop_tokens
+from taurl.llm.data_files import Row
+from taurl.llm.datasets import Rows, as_rows, columns_of, distinct_rows, is_task, load_rows, prepare_rows
+from taurl.llm.generation.protocol import context_length
+from taurl.llm.row_forms import Chat, Text, in_row, read_form
+from taurl.llm.settings import RowSettings
+from taurl.llm.tasks import named
+from taurl.llm.token_rows import TokenRow, TokenRows, fit
+from taurl.runtime.errors import InputError
+
+OUTCOME = {"truncate": "truncated", "split": "split"}
+
+
+@dataclass
+class RowReader:
+    """Reads data sets for one model.
+
+    Reading may change tokenizer and model: a model without a chat template gets ChatML with its tokens where a row
+    holds a conversation. So read before an adapter or an optimiser is made.
+
+    Attributes:
+        settings: of the reading.
+        model: None where there is only a tokenizer to look at.
+        longest: most tokens of a row; None: no bound.
+        strings_are_messages: whether a prompt that is a string is the user's message.
+        new_tokens: ids of tokens that the model did not have. (An adapter must train their embeddings.)
+    """
+
+    settings: RowSettings
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel | None
+    longest: int | None
+    strings_are_messages: bool
+    encoder: RowEncoder
+    new_tokens: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, settings: RowSettings, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> RowReader:
+        """A reader by the settings. Sets the template that they name, and writes the stop tokens to the model.
+
+        Raises: InputError for a template that cannot be had, or a max_length beyond the model's context.
+        """
+        context = None if model is None else context_length(model)
+        if settings.max_length and context and settings.max_length > context:
+            raise InputError(f"max_length is {settings.max_length}, more than the model's context of {context}")
+        new = [] if settings.chat_template is None else set_chat_template(settings.chat_template, tokenizer, model)
+        as_messages = settings.prompt_format == "chat" or (
+            settings.prompt_format == "auto" and bool(tokenizer.chat_template)
+        )
+        stops = write_stop_tokens(model, tokenizer)
+        encoder = RowEncoder(tokenizer, stops, settings.mask, settings.chat_template_kwargs)
+        return cls(settings, tokenizer, model, settings.max_length or context, as_messages, encoder, new)
+
+    def read(self, source: object, limit: int | None = None, *, distinct: bool = False) -> TokenRows:
+        """The first `limit` rows of a data set by name or as an object, and of those of the setting `mix`.
+
+        With `distinct`, rows whose question came before are passed over.
+
+        Raises: InputError, which names source, row, column and value, for what cannot be read or trained on.
+        """
+        rows: Rows = []
+        parts: list[list[TokenRow]] = []
+        sources: list[int] = []
+        counts: Counter[str] = Counter(truncated=0, split=0, dropped=0)
+        for index, (reader, name) in enumerate(self.sources(source)):
+            with named(name):
+                raw = load_rows(name, arguments=reader.settings.dataset_args) if isinstance(name, str) else name
+                found = reader.prepare(as_rows(raw), further=index > 0)
+                found = (distinct_rows(found) if distinct else found)[:limit]
+                encoded = [reader.encode(row, number, counts) for number, row in enumerate(found, start=1)]
+                kept = [place for place, row_parts in enumerate(encoded) if row_parts]
+                if not kept:
+                    raise InputError(f"none of {len(found)} rows is left within {self.longest} tokens: see overlong")
+            rows += [found[place] for place in kept]
+            parts += [encoded[place] for place in kept]
+            sources += [index] * len(kept)
+        return TokenRows(rows, parts, sources, self.weights, dict(counts))
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the data set and of those mixed in."""
+        return (1.0, *self.settings.mix.values())
+
+    def sources(self, source: object) -> list[tuple[RowReader, object]]:
+        """The data set and those mixed in, each with its reader."""
+        if source is None:
+            raise InputError("no data set given: name one with dataset (a .jsonl file, for example)")
+        return [(self, source), *((self.for_other(name), name) for name in self.settings.mix)]
+
+    def for_other(self, source: object) -> RowReader:
+        """The reader of a further data set: without the mix, and without arguments that are a task's."""
+        changes: dict[str, object] = {"mix": {}}
+        if isinstance(source, str) and not is_task(source):
+            changes["dataset_args"] = {}
+        return replace(self, settings=self.settings.model_copy(update=changes))
+
+    def prepare(self, rows: Rows, *, first: int = 1, further: bool = False) -> Rows:
+        """Raw rows with columns renamed and answers cut out.
+
+        Args:
+            first: number of the first row.
+            further: whether they are of a data set mixed in, of which only what is there is renamed and cut.
+        """
+        columns, answer_after = self.settings.columns, self.settings.answer_after
+        if further:
+            there = columns_of(rows)
+            columns = {old: new for old, new in columns.items() if old in there}
+            answer_after = answer_after if "answer" in there else None
+        return prepare_rows(rows, columns=columns, answer_after=answer_after, first=first)
+
+    def encode(self, row: Row, number: int, counts: Counter[str]) -> list[TokenRow]:
+        """The token rows of a row, one in most cases; what its length cost is added to `counts`.
+
+        Args:
+            number: of the row, from 1, for error messages.
+        """
+        fitting: list[TokenRow] = []
+        with in_row(number):
+            for whole in self._whole(row):
+                if not any(whole.trained):
+                    raise InputError("nothing to train on: none of its tokens is a target")
+                parts = fit(whole, self.longest, self.settings.overlong)
+                if self.longest is not None and len(whole.ids) > self.longest:
+                    counts[OUTCOME[self.settings.overlong] if parts else "dropped"] += 1
+                fitting += parts
+        return fitting
+
+    def _whole(self, row: Row) -> list[TokenRow]:
+        """The row as token rows of any length."""
+        form = read_form(row, strings_are_messages=self.strings_are_messages)
+        if isinstance(form, TokenRow):
+            self._check_ids(form.ids)
+            return [form]
+        if isinstance(form, Text):
+            if form.prompt is not None and self.settings.system_prompt is not None:
+                raise InputError(
+                    "system_prompt needs a chat template, and this prompt is raw text; put it into the data"
+                )
+            return [self.encoder.text(form)]
+        self._require_template()
+        chat = self._with_system_prompt(form)
+        if not self.settings.separate_turns or self.settings.mask == "all":
+            return [self.encoder.chat(chat)]
+        turns = self.encoder.turns(chat)
+        return [self.encoder.chat(replace(chat, messages=chat.messages[: turn + 1]), [turn]) for turn in turns]
+
+    def _require_template(self) -> None:
+        if not self.tokenizer.chat_template:
+            self.new_tokens += set_chat_template(CHATML, self.tokenizer, self.model)
+            self.encoder.stops = write_stop_tokens(self.model, self.tokenizer)
+
+    def _with_system_prompt(self, chat: Chat) -> Chat:
+        prompt = self.settings.system_prompt
+        messages = with_system_prompt(chat.messages, prompt)
+        added = len(messages) - len(chat.messages)
+        return replace(
+            chat,
+            messages=messages,
+            first=None if chat.first is None else chat.first + added,
+            begun=None if chat.begun is None else with_system_prompt(chat.begun, prompt),
+        )
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        embeddings: Any = None if self.model is None else self.model.get_input_embeddings()
+        size = len(self.tokenizer) if embeddings is None else embeddings.num_embeddings
+        for place, token in enumerate(ids):
+            if not 0 <= token < size:
+                raise InputError(f"column 'input_ids': value {place} is {token}; expected a token id below {size}")

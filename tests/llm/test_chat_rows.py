@@ -1,0 +1,217 @@
+"""The masks of conversations and texts, by hand, for templates that behave as the families do."""
+
+from itertools import groupby
+
+import pytest
+from chat_families import CHATML_MARKED, FAMILIES, GEMMA3, LLAMA3, MISTRAL_LAST, QWEN3, character_tokenizer
+
+from taurl.llm.chat import encode_prompt, stop_token_ids
+from taurl.llm.chat_rows import RowEncoder
+from taurl.llm.chat_templates import CHATML_TEXT
+from taurl.llm.models import load_tokenizer
+from taurl.llm.row_forms import Chat, Text
+from taurl.runtime.errors import InputError
+
+
+def says(role, content):
+    return {"role": role, "content": content}
+
+
+SYSTEM = says("system", "Be brief.")
+TALK = [says("user", "2+2?"), says("assistant", "four"), says("user", "3+3?"), says("assistant", "six")]
+
+
+def encoder(tokenizer, mask="auto", **options):
+    return RowEncoder(tokenizer, stop_token_ids(None, tokenizer), mask, options)
+
+
+def trained(row, tokenizer):
+    """The text of each run of targets."""
+    runs = groupby(zip(row.ids, row.trained, strict=True), key=lambda pair: pair[1])
+    return [tokenizer.decode([token for token, _ in pairs]) for target, pairs in runs if target]
+
+
+def require_as_seen_when_answering(row, prompt, tokenizer, **options):
+    """The row begins with what a sampler is given for the prompt, and the last run of targets begins behind it."""
+    ids = encode_prompt(prompt, tokenizer, chat_template_kwargs=options)
+    assert row.ids[: len(ids)] == ids
+    assert row.trained[len(ids)]
+    assert not row.trained[len(ids) - 1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("system", [False, True])
+def test_the_answers_and_what_ends_them_are_trained(family, system):
+    template, end, takes_system = FAMILIES[family]
+    if system and not takes_system:
+        pytest.skip("has no system role")
+    tokenizer = character_tokenizer(template)
+    messages = [SYSTEM] * system + TALK
+    space = " " if family == "mistral" else ""
+    answers = [f"{space}four{end}", f"{space}six{end}"]
+    for mask, expected in {"auto": answers, "assistant": answers, "last": answers[1:]}.items():
+        row = encoder(tokenizer, mask).chat(Chat(messages))
+        assert trained(row, tokenizer) == expected
+        assert row.ids == tokenizer.apply_chat_template(messages, return_dict=False)
+        require_as_seen_when_answering(row, messages[:-1], tokenizer)
+    row = encoder(tokenizer).chat(Chat(messages, first=len(messages) - 1))  # prompt and completion
+    assert trained(row, tokenizer) == answers[1:]
+    row = encoder(tokenizer, "assistant").chat(Chat(messages, first=len(messages) - 1))
+    assert trained(row, tokenizer) == answers
+    row = encoder(tokenizer, "all").chat(Chat(messages))
+    assert row.trained == [False] + [True] * (len(row.ids) - 1)
+
+
+def test_a_completion_of_several_turns_trains_only_the_assistants():
+    tokenizer = character_tokenizer(CHATML_TEXT)
+    row = encoder(tokenizer).chat(Chat([*TALK, *TALK], first=3))
+    assert trained(row, tokenizer) == ["six<|im_end|>", "four<|im_end|>", "six<|im_end|>"]
+
+
+def test_the_date_in_llama_3s_header_may_be_given():
+    tokenizer = character_tokenizer(LLAMA3)
+    row = encoder(tokenizer, date_string="26 Jul 2024").chat(Chat(TALK))
+    assert "Today Date: 26 Jul 2024" in tokenizer.decode(row.ids)
+    require_as_seen_when_answering(row, TALK[:-1], tokenizer, date_string="26 Jul 2024")
+    own = Chat(TALK, options={"date_string": "1 Jan 2025"})
+    assert "Today Date: 1 Jan 2025" in tokenizer.decode(encoder(tokenizer, date_string="no").chat(own).ids)
+
+
+THINKING = [
+    says("user", "2+2?"),
+    says("assistant", "<think>\ntwo twos\n</think>\n\nfour"),
+    says("user", "3+3?"),
+    says("assistant", "<think>\ntwo threes\n</think>\n\nsix"),
+]
+
+
+def test_thinking_that_is_dropped_from_earlier_turns_is_refused_and_each_way_out_works():
+    tokenizer = character_tokenizer(QWEN3)
+    with pytest.raises(InputError) as caught:
+        encoder(tokenizer).chat(Chat(THINKING))
+    text = str(caught.value)
+    assert "\n" not in text
+    for part in (
+        "message 2",
+        r"assistant\n<think>\ntwo twos",
+        r"assistant\nfour<|im_end|>",
+        "mask last",
+        "separate_turns",
+    ):
+        assert part in text
+    row = encoder(tokenizer, "last").chat(Chat(THINKING))
+    assert trained(row, tokenizer) == ["<think>\ntwo threes\n</think>\n\nsix<|im_end|>"]
+    require_as_seen_when_answering(row, THINKING[:-1], tokenizer)
+    for turn in (1, 3):  # what separate_turns makes of it
+        row = encoder(tokenizer).chat(Chat(THINKING[: turn + 1]), [turn])
+        assert trained(row, tokenizer) == [THINKING[turn]["content"] + "<|im_end|>"]
+        require_as_seen_when_answering(row, THINKING[:turn], tokenizer)
+
+
+def test_an_opening_with_an_empty_thought_is_context():
+    tokenizer = character_tokenizer(QWEN3)
+    row = encoder(tokenizer, enable_thinking=False).chat(Chat(TALK[:2]))
+    assert trained(row, tokenizer) == ["four<|im_end|>"]
+    require_as_seen_when_answering(row, TALK[:1], tokenizer, enable_thinking=False)
+
+
+def test_a_system_message_that_moves_is_refused():
+    tokenizer = character_tokenizer(MISTRAL_LAST)
+    messages = [SYSTEM, *TALK]
+    with pytest.raises(InputError, match=r"up to message 3 as …'<bos>.*Be brief.*within the whole as …'<bos>"):
+        encoder(tokenizer).chat(Chat(messages))
+    assert trained(encoder(tokenizer, "last").chat(Chat(messages)), tokenizer) == [" six</s>"]
+
+
+def test_a_role_that_the_template_refuses():
+    with pytest.raises(InputError, match="the chat template refuses the messages: System role not supported"):
+        encoder(character_tokenizer(GEMMA3)).chat(Chat([SYSTEM, *TALK]))
+
+
+def test_tools_reach_the_template_and_their_results_are_context():
+    tokenizer = character_tokenizer(QWEN3)
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
+    messages = [says("user", "2+2?"), call, says("tool", "4"), says("assistant", "four")]
+    row = encoder(tokenizer, "last").chat(Chat(messages, options={"tools": tools}))
+    assert tokenizer.decode(row.ids).startswith(
+        '<|im_start|>system\n[{"type": "function", "function": {"name": "add"}}]'
+    )
+    require_as_seen_when_answering(row, messages[:-1], tokenizer, tools=tools)
+    row = encoder(tokenizer).chat(Chat(messages, options={"tools": tools}))
+    called = '{"name": "add", "arguments": {"a": 2}}<|im_end|>'
+    thought = "<think>\n\n</think>\n\n"
+    assert trained(row, tokenizer) == [thought + called, thought + "four<|im_end|>"]
+
+
+def test_an_answer_that_was_begun_is_trained_where_it_goes_on():
+    for template in (CHATML_TEXT, CHATML_MARKED):
+        tokenizer = character_tokenizer(template)
+        begun = [TALK[0], says("assistant", "The sum is ")]
+        chat = Chat([TALK[0], says("assistant", "The sum is four")], first=1, begun=begun)
+        row = encoder(tokenizer).chat(chat)
+        assert trained(row, tokenizer) == ["four<|im_end|>"]
+        require_as_seen_when_answering(row, begun, tokenizer)
+
+
+def test_an_answer_that_begins_with_a_line_break_is_cut_where_the_model_is_asked():
+    tokenizer = character_tokenizer(CHATML_TEXT)
+    messages = [*TALK[:3], says("assistant", "\nsix")]
+    assert len(tokenizer("\n\nsix")["input_ids"]) == 4  # the template's line break and the answer's are one token
+    row = encoder(tokenizer).chat(Chat(messages))
+    assert trained(row, tokenizer) == ["four<|im_end|>", "\nsix<|im_end|>"]
+    require_as_seen_when_answering(row, messages[:-1], tokenizer)
+    assert tokenizer.decode(row.ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_an_answer_that_the_template_leaves_open_is_closed():
+    tokenizer = character_tokenizer(
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    row = encoder(tokenizer).chat(Chat(TALK))
+    assert trained(row, tokenizer) == ["four\n", "six\n</s>"]
+    asked = encoder(tokenizer).chat(Chat([*TALK, says("user", "5?")]))
+    assert trained(asked, tokenizer) == ["four\n", "six\n"]
+
+
+def test_what_has_no_target_is_named():
+    tokenizer = character_tokenizer(CHATML_TEXT)
+    for chat, mask, problem in [
+        (Chat(TALK[:1]), "auto", "no message has the role assistant"),
+        (Chat(TALK[1:]), "auto", "the first message is the assistant's"),
+        (Chat(TALK), "completion", "mask completion needs a prompt with a completion"),
+    ]:
+        with pytest.raises(InputError, match=problem):
+            encoder(tokenizer, mask).chat(chat)
+    with pytest.raises(InputError, match="mask last needs a prompt with a completion, or messages; this row is text"):
+        encoder(tokenizer, "last").text(Text("2+2"))
+    silent = character_tokenizer("{% if false %}{% generation %}x{% endgeneration %}{% endif %}" + CHATML_TEXT)
+    with pytest.raises(InputError, match="marks no token"):
+        encoder(silent).chat(Chat(TALK))
+
+
+def test_raw_text_is_ended_and_its_completion_begins_behind_the_prompt():
+    tokenizer = character_tokenizer()
+    row = encoder(tokenizer).text(Text("2+2=4"))
+    assert tokenizer.decode(row.ids) == "2+2=4</s>"
+    assert row.trained == [False] + [True] * 5
+    for mask in ("auto", "completion", "assistant", "last"):
+        assert trained(encoder(tokenizer, mask).text(Text("4", "2+2=")), tokenizer) == ["4</s>"]
+    assert trained(encoder(tokenizer, "all").text(Text("4", "2+2=")), tokenizer) == ["+2=4</s>"]
+    row = encoder(tokenizer).text(Text("\nfour</s>", "2+2\n"))  # the border is inside a token of the whole
+    assert trained(row, tokenizer) == ["\nfour</s>"]
+    assert row.ids[:4] == encode_prompt("2+2\n", tokenizer)
+
+
+@pytest.mark.model
+def test_the_embedded_models_template():
+    tokenizer = load_tokenizer("smollm2-135m-instruct")
+    for messages in (TALK, [SYSTEM, *TALK]):
+        row = encoder(tokenizer).chat(Chat(messages))
+        assert trained(row, tokenizer) == ["four<|im_end|>", "six<|im_end|>"]
+        require_as_seen_when_answering(row, messages[:-1], tokenizer)
+    strange = [TALK[0], says("assistant", "\n\n\n\tüñ 日本 four ")]
+    row = encoder(tokenizer).chat(Chat(strange))
+    assert trained(row, tokenizer) == ["\n\n\n\tüñ 日本 four <|im_end|>"]
+    require_as_seen_when_answering(row, strange[:1], tokenizer)
