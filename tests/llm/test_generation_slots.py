@@ -54,9 +54,10 @@ def adapted(architecture):
     model = get_peft_model(
         tiny_model(architecture), LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
     )
+    generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
     return model.eval()
 
 
