@@ -21,8 +21,9 @@ def compile_layers(model: nn.Module, device: torch.device) -> str:
     """Have what stands beside attention in each layer compiled when a gradient is first taken through it.
 
     Elementwise work is then done in fewer passes over memory, and less of it is kept for the backward pass. One
-    compilation serves all layers and shapes (but for a single row or column, which takes its own). Attention keeps its
-    cache of keys and values, which does not compile; sampling, and other passes without a gradient, run as before.
+    compilation of a kind of module serves all layers and shapes, but for a length or a number of rows of 1, which takes
+    its own. Attention keeps its cache of keys and values, which does not compile; sampling, and other passes without a
+    gradient, run as before.
 
     Returns: a line for the log, which says where compiled code is kept for the next run.
     Raises: InputError where there is no C++ compiler, or the model has no layers that are known as such.
