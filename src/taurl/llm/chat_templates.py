@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -64,8 +65,6 @@ def _template_file(path: Path) -> str:
 
 
 def _without_generation(text: str) -> str:
-    import re
-
     return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
 
 
