@@ -7,7 +7,7 @@ from tiny_models import ARCHITECTURES, checkpoint_activations, in_double, logits
 from transformers import MambaConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from taurl.llm.row_attention import attending_within_rows, knows_rows
+from taurl.llm.row_attention import attend_within_rows, attending_within_rows, knows_rows, varlen
 from taurl.llm.supervised import packed_rows, part_scores, row_parts, sorted_rows, trained_tokens
 from taurl.llm.token_rows import TokenRow
 
@@ -43,7 +43,7 @@ def in_parts(model, rows, tokens_per_part, packed):
     """The same from parts, put back into the order of the rows."""
     found = {}
     for part in row_parts(rows, tokens_per_part, torch.device("cpu"), packed=packed):
-        assert part.packed == packed or len(part.rows) == 1
+        assert part.packed == packed
         assert part.ids.numel() <= tokens_per_part or len(part.rows) == 1
         logprobs = iter(part_scores(model, part).logprobs)
         for row in part.rows:
@@ -95,6 +95,36 @@ def test_activations_may_be_computed_again(packed):
     model = tiny_model("gemma3", torch.float64)
     checkpoint_activations(model)
     compare(model, packed=packed)
+
+
+def documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """torch's varlen_attn as its documentation has it (it runs on a GPU only), token by token."""
+    assert (cu_seq_q == cu_seq_k).all()
+    assert cu_seq_q.dtype == torch.int32
+    assert max_q == max_k == int(cu_seq_q.diff().max())
+    left, right = window_size
+    assert right == 0
+    output = torch.empty_like(query)
+    group = query.shape[1] // key.shape[1]
+    assert enable_gqa == (group > 1)
+    for start, end in zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True):
+        for place in range(start, end):
+            first = start if left == -1 else max(start, place - left)
+            for head in range(query.shape[1]):
+                keys, values = (x[first : place + 1, head // group] for x in (key, value))
+                output[place, head] = (scale * keys @ query[place, head]).softmax(0) @ values
+    return output
+
+
+@pytest.mark.parametrize("window", [None, 3, 50])
+def test_one_kernel_for_all_rows_is_asked_for_the_same(monkeypatch, window):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", documented)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 15, 8, generator=generator).double() for heads in (4, 2, 2))
+    lengths = [6, 1, 8]
+    options = {"row_lengths": lengths, "scaling": 0.3, "sliding_window": window}
+    expected, _ = attend_within_rows(None, query, key, value, None, **options)
+    torch.testing.assert_close(varlen(query, key, value, lengths, 0.3, window), expected)
 
 
 def test_attention_is_the_models_own_again_afterwards():

@@ -166,7 +166,8 @@ class Policy:
         with quiet_transformers():
             model = self.merged() if merge and self.has_adapter else self.model
             model.save_pretrained(directory, safe_serialization=True)
-            model.generation_config.save_pretrained(directory)  # which peft leaves out
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(directory)  # which peft leaves out
             self.tokenizer.save_pretrained(directory)
         if card is not None:
             (directory / "README.md").write_text(card, encoding="utf-8")

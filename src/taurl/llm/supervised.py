@@ -29,6 +29,7 @@ class RowPart:
         ids: int64 [1, T] end to end, or [n, L]; 0 where padded.
         predicting: int64 [M], the places in the flattened part whose next token is a target.
         targets: int64 [M], those tokens.
+        packed: whether the rows lie end to end.
     """
 
     rows: list[int]
@@ -37,6 +38,7 @@ class RowPart:
     ids: Tensor
     predicting: Tensor
     targets: Tensor
+    packed: bool
 
     @classmethod
     def of(cls, batch: Sequence[TokenRow], rows: Sequence[int], device: torch.device, *, packed: bool) -> "RowPart":
@@ -55,12 +57,7 @@ class RowPart:
             targets += [tokens[place] for place in places]
         shaped = ids[None] if packed else ids.view(len(rows), longest)
         tensors = (shaped, torch.tensor(predicting), torch.tensor(targets))
-        return cls(list(rows), lengths, starts, *(tensor.to(device) for tensor in tensors))
-
-    @property
-    def packed(self) -> bool:
-        """Whether the rows lie end to end."""
-        return self.ids.numel() == sum(self.lengths) and len(self.ids) == 1
+        return cls(list(rows), lengths, starts, *(tensor.to(device) for tensor in tensors), packed)
 
 
 def input_length(row: TokenRow) -> int:
