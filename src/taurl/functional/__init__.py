@@ -22,8 +22,9 @@
     log_ratios             what they compare
     reference_free     CPO, SimPO, ORPO
     kto                preferences without pairs
+    supervised         losses of tokens that the data has
     aggregation        from one loss per token to one number
-    logprobs           log-probability and entropy of chosen tokens, without the full logits
+    logprobs           log-probability, entropy and more of chosen tokens, without the full logits
     running            mean and variance of a stream of batches
     entropy            the tokens with the highest entropies
 

@@ -6,7 +6,8 @@ backward pass computes them again, but for a bounded number that it finds kept: 
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +69,48 @@ def chosen_logprobs(
         outside the vocabulary; RuntimeError from a backward pass with `create_graph`.
     Source: soft-capping: Gemma Team 2024, arXiv:2408.00118, section 2.
     """
+    scores = score_tokens(
+        hidden, weight, tokens, bias=bias, temperature=temperature, softcap=softcap, rows_per_chunk=rows_per_chunk
+    )
+    return scores.logprobs, scores.entropies
+
+
+class TokenScores(NamedTuple):
+    """What `score_tokens` finds at each chosen token, all [N]; all but `is_largest` carry a gradient.
+
+    Attributes:
+        logprobs: of the chosen token.
+        entropies: of the distribution it was chosen from.
+        log_normalizers: log Σ_v exp z_v.
+        mean_logprobs: mean of log p over the vocabulary; −∞ where a token is forbidden.
+        is_largest: bool, whether no token has a larger probability.
+    """
+
+    logprobs: Tensor
+    entropies: Tensor
+    log_normalizers: Tensor
+    mean_logprobs: Tensor
+    is_largest: Tensor
+
+
+def score_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    rows_per_chunk: int | None = None,
+) -> TokenScores:
+    """What supervised losses need of each chosen token, beside what `chosen_logprobs` gives, in the same two passes.
+
+        log_normalizer = log Σ_v exp z_v,   mean_logprob = 1/V · Σ_v z_v − log_normalizer
+        ∂log_normalizer/∂z_v = p_v,   ∂mean_logprob/∂z_v = 1/V − p_v
+
+    Args, errors: as `chosen_logprobs`.
+    Returns: `TokenScores`; float32, or float64 for float64.
+    """
     _require_fitting(hidden, weight, tokens, bias)
     for name, value in {"temperature": temperature, "softcap": softcap, "rows_per_chunk": rows_per_chunk}.items():
         if value is not None and not 0 < value < math.inf:
@@ -75,13 +118,14 @@ def chosen_logprobs(
     if rows_per_chunk is None:
         bytes_per_row = weight.shape[0] * (8 if hidden.dtype == torch.float64 else 4)
         rows_per_chunk = max(1, CHUNK_BYTES // bytes_per_row)
-    outputs: tuple[Tensor, Tensor] = _ChosenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, tokens, temperature, softcap, rows_per_chunk, KEPT_BYTES if torch.is_grad_enabled() else 0
+    kept_bytes = KEPT_BYTES if torch.is_grad_enabled() else 0
+    outputs: tuple[Tensor, ...] = _ScoreTokens.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, tokens, temperature, softcap, rows_per_chunk, kept_bytes
     )
-    return outputs
+    return TokenScores(*outputs)
 
 
-class _ChosenLogprobs(torch.autograd.Function):
+class _ScoreTokens(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -93,19 +137,22 @@ class _ChosenLogprobs(torch.autograd.Function):
         softcap: float | None,
         rows_per_chunk: int,
         kept_bytes: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         logprobs = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        normalizers, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        normalizers, entropy, means = (torch.empty_like(logprobs) for _ in range(3))
+        is_largest = torch.empty_like(logprobs, dtype=torch.bool)
         kept: list[Tensor] = []  # logits of the first chunks
         for rows in _chunks(len(hidden), rows_per_chunk):
             logits = _logits(hidden[rows], weight, bias, temperature, softcap)
             largest = logits.amax(1, keepdim=True)
             logits.sub_(largest)
             chosen = logits.gather(1, tokens[rows, None])[:, 0]
+            is_largest[rows] = chosen == 0
             exponentials = logits.exp()
             total = exponentials.sum(1)
             log_total = total.log()
             logprobs[rows] = chosen - log_total
+            means[rows] = logits.mean(1) - log_total
             if bias is not None:  # nothing else makes a logit −∞
                 logits.clamp_(min=LEAST_LOG_PROBABILITY)
             entropy[rows] = log_total - torch.linalg.vecdot(exponentials, logits) / total
@@ -113,17 +160,26 @@ class _ChosenLogprobs(torch.autograd.Function):
             if (len(kept) + 1) * rows_per_chunk * logits[0].nbytes <= kept_bytes:
                 kept.append(logits.add_(largest))
         ctx.save_for_backward(hidden, weight, bias, tokens, normalizers, entropy, *kept)
+        ctx.mark_non_differentiable(is_largest)
         ctx.temperature, ctx.softcap, ctx.rows_per_chunk = temperature, softcap, rows_per_chunk
         ctx.set_materialize_grads(False)  # an output without a gradient costs nothing in backward
-        return logprobs, entropy
+        return logprobs, entropy, normalizers, means, is_largest
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any,
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None,
+        grad_normalizers: Tensor | None,
+        grad_means: Tensor | None,
+        _: None,
+    ) -> tuple[Tensor | None, ...]:
         # Not `once_differentiable`: where the incoming gradients are constants, as in any Fisher or Hessian product, it
         # would give a constant, and the product would come out wrong without a word.
         if torch.is_grad_enabled():
             raise RuntimeError("the gradient of chosen_logprobs cannot be differentiated again: create_graph is set")
-        if grad_logprobs is None and grad_entropy is None:
+        incoming = (grad_logprobs, grad_entropy, grad_normalizers, grad_means)
+        if all(gradient is None for gradient in incoming):
             return (None,) * 8
         hidden, weight, bias, tokens, normalizers, entropy, *kept = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -138,8 +194,7 @@ class _ChosenLogprobs(torch.autograd.Function):
                 tokens[rows],
                 normalizers[rows],
                 entropy[rows],
-                None if grad_logprobs is None else grad_logprobs[rows] / ctx.temperature,
-                None if grad_entropy is None else grad_entropy[rows] / ctx.temperature,
+                [None if gradient is None else gradient[rows] / ctx.temperature for gradient in incoming],
                 None if ctx.softcap is None else ctx.softcap / ctx.temperature,
             )
             if grad_bias is not None:
@@ -174,25 +229,32 @@ def _logits_gradient(
     tokens: Tensor,
     normalizers: Tensor,
     entropy: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
+    incoming: Sequence[Tensor | None],
     bound: float | None,
 ) -> Tensor:
     """Gradient to u of one chunk, written over its logits z.
 
-    The incoming gradients are already divided by the temperature; `bound` is what the soft-capped |z| stays below.
+    The incoming gradients (to logprobs, entropy, normalizers, means) are already divided by the temperature; `bound` is
+    what the soft-capped |z| stays below.
     """
+    grad_logprobs, grad_entropy, grad_normalizers, grad_means = incoming
     slope = None if bound is None else (logits / bound).square_().neg_().add_(1)  # d tanh = 1 − tanh²
     log_probabilities = logits.sub_(normalizers[:, None])
-    # g_l · (onehot − p) − g_e · p · (log p + H)  =  g_l · onehot + p · (−g_l − g_e · H − g_e · log p)
+    # g_l · (onehot − p) − g_e · p · (log p + H) + g_z · p + g_m · (1/V − p)
+    #     =  g_l · onehot + g_m / V + p · (−g_l − g_m + g_z − g_e · H − g_e · log p)
+    constant = torch.zeros_like(normalizers)
+    for sign, term in ((-1, grad_logprobs), (-1, grad_means), (1, grad_normalizers)):
+        if term is not None:
+            constant.add_(term, alpha=sign)
     if grad_entropy is None:
-        assert grad_logprobs is not None
-        gradient = log_probabilities.exp_().mul_(-grad_logprobs[:, None])
+        gradient = log_probabilities.exp_().mul_(constant[:, None])
     else:
         log_probabilities.clamp_(min=LEAST_LOG_PROBABILITY)
-        constant = -grad_entropy * entropy if grad_logprobs is None else -grad_entropy * entropy - grad_logprobs
+        constant -= grad_entropy * entropy
         factor = torch.addcmul(constant[:, None], log_probabilities, -grad_entropy[:, None])
         gradient = log_probabilities.exp_().mul_(factor)
+    if grad_means is not None:
+        gradient.add_(grad_means[:, None] / gradient.shape[1])
     if grad_logprobs is not None:
         gradient.scatter_add_(1, tokens[:, None], grad_logprobs[:, None])
     return gradient if slope is None else gradient.mul_(slope)

@@ -1,6 +1,6 @@
 """Post-training of language models.
 
-from taurl.llm import GRPO, GRPOConfig
+from taurl.llm import GRPO, GRPOConfig, SFT, SFTConfig
 """
 
 import importlib
@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from taurl.llm.algorithms.grpo import GRPO
     from taurl.llm.algorithms.grpo_config import GRPOConfig
+    from taurl.llm.algorithms.sft import SFT
+    from taurl.llm.algorithms.sft_config import SFTConfig
 
-__all__ = ["GRPO", "GRPOConfig"]
+__all__ = ["GRPO", "SFT", "GRPOConfig", "SFTConfig"]
 
 # Imported when first asked for: a config needs no torch.
-LAZY = {"GRPO": "taurl.llm.algorithms.grpo", "GRPOConfig": "taurl.llm.algorithms.grpo_config"}
+LAZY = {
+    "GRPO": "taurl.llm.algorithms.grpo",
+    "GRPOConfig": "taurl.llm.algorithms.grpo_config",
+    "SFT": "taurl.llm.algorithms.sft",
+    "SFTConfig": "taurl.llm.algorithms.sft_config",
+}
 
 
 def __getattr__(name: str) -> Any:

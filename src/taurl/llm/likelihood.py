@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from taurl.functional.logprobs import chosen_logprobs
+from taurl.functional.logprobs import TokenScores, score_tokens
 from taurl.llm.heads import OutputHead, body, causal_lm, output_head
 from taurl.runtime.errors import InputError
 
@@ -66,10 +66,16 @@ def checkpoints_activations(model: PreTrainedModel) -> bool:
 
 def head_logprobs(head: OutputHead, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """`chosen_logprobs` through a model's output head: hidden [M, d], tokens int64 [M] → logprobs, entropies [M]."""
+    scores = head_scores(head, hidden, tokens, temperature)
+    return scores.logprobs, scores.entropies
+
+
+def head_scores(head: OutputHead, hidden: Tensor, tokens: Tensor, temperature: float = 1.0) -> TokenScores:
+    """`score_tokens` through a model's output head, as `head_logprobs`."""
     bias = head.bias
     if head.scale != 1:  # scale · (h · Wᵀ + b) = (scale · h) · Wᵀ + scale · b
         hidden, bias = hidden * head.scale, None if bias is None else bias * head.scale
-    return chosen_logprobs(hidden, head.weight, tokens, bias=bias, temperature=temperature, softcap=head.softcap)
+    return score_tokens(hidden, head.weight, tokens, bias=bias, temperature=temperature, softcap=head.softcap)
 
 
 def _forked_hidden(model: PreTrainedModel, ids: Tensor, real: Tensor, prompt_of: Tensor, tokens: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -97,17 +98,24 @@ def _fetch_from_hub(name: str) -> str:
         ) from error
 
 
-def load_model(name_or_path: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
+def load_model(
+    name_or_path: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu", in_4bit: bool = False
+) -> PreTrainedModel:
     """Load a causal language model in eval mode.
 
     For a folder that peft wrote, the base model it names with its adapter on top: a `PeftModel`, which answers to
     everything that is asked of a `PreTrainedModel` here, with the adapter not trainable.
 
+    Args:
+        in_4bit: keep the linear layers but the output head in 4 bits (NF4); `dtype` is then what they compute in.
     Raises: InputError if the name resolves to nothing, weights are not safetensors, damaged, or do not fill the whole
-    model.
+    model, or where 4 bits need what is not here.
     """
+    quantization = _four_bits(dtype, torch.device(device)) if in_4bit else {}
     path = resolve_model(str(name_or_path))
     if is_adapter(path):
+        if in_4bit:
+            raise InputError(f"'{name_or_path}' is an adapter already; load_in_4bit takes a model to put a new one on")
         return _load_adapter(path, dtype=dtype, device=device)
     with quiet_transformers():
         try:
@@ -117,6 +125,7 @@ def load_model(name_or_path: str | Path, *, dtype: torch.dtype, device: str | to
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **quantization,
             )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise InputError(f"model '{name_or_path}' cannot be loaded: {one_line(error)}") from error
@@ -127,7 +136,24 @@ def load_model(name_or_path: str | Path, *, dtype: torch.dtype, device: str | to
             f"model '{name_or_path}' lacks {len(missing)} weights, {missing[0]} first; "
             "its folder is incomplete or its config.json belongs to another model"
         )
-    return cast(PreTrainedModel, model.eval().to(device))
+    return cast(PreTrainedModel, model.eval() if in_4bit else model.eval().to(device))
+
+
+def _four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` needs for 4 bits. Raises: InputError without a GPU or the package bitsandbytes."""
+    if device.type != "cuda":
+        raise InputError(f"load_in_4bit needs a GPU with CUDA, and the device is {device}; train without it")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("load_in_4bit needs the package bitsandbytes: pip install 'taurl[bitsandbytes]'")
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def load_outline(name_or_path: str | Path) -> PreTrainedModel:

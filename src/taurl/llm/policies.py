@@ -1,10 +1,11 @@
 """The policy that is trained: model, tokenizer, adapter, and the reference it started from."""
 
 import copy
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import nn
@@ -15,7 +16,20 @@ from taurl.llm.generation import Generator, SlotSampler, TransformersSampler
 from taurl.llm.heads import check_head
 from taurl.llm.hub import quiet_transformers
 from taurl.llm.models import load_model, load_tokenizer
+from taurl.llm.settings import LoraSettings
+from taurl.llm.trainable import freeze_parameters, layer_factors
+from taurl.runtime.config import TrainingConfig
 from taurl.runtime.errors import InputError
+from taurl.runtime.optimization import Optimizer
+
+
+class Lora(NamedTuple):
+    """An adapter to train; of rank 0: none."""
+
+    rank: int = 0
+    alpha: int = 1
+    targets: str | tuple[str, ...] = "all-linear"
+    dora: bool = False
 
 
 class Policy:
@@ -25,7 +39,9 @@ class Policy:
         model: a model object (trained in place), or a name for `load_model`.
         tokenizer: by default the model's own.
         dtype: of the weights; None leaves a model object's as they are.
-        lora: rank, alpha and targets; rank 0 trains all weights.
+        lora: rank, alpha, targets, and whether it is a DoRA; rank 0 trains all weights.
+        load_in_4bit: keep the weights below the adapter in 4 bits.
+        freeze: patterns of names of parameters that are not trained.
         keep_reference: keep the starting weights, for a KL term. With an adapter they are there already.
     """
 
@@ -36,7 +52,9 @@ class Policy:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
-        lora: tuple[int, int, str | tuple[str, ...]] = (0, 1, "all-linear"),
+        lora: Lora | tuple[int, int, str | tuple[str, ...]] = (0, 1, "all-linear"),
+        load_in_4bit: bool = False,
+        freeze: Sequence[str] = (),
         keep_reference: bool = False,
         gradient_checkpointing: bool = False,
     ):
@@ -46,16 +64,21 @@ class Policy:
                 raise InputError("this model object does not know its name; give its tokenizer as well")
             tokenizer = load_tokenizer(name)
         self.tokenizer = tokenizer
+        self.name, self.in_4bit = name or "", load_in_4bit
         if isinstance(model, str):
-            self.model: Any = load_model(model, dtype=dtype or torch.float32, device=device)
+            dtype = dtype or torch.float32
+            self.model: Any = load_model(model, dtype=dtype, device=device, in_4bit=load_in_4bit)
+        elif load_in_4bit:
+            raise InputError("load_in_4bit loads a model by its name; this one came as an object, loaded already")
         else:
             self.model = cast(Any, model).to(device=device, dtype=dtype)
         self.has_adapter = hasattr(self.model, "peft_config")
         if lora[0]:
-            self._add_lora(*lora)
+            self._add_lora(Lora(*lora))
             self.model.peft_config["default"].base_model_name_or_path = base_name(
                 name or "", self.model.config.name_or_path
             )
+        freeze_parameters(self.model, freeze)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise InputError(f"model {name!r} has no weights to train: all are frozen (an adapter loads frozen)")
         switch_off_dropout(self.model)
@@ -71,17 +94,50 @@ class Policy:
         else:
             self.model.eval()
 
-    def _add_lora(self, rank: int, alpha: int, targets: str | tuple[str, ...]) -> None:
+    @classmethod
+    def of(
+        cls,
+        settings: LoraSettings,
+        model: str | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        keep_reference: bool = False,
+        gradient_checkpointing: bool = False,
+    ) -> Self:
+        """A policy with what a config says about the weights that are trained; the rest as in the constructor."""
+        lora = Lora(settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.use_dora)
+        return cls(
+            model,
+            tokenizer,
+            dtype=dtype,
+            device=device,
+            lora=lora,
+            load_in_4bit=settings.load_in_4bit,
+            freeze=settings.freeze,
+            keep_reference=keep_reference,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+
+    def optimizer(self, config: TrainingConfig, *, layer_decay: float = 1.0) -> Optimizer:
+        """An optimiser of the weights that are trained."""
+        factors = layer_factors(self.model, layer_decay)
+        return Optimizer(self.model.named_parameters(), config, factors=factors)
+
+    def _add_lora(self, lora: Lora) -> None:
         from peft import LoraConfig, get_peft_model  # takes a second to import
 
         if self.has_adapter:
             raise InputError("the model has an adapter already; merge it first, or train without lora_rank")
-        modules = targets if isinstance(targets, str) else list(targets)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, task_type="CAUSAL_LM")
+        modules = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+        config = LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, target_modules=modules, use_dora=lora.dora, task_type="CAUSAL_LM"
+        )
         try:
             self.model = get_peft_model(self.model, config)
         except ValueError as error:
-            raise InputError(f"lora_targets is {targets!r}: {str(error).splitlines()[0]}") from error
+            raise InputError(f"lora_targets is {lora.targets!r}: {str(error).splitlines()[0]}") from error
         self.has_adapter = True
 
     @contextmanager
@@ -98,11 +154,35 @@ class Policy:
         """A generator over the current weights."""
         return make_generator(kind, self.model, self.tokenizer, slots, kv_memory_gb)
 
-    def export(self, directory: Path) -> None:
-        """Write a folder that `transformers` (with an adapter: `peft`) loads: safetensors, config, tokenizer."""
+    def export(self, directory: Path, *, merge: bool = False, card: str | None = None) -> None:
+        """Write a folder that `transformers` (with an adapter: `peft`) loads.
+
+        It holds weights as safetensors, config, tokenizer with chat template, generation config, and a model card.
+
+        Args:
+            merge: write whole weights with the adapter merged into them.
+            card: text of its README.md.
+        """
         with quiet_transformers():
-            self.model.save_pretrained(directory, safe_serialization=True)
+            model = self.merged() if merge and self.has_adapter else self.model
+            model.save_pretrained(directory, safe_serialization=True)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(directory)  # which peft leaves out
             self.tokenizer.save_pretrained(directory)
+        if card is not None:
+            (directory / "README.md").write_text(card, encoding="utf-8")
+
+    def merged(self) -> PreTrainedModel:
+        """A copy of the model with its adapter merged into the weights, these in 16 or 32 bits."""
+        if not self.in_4bit:
+            return cast(PreTrainedModel, copy.deepcopy(self.model).merge_and_unload())
+        from peft import PeftModel
+
+        with tempfile.TemporaryDirectory() as folder:  # onto weights that were never rounded to 4 bits
+            self.model.save_pretrained(folder, safe_serialization=True)
+            base = load_model(self.name, dtype=self.model.dtype, device="cpu")
+            adapted: Any = PeftModel.from_pretrained(base, folder)
+            return cast(PreTrainedModel, adapted.merge_and_unload())
 
 
 def base_name(name: str, loaded_from: str) -> str:

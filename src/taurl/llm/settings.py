@@ -3,9 +3,9 @@
 A config inherits the groups it has, first the most particular: `class GRPOConfig(LoraSettings, …, DataSettings)`.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from taurl.runtime.config import FREE, Settings
 
@@ -115,7 +115,7 @@ class RewardSettings(Settings):
 
 
 class LoraSettings(Settings):
-    """Whether all weights are trained or an adapter."""
+    """Which weights are trained: all, some, or an adapter, and how fast those of each layer."""
 
     lora_rank: int = Field(0, ge=0)
     """Train a LoRA adapter of this rank; 0 trains all weights."""
@@ -123,6 +123,25 @@ class LoraSettings(Settings):
     """LoRA's scale is lora_alpha / lora_rank."""
     lora_targets: str | tuple[str, ...] = "all-linear"
     """Modules that get an adapter: all-linear, or names."""
+    use_dora: bool = False
+    """Let the adapter learn the length of each weight column apart from its direction (DoRA, arXiv:2402.09353)."""
+    load_in_4bit: bool = False
+    """Keep the weights below the adapter in 4 bits, NF4 (QLoRA, arXiv:2305.14314): on a GPU, with the extra
+    bitsandbytes."""
+    merge_adapter: bool = Field(False, json_schema_extra=FREE)
+    """Write the result with its adapter merged into the weights, and not the adapter alone."""
+    freeze: tuple[str, ...] = ()
+    """Weights that stay as they are: patterns of their names, for example *embed_tokens* *.layers.[0-9].* ."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """The learning rate of each layer as a factor of that of the layer above it. The output head has learning_rate,
+    the embeddings (and a head that shares their weights) have the lowest."""
+
+    @model_validator(mode="after")
+    def _adapter_has_a_rank(self) -> Self:
+        for name in ("use_dora", "load_in_4bit", "merge_adapter"):
+            if getattr(self, name) and not self.lora_rank:
+                raise ValueError(f"{name} needs an adapter: give lora_rank (16, for example)")
+        return self
 
 
 class PartSettings(Settings):

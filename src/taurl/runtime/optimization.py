@@ -1,7 +1,7 @@
 """AdamW with float32 masters, gradient accumulation, clipping and the learning rate's schedule."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -56,12 +56,21 @@ class Optimizer:
     parameter is rounded from the master after each step; bfloat16 weights alone would lose small updates. A float32
     parameter is its own master.
 
+    Args:
+        factors: of the learning rate, by name of the parameter; 1 where there is none.
+
     Attributes:
         changes: counts the updates, taken or not; what `tensors` gives changes with it only.
     Raises: InputError when there is nothing to train.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: TrainingConfig):
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        config: TrainingConfig,
+        *,
+        factors: Mapping[str, float] | None = None,
+    ):
         self.config = config
         self.parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
         if not self.parameters:
@@ -70,14 +79,23 @@ class Optimizer:
             name: parameter if parameter.dtype in (torch.float32, torch.float64) else parameter.detach().float()
             for name, parameter in self.parameters.items()
         }
-        matrices = [master for master in self.masters.values() if master.ndim >= 2]
-        others = [master for master in self.masters.values() if master.ndim < 2]
-        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-        self.adam = adamw(groups, config)
+        self.adam = adamw(self._groups(factors or {}), config)
         # Kept for good: taken afresh in each backward pass they come to lie between activations, and the heap grows.
         self._gradients = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         self.non_finite_in_a_row = 0
         self.changes = 0
+
+    def _groups(self, factors: Mapping[str, float]) -> list[dict[str, Any]]:
+        """Parameters of one factor together, matrices (which weight decay is for) before the others."""
+        groups: dict[tuple[bool, float], dict[str, Any]] = {}
+        for is_matrix in (True, False):
+            for name, master in self.masters.items():
+                if (master.ndim >= 2) == is_matrix:
+                    factor = factors.get(name, 1.0)
+                    decay = {} if is_matrix else {"weight_decay": 0.0}
+                    group = groups.setdefault((is_matrix, factor), {"params": [], "factor": factor, **decay})
+                    group["params"].append(master)
+        return list(groups.values())
 
     @contextmanager
     def update(self, rate: float) -> Iterator[Update]:
@@ -116,7 +134,7 @@ class Optimizer:
         self.changes += 1
         self.non_finite_in_a_row = 0
         for group in self.adam.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         self.adam.step()
         self._round_from_masters()
 

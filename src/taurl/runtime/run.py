@@ -125,6 +125,11 @@ class Run:
         if damaged:  # to begin again would cut away the metrics and samples there are: not without being asked
             raise RunError(f"{damaged[0]}; no whole checkpoint is left: remove {checkpoints} to begin again")
 
+    def set_steps(self, steps: int) -> None:
+        """The number of steps, where it is known only once the data has been read."""
+        self.config = self.config.model_copy(update={"steps": steps})
+        self.view.set_total(steps)
+
     def begin(self, **state: Stateful) -> Self:
         """Create or reopen the directory, and put the state back that the checkpoint holds."""
         self.state = state

@@ -79,6 +79,11 @@ class View:
         self.live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=False)
         self.started, self.first_step = time.monotonic(), 0
 
+    def set_total(self, steps: int) -> None:
+        """How many steps there are in all."""
+        self.total = steps
+        self.progress.update(self.task, total=steps)
+
     def start(self, done: int) -> None:
         """Begin to show, with this many steps done already."""
         self.started, self.first_step = time.monotonic(), done

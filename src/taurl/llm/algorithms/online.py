@@ -18,7 +18,6 @@ from taurl.llm.rewards import RewardSet, Scores
 from taurl.llm.rollouts import Part, Rollout
 from taurl.llm.tasks import PromptReader, train_and_held_out
 from taurl.runtime.errors import InputError
-from taurl.runtime.optimization import Optimizer
 from taurl.runtime.run import Record, Step
 
 RewardFunction = str | Callable[..., Any]
@@ -59,16 +58,16 @@ class OnlineTrainer(Trainer):
         """Make the policy, its optimiser and its generator."""
         config = self.config
         with loading_model():
-            self.policy = Policy(
+            self.policy = Policy.of(
+                config,
                 self.given("model"),
                 self.given("tokenizer"),
                 dtype=dtype,
                 device=self.device,
-                lora=(config.lora_rank, config.lora_alpha, config.lora_targets),
                 keep_reference=keep_reference,
                 gradient_checkpointing=config.gradient_checkpointing,
             )
-            self.optimizer = Optimizer(self.policy.model.named_parameters(), config)
+            self.optimizer = self.policy.optimizer(config, layer_decay=config.layer_decay)
         default = self.run.chosen.setdefault("kv_memory_gb", default_kv_memory_gb(self.device))
         self.generator = self.policy.generator(config.generator, config.slots, config.kv_memory_gb or default)
         self.dtype = torch.promote_types(self.policy.model.dtype, torch.float32)
@@ -126,12 +125,6 @@ class OnlineTrainer(Trainer):
         for part in self.parts(rollout, rows):
             part.put(self.forward(rollout, part, model)[0], into=found)
         return found
-
-    def note_updates(self, step: Step, figures: Record) -> None:
-        """Say where updates were not taken."""
-        if skipped := figures["updates_skipped"]:
-            at = f"step {step.number}: {skipped} of its updates not taken"
-            self.run.view.note(f"{at}: loss {figures['loss']:g}, gradient norm {figures['grad_norm']:g}")
 
     def log_completions(
         self,

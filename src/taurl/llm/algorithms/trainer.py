@@ -9,6 +9,7 @@ import torch
 
 from taurl.llm.algorithms.setup import choose_machine, separate, with_whole_paths
 from taurl.llm.compiled import compile_layers
+from taurl.llm.model_card import model_card
 from taurl.llm.policies import Policy
 from taurl.runtime.config import TrainingConfig, read_config
 from taurl.runtime.directory import require_algorithm, write_folder
@@ -28,6 +29,7 @@ class Trainer(ABC):
         takes: names of what it may be given from Python as an object, in place of the setting of that name.
         policy: the model that is trained.
         device: where it lives.
+        latest: figures of an evaluation that the run's metrics do not have yet, for the model card.
     """
 
     algorithm: ClassVar[str]
@@ -73,6 +75,7 @@ class Trainer(ABC):
     def _begin(self, run: Run, objects: dict[str, Any], callbacks: Sequence[Callback]) -> None:
         assert isinstance(run.config, self.config_class)
         self.run, self.config, run.callbacks, self._objects = run, run.config, callbacks, objects
+        self.latest: Record = {}
         model = self.given("model")
         if model is None:
             raise InputError("no model given: name one with model (for example smollm2-135m-instruct)")
@@ -104,6 +107,12 @@ class Trainer(ABC):
             pass
         write_folder(self.run.directory / "final", self.export)
         return self
+
+    def note_updates(self, step: Step, figures: Record) -> None:
+        """Say where updates were not taken."""
+        if skipped := figures["updates_skipped"]:
+            at = f"step {step.number}: {skipped} of its updates not taken"
+            self.run.view.note(f"{at}: loss {figures['loss']:g}, gradient norm {figures['grad_norm']:g}")
 
     def finish(self, step: Step, figures: Record) -> Record:
         """Evaluate where it is due, and close the step. An evaluation that fails does not undo the update."""
@@ -142,8 +151,16 @@ class Trainer(ABC):
         return dict(self.evaluate())
 
     def export(self, directory: str | Path) -> None:
-        """Write model and tokenizer to a folder that `transformers` (with an adapter: `peft`) loads."""
-        self.policy.export(Path(directory))
+        """Write a folder that `transformers` (with an adapter: `peft`) loads, as `Policy.export` says."""
+        merge = getattr(self.config, "merge_adapter", False)
+        self.policy.export(Path(directory), merge=merge, card=self.card())
+
+    def card(self) -> str:
+        """The model card of what `export` writes, with the figures there are so far."""
+        records = [record for record in self.run.records() if record["step"] <= self.run.step]
+        alone = self.policy.has_adapter and not getattr(self.config, "merge_adapter", False)
+        records += [self.latest] if self.latest else []
+        return model_card(self.algorithm, self.config, records, adapter=alone)
 
     def close(self) -> None:  # noqa: B027
         """Let go of what outlives the training, such as processes."""

@@ -1,0 +1,246 @@
+"""SFT: supervised fine-tuning. `steps`, `_update` and `_losses` are the algorithm; its mathematics is called from
+`taurl.functional`. M is the number of trained tokens of a part.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from taurl.functional.logprobs import TokenScores
+from taurl.functional.supervised import dft_loss, nll_loss, smoothed_loss, z_loss
+from taurl.llm.algorithms.figures import Tally
+from taurl.llm.algorithms.setup import loading_model, repeat_data
+from taurl.llm.algorithms.sft_config import SFTConfig
+from taurl.llm.algorithms.trainer import Trainer
+from taurl.llm.answering import Answering
+from taurl.llm.heads import evaluating
+from taurl.llm.policies import Policy
+from taurl.llm.row_attention import attending_within_rows, knows_rows
+from taurl.llm.row_data import RowData, RowPosition
+from taurl.llm.row_reader import RowReader
+from taurl.llm.supervised import RowPart, embedding_noise, part_scores, row_parts, trained_tokens
+from taurl.llm.token_rows import TokenRow
+from taurl.runtime.directory import write_folder
+from taurl.runtime.errors import InputError
+from taurl.runtime.machine import out_of_memory_names
+from taurl.runtime.optimization import learning_rate
+from taurl.runtime.run import Callback, Record
+
+HEADLINE = {
+    "loss": "loss",
+    "accuracy": "mean_token_accuracy",
+    "held-out loss": "eval/loss",
+    "tokens/s": "tokens_per_second",
+}
+
+
+class SFT(Trainer):
+    """Trains a causal language model on rows that hold the answers.
+
+        SFT("smollm2-135m-instruct", rows, SFTConfig(epochs=2)).train()
+
+    Args:
+        model: a name (see `SFTConfig.model`) or a model object, which is trained in place.
+        dataset: a name, a `datasets.Dataset`, or any sequence of dicts (see the page SFT for their columns).
+        config: settings; what is given here as an object stands in place of its setting there.
+        rewards: names or functions that score answers to held-out rows (with `generate_rows`).
+        eval_dataset: held-out data, as `dataset`.
+        tokenizer: by default the model's own.
+        callbacks: called with each step's record.
+    """
+
+    algorithm = "sft"
+    config_class = SFTConfig
+    headline = HEADLINE
+    takes = ("model", "dataset", "rewards", "eval_dataset", "tokenizer")
+    config: SFTConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | None = None,
+        dataset: object = None,
+        config: SFTConfig | None = None,
+        *,
+        rewards: str | Callable[..., Any] | Sequence[str | Callable[..., Any]] = (),
+        eval_dataset: object = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[Callback] = (),
+    ):
+        self.start(
+            config,
+            callbacks,
+            model=model,
+            dataset=dataset,
+            rewards=rewards,
+            eval_dataset=eval_dataset,
+            tokenizer=tokenizer,
+        )
+
+    def set_up(self, dtype: torch.dtype | None) -> None:
+        config, run = self.config, self.run
+        with loading_model():
+            self.policy = Policy.of(
+                config,
+                self.given("model"),
+                self.given("tokenizer"),
+                dtype=dtype,
+                device=self.device,
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+            # The data first: a template may need tokens that the model does not have yet.
+            reader = RowReader.of(config, self.policy.tokenizer, self.policy.model)
+            self.data = RowData.read(reader, self.given("dataset"), self.given("eval_dataset"), config)
+            self.optimizer = self.policy.optimizer(config, layer_decay=config.layer_decay)
+        for note in self.data.notes:
+            run.view.note(note)
+        repeat_data(run, self.data.fingerprint)
+        self.position = RowPosition(self.data.order)
+        if config.steps == 0:
+            run.set_steps(self._steps_of_epochs())
+            self.config = run.config  # type: ignore[assignment]
+        self.packed = self._packed()
+        self.answering = None
+        if config.generate_rows:
+            generator = self.policy.generator(config.generator, config.slots)
+            rows = self.data.held_out
+            self.answering = Answering.of(config, self.given("rewards"), rows, generator, self.policy.tokenizer)
+
+    def _steps_of_epochs(self) -> int:
+        if self.data.count is None:
+            raise InputError("a stream has no known length, so epochs cannot be counted: give steps")
+        return math.ceil(self.config.epochs * self.data.count / self.config.rows_per_step)
+
+    def _packed(self) -> bool:
+        """Whether rows are laid end to end: as asked for, and where the model can."""
+        if self.config.packing is False:
+            return False
+        able = knows_rows(self.policy.model)
+        if self.config.packing and not able:
+            name = type(self.policy.model).__name__
+            raise InputError(f"packing: {name}'s attention cannot be held within rows; leave packing out")
+        return able
+
+    def steps(self) -> Iterator[Record]:
+        """Yields after each update, with its record."""
+        config, run = self.config, self.run
+        memory_settings = "tokens_per_part (or max_length)"
+        with run.begin(optimizer=self.optimizer, data=self.position), out_of_memory_names(memory_settings):
+            self.evaluate_before()
+            for step in run.steps():
+                if self._out_of_patience():
+                    run.view.note(f"stopped early: {config.patience} evaluations without a lower held-out loss")
+                    run.save()
+                    break
+                with step.phase("read", "reading rows"):
+                    batch = self.data.order.take(config.rows_per_step)
+                with step.phase("update", "updating"):
+                    figures = self._update(batch, step.number)
+                self.note_updates(step, figures)
+                self.position.mark()
+                tokens = sum(len(row.ids) for row in batch)
+                figures |= {"tokens": tokens, "trained_tokens": trained_tokens(batch)}
+                figures |= {"tokens_per_second": tokens / sum(step.times.values()), **self.data.figures()}
+                yield self.finish(step, figures)
+
+    def _update(self, batch: Sequence[TokenRow], step: int) -> Record:
+        """One optimiser update. The mean is over all trained tokens of the batch, however it is cut (promise 1)."""
+        config, model = self.config, self.policy.model
+        rate = learning_rate(step, config)
+        count = trained_tokens(batch)
+        tally = Tally()
+        with self._attention(), self.optimizer.update(rate) as backward:
+            for part in row_parts(batch, config.tokens_per_part, self.device, packed=self.packed):
+                noise = self._noise(batch, part, step) if config.neftune_alpha else None
+                scores = part_scores(model, part, noise)
+                backward(self._losses(scores).sum() / count)
+                found = {"nll": -scores.logprobs, "entropy": scores.entropies, "mean_token_accuracy": scores.is_largest}
+                tally.add(torch.ones_like(part.targets, dtype=torch.bool), found)
+        tally.updates.append(backward)
+        return {**tally.figures(), "learning_rate": rate}
+
+    def _losses(self, scores: TokenScores) -> Tensor:
+        """The loss [M] of each trained token."""
+        config = self.config
+        if config.loss_type == "dft":
+            losses = dft_loss(scores.logprobs)
+        elif config.label_smoothing:
+            losses = smoothed_loss(scores.logprobs, scores.mean_logprobs, label_smoothing=config.label_smoothing)
+        else:
+            losses = nll_loss(scores.logprobs)
+        if config.z_loss:
+            losses = losses + z_loss(scores.log_normalizers, coefficient=config.z_loss)
+        return losses
+
+    def _noise(self, batch: Sequence[TokenRow], part: RowPart, step: int) -> Tensor:
+        width = self.policy.model.get_input_embeddings().embedding_dim
+        return embedding_noise(part, batch, width, self.config.neftune_alpha, (self.config.seed, step))
+
+    def _attention(self) -> AbstractContextManager[None]:
+        return attending_within_rows(self.policy.model) if self.packed else nullcontext()
+
+    def can_evaluate(self) -> bool:
+        """Whether there are held-out rows."""
+        return len(self.data.held_out) > 0
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss, perplexity and token accuracy on the held-out rows, and scores of answers to some of them."""
+        if not self.can_evaluate():
+            raise InputError("there are no held-out rows to evaluate on: eval_rows is 0")
+        figures = self._held_out()
+        if self.answering is not None:
+            figures |= self.answering(self.run.step, self.config.steps, self.run.view.status).metrics
+        return figures
+
+    @torch.no_grad()
+    def _held_out(self) -> dict[str, float]:
+        rows = self.data.held_out.token_rows
+        total = right = 0.0
+        self.run.view.status("evaluating on held-out rows")
+        with evaluating(self.policy.model), self._attention():
+            for part in row_parts(rows, self.config.tokens_per_part, self.device, packed=self.packed):
+                scores = part_scores(self.policy.model, part)
+                total -= float(scores.logprobs.double().sum())
+                right += float(scores.is_largest.sum())
+        count = trained_tokens(rows)
+        loss = total / count
+        return {
+            "eval/loss": loss,
+            "eval/perplexity": math.exp(loss) if loss < 700 else math.inf,  # beyond that no float holds it
+            "eval/mean_token_accuracy": right / count,
+        }
+
+    def evaluate_at(self, step: int) -> Record:
+        """The same within the run: answers go to samples.jsonl, and the best weights to best/."""
+        figures: Record = dict(self._held_out())
+        if self.answering is not None:
+            found = self.answering(step, self.config.steps, self.run.view.status)
+            self.run.log_samples(found.samples)
+            figures |= found.metrics
+        before = [loss for at, loss in self._losses_held_out() if at < step]
+        if self.config.eval_every and step > 0 and figures["eval/loss"] < min(before, default=math.inf):
+            self.latest = {"step": step, **figures}
+            write_folder(self.run.directory / "best", self.export)
+            self.latest = {}
+        return figures
+
+    def _losses_held_out(self) -> list[tuple[int, float]]:
+        """Step and held-out loss of each evaluation after the first step, up to the present one."""
+        records = [record for record in self.run.records() if 0 < record["step"] <= self.run.step]
+        return [(record["step"], record["eval/loss"]) for record in records if "eval/loss" in record]
+
+    def _out_of_patience(self) -> bool:
+        """Whether the last `patience` evaluations brought no lower loss than the best before them."""
+        if not self.config.patience or not self.evaluation_due(self.run.step):
+            return False
+        losses = [loss for _, loss in self._losses_held_out()]
+        return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.config.patience
+
+    def close(self) -> None:
+        """Stop the reward functions' process, if they have one."""
+        if self.answering is not None:
+            self.answering.close()

@@ -1,0 +1,83 @@
+"""Answers to held-out rows of supervised data, scored by reward functions."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from transformers import PreTrainedTokenizerBase
+
+from taurl.llm.evaluation import Evaluation, TrainerState, evaluate, reward_columns
+from taurl.llm.generation import Generator, Sampling
+from taurl.llm.rewards import RewardSet
+from taurl.llm.row_forms import question
+from taurl.llm.token_rows import TokenRow, TokenRows
+from taurl.runtime.errors import InputError
+
+
+@dataclass
+class Answering:
+    """Greedy answers to the questions of some rows, from what stands before a row's last answer.
+
+    Attributes:
+        rows: with the question as `prompt`.
+        ids: of the prompts.
+    """
+
+    rows: list[dict[str, Any]]
+    ids: list[list[int]]
+    sampling: Sampling
+    rewards: RewardSet
+    generator: Generator
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def of(
+        cls,
+        settings: Any,
+        functions: Sequence[str | Callable[..., Any]],
+        held_out: TokenRows,
+        generator: Generator,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> Self:
+        """The first `generate_rows` rows, and the reward functions of the settings.
+
+        Raises: InputError for a row without a question, and for a function that needs a column which is not there.
+        """
+        chosen = range(min(settings.generate_rows, len(held_out.rows)))
+        rows = [{"prompt": question(held_out.rows[i]), **held_out.rows[i]} for i in chosen]
+        ids = [question_ids(held_out.parts[i][-1]) for i in chosen]
+        if [] in ids:
+            raise InputError(
+                f"generate_rows: held-out row {ids.index([]) + 1} has no question before its answer: give rows with a "
+                "prompt, or generate_rows 0"
+            )
+        rewards = RewardSet(
+            functions, settings.reward_weights, timeout=settings.reward_timeout, worker_process=settings.reward_process
+        )
+        rewards.check_columns(reward_columns(rows))
+        return cls(
+            rows, ids, Sampling(settings.max_tokens, temperature=0, stop=settings.stop), rewards, generator, tokenizer
+        )
+
+    def __call__(self, step: int, steps: int, status: Callable[[str], None]) -> Evaluation:
+        """Answer and score; `status` hears how far it is."""
+        groups = self.generator.generate(
+            self.ids,
+            1,
+            self.sampling,
+            progress=lambda done, count: status(f"answering held-out rows: {done} of {count}"),
+        )
+        completions = [group[0] for group in groups]
+        return evaluate(self.rows, completions, self.tokenizer, self.rewards, TrainerState(step, steps))
+
+    def close(self) -> None:
+        """Stop the reward functions' process, if they have one."""
+        self.rewards.close()
+
+
+def question_ids(row: TokenRow) -> list[int]:
+    """The tokens before a row's last run of targets; none if there is no more than the first token."""
+    start = max(place for place, trained in enumerate(row.trained) if trained)
+    while row.trained[start - 1]:
+        start -= 1
+    return row.ids[:start] if start > 1 else []
