@@ -7,13 +7,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from taurl.llm.algorithms.dpo import DPO
+    from taurl.llm.algorithms.dpo_config import DPOConfig
     from taurl.llm.algorithms.grpo import GRPO
     from taurl.llm.algorithms.grpo_config import GRPOConfig
 
-__all__ = ["GRPO", "GRPOConfig"]
+__all__ = ["DPO", "GRPO", "DPOConfig", "GRPOConfig"]
 
 # Imported when first asked for: a config needs no torch.
-LAZY = {"GRPO": "taurl.llm.algorithms.grpo", "GRPOConfig": "taurl.llm.algorithms.grpo_config"}
+LAZY = {
+    "DPO": "taurl.llm.algorithms.dpo",
+    "DPOConfig": "taurl.llm.algorithms.dpo_config",
+    "GRPO": "taurl.llm.algorithms.grpo",
+    "GRPOConfig": "taurl.llm.algorithms.grpo_config",
+}
 
 
 def __getattr__(name: str) -> Any:
