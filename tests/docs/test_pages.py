@@ -11,6 +11,7 @@ import pytest
 from taurl import control
 from taurl.functional.kl import KL_GRADIENTS
 from taurl.functional.loss_types import LOSS_TYPES
+from taurl.llm.algorithms.dpo_config import DPOConfig
 from taurl.llm.algorithms.grpo_config import GRPOConfig
 from taurl.llm.inference_config import InspectConfig
 
@@ -74,7 +75,11 @@ def test_every_setting_named_in_the_pages_exists():
     of_control = {name for config in configs for name in config.model_fields}
     known = {
         *GRPOConfig.model_fields,
+<<<<<<< HEAD
         *InspectConfig.model_fields,
+=======
+        *DPOConfig.model_fields,
+>>>>>>> 88b8814 (DPO: online through OnlineTrainer, its page, examples, charts and command)
         *of_control,
         "config",
         "resume",

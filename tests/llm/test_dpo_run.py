@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from tiny_policy import letter_a, save_tiny_policy, tiny_model, tiny_tokenizer
 
 from taurl.llm import DPO, DPOConfig
+from taurl.llm.algorithms.dpo import best_and_worst
 from taurl.llm.algorithms.dpo_figures import STEPS_OF_A_FALL, FallWatch
-from taurl.llm.algorithms.online_pairs import best_and_worst
 from taurl.llm.models import load_model
 from taurl.llm.reference_logprobs import ReferenceCache
 from taurl.runtime.errors import InputError
@@ -201,8 +201,8 @@ def test_with_an_adapter_the_reference_is_the_model_without_it(config, folder, k
         load_model(str(trainer.run.directory / "final"), dtype=torch.float32),
     )
     assert isinstance(loaded, PeftModel)
-    row = trainer.held_out.take([0], trainer.device)
-    expected = trainer.reference.given(trainer.held_out, [0], row)
+    row = trainer.held_out_answers.take([0], trainer.device)
+    expected = trainer.reference.given(trainer.held_out_answers, [0], row)
     torch.testing.assert_close(trainer._logprobs(plain, row), expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(trainer._logprobs(loaded, row), expected)
 
@@ -309,6 +309,7 @@ def test_a_cache_that_belongs_to_other_shapes_is_not_taken():
         ({"divergence_alpha": 0.3}, "divergence_alpha is 0.3, but reverse_kl does not read it"),
         ({"target_margin": 2.0}, "target_margin is 2.0, but sigmoid does not read it"),
         ({"loss_type": "exo_pair"}, "loss_type exo_pair: label_smoothing is 0.0, expected"),
+        ({"loss_type": "simpo", "reference": "other"}, "a reference is given, but simpo needs none"),
         ({"reward_shift": "running"}, "reward_shift is 'running', but sigmoid does not read it"),
     ],
 )
@@ -325,7 +326,6 @@ def test_settings_that_no_loss_reads_are_refused_before_the_model_is_loaded(conf
         ({"loss_type": ("kto", "sft")}, "mix with no other loss"),
         ({"loss_type": "sigmoid", "loss_weights": (1.0, 2.0)}, "2 loss_weights for 1 losses"),
         ({"loss_weights": (float("nan"),)}, "expected finite numbers"),
-        ({"loss_type": "simpo", "reference": "m"}, "reference is 'm', but simpo needs none"),
     ],
 )
 def test_settings_that_do_not_fit_together(changes, message):
@@ -356,4 +356,4 @@ def test_rows_that_are_too_long_are_left_out_and_counted(config, folder, capsys)
     rows = [*ROWS, {"prompt": "long?", "chosen": "a" * 60, "rejected": "b"}]
     trainer = DPO(str(folder), rows, config=config(max_length=40))
     assert "1 rows left out: longer than max_length" in capsys.readouterr().err
-    assert len(trainer.answers) + len(trainer.held_out) == len(ROWS)
+    assert len(trainer.answers) + len(trainer.held_out_answers) == len(ROWS)

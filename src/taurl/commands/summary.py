@@ -18,7 +18,8 @@ def show_summary(run: Run, console: Console | None = None) -> None:
     evaluations = [record for record in run.records() if any(key.startswith("eval/") for key in record)]
     if evaluations:
         console.print(scores(evaluations[0], evaluations[-1]))
-        console.print(answers(run.samples(), evaluations[0]["step"], evaluations[-1]["step"]))
+        if samples := [sample for sample in run.samples() if sample["kind"] == "evaluation"]:
+            console.print(answers(samples, evaluations[0]["step"], evaluations[-1]["step"]))
     seconds = run.elapsed()
     console.print(f"{run.step} steps in {seconds // 60:.0f} min {seconds % 60:.0f} s", highlight=False)
     console.print(f"run directory  {run.directory}", highlight=False, soft_wrap=True)
@@ -27,13 +28,14 @@ def show_summary(run: Run, console: Console | None = None) -> None:
 
 
 def scores(before: dict[str, Any], after: dict[str, Any]) -> Table:
-    """Held-out greedy means: a row for each reward function, their sum if there are several, and lengths."""
-    table = Table(title="held-out rows, greedy", title_justify="left")
+    """Held-out figures: losses and shares, a row for each reward function, their sum if there are several, lengths."""
+    table = Table(title="held-out rows", title_justify="left")
     for heading in ("", f"before (step {before['step']})", f"after (step {after['step']})"):
         table.add_column(heading, justify="right" if heading else "left")
     functions = [key for key in before if key.startswith("eval/rewards/") and key.endswith("/mean")]
+    told = {"eval/reward_std", *(["eval/reward"] if len(functions) < 2 else [])}
     for key in before:
-        if key in functions or key.startswith("eval/completions/") or (key == "eval/reward" and len(functions) > 1):
+        if key.startswith("eval/") and key not in told and not key.endswith(("/std", "/seconds")):
             name = key.removeprefix("eval/").removeprefix("rewards/").removesuffix("/mean")
             table.add_row(name, *(number(record.get(key)) for record in (before, after)))
     return table
@@ -43,7 +45,7 @@ def answers(samples: list[dict[str, Any]], before: int, after: int) -> Table:
     """The first held-out rows whose answer changed, or the first ones."""
     by_step: dict[int, dict[int, dict[str, Any]]] = {before: {}, after: {}}
     for sample in samples:
-        if sample["kind"] == "evaluation" and sample["step"] in by_step:
+        if sample["step"] in by_step:
             by_step[sample["step"]][sample["row"]] = sample
     first, last = by_step[before], by_step[after]
     rows = sorted(

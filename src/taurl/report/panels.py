@@ -54,6 +54,29 @@ PANELS = (
         share=True,
     ),
     Panel("Held-out evaluation", "Held-out reward", ("eval/reward", "eval/rewards/*/mean"), "The same rows each time."),
+    Panel(
+        "Preferences",
+        "Told apart",
+        ("rewards/accuracies", "eval/rewards/accuracies"),
+        "Share of pairs whose chosen answer has the larger reward.",
+        share=True,
+    ),
+    Panel(
+        "Preferences", "Margin", ("rewards/margins", "eval/rewards/margins"), "Reward of the chosen less the rejected."
+    ),
+    Panel(
+        "Preferences",
+        "Rewards",
+        ("rewards/chosen", "rewards/rejected", "eval/rewards/chosen", "eval/rewards/rejected"),
+        "β times the log-ratio of policy and reference.",
+    ),
+    Panel(
+        "Preferences",
+        "Log-probabilities",
+        ("logps/chosen", "logps/rejected", "eval/logps/chosen", "eval/logps/rejected"),
+        "Of whole answers, mean.",
+    ),
+    Panel("Preferences", "Pairs", ("pairs",), "Prompts whose sampled answers differ in reward."),
     Panel("Policy", "Entropy", ("entropy",), "Mean entropy of the next-token distribution."),
     Panel("Policy", "KL", ("kl",), "Distance from the reference policy."),
     Panel("Policy", "Clip fraction", ("clip_ratio/*",), "Share whose importance ratio was clipped.", share=True),

@@ -1,13 +1,14 @@
 """DPO and its family: direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
-`steps`, `_update` and `_objective` are the algorithm; `dpo_losses` calls its losses from `taurl.functional`. A batch has
-N prompts with K answers each: pairs (K = 2, chosen and rejected), or single answers with a label (KTO).
+`steps`, `_update` and `_objective` are the algorithm; `dpo_losses` calls its losses from `taurl.functional`. N prompts
+have K answers each: pairs (K = 2, chosen and rejected), or single answers with a label (KTO).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -16,31 +17,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taurl.functional.kto import kl_baseline
 from taurl.llm.algorithms.dpo_config import DPOConfig
 from taurl.llm.algorithms.dpo_figures import FallWatch, answer_rewards, pair_figures, unpaired_figures
-from taurl.llm.algorithms.dpo_losses import (
-    PairLoss,
-    RewardShift,
-    UnpairedLoss,
-    check_losses,
-    sorts_the_batch,
-)
+from taurl.llm.algorithms.dpo_losses import PairLoss, RewardShift, UnpairedLoss, check_losses, sorts_the_batch
 from taurl.llm.algorithms.dpo_reference import NoReference, Reference
-from taurl.llm.algorithms.figures import Tally
-from taurl.llm.algorithms.online_pairs import PairSampler
-from taurl.llm.algorithms.setup import loading_model, repeat_data
-from taurl.llm.algorithms.trainer import Trainer
+from taurl.llm.algorithms.figures import Tally, rollout_figures
+from taurl.llm.algorithms.online import MEMORY_SETTINGS, OnlineTrainer, RewardFunction
+from taurl.llm.algorithms.setup import repeat_data
 from taurl.llm.answer_batches import AnswerBatch, AnswerPart, batch_logprobs, part_logprobs
 from taurl.llm.datasets import PromptOrder
+from taurl.llm.evaluation import reward_metrics
 from taurl.llm.given_answers import GivenAnswers
-from taurl.llm.policies import Policy
 from taurl.llm.preference_rows import Form, PreferenceReader, train_and_held_out_preferences
-from taurl.llm.rewards import RewardSet
-from taurl.llm.tasks import PromptReader, train_and_held_out
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import out_of_memory_names
-from taurl.runtime.optimization import Optimizer, learning_rate
+from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import Callback, Record, Stateful, Step
-
-RewardFunction = str | Callable[..., Any]
 
 HEADLINE = {
     "loss": "loss",
@@ -50,7 +40,6 @@ HEADLINE = {
     "held-out accuracy": "eval/rewards/accuracies",
     "tokens/s": "tokens_per_second",
 }
-MEMORY_SETTINGS = "tokens_per_part (or prompts_per_step)"
 
 
 @dataclass(frozen=True)
@@ -74,7 +63,7 @@ class Batch:
         return self.answers if self.desirable is None else self.answers.only(0)
 
 
-class DPO(Trainer):
+class DPO(OnlineTrainer):
     """Trains a causal language model on pairs of answers, on single answers with labels, or on its own judged answers.
 
         DPO("smollm2-135m-instruct", "preferences.jsonl", config=DPOConfig(steps=60)).train()
@@ -122,37 +111,28 @@ class DPO(Trainer):
     def set_up(self, dtype: torch.dtype | None) -> None:
         config = self.config
         check_losses(config)
-        online = bool(self.given("rewards"))
-        if online and config.unpaired:
+        self.online = bool(self.given("rewards"))
+        if self.online and config.unpaired:
             raise InputError(
-                f"rewards make pairs, but {config.loss_type[0]} takes single answers: leave one of them out"
+                f"rewards make pairs, but {config.loss_type[0]} takes single answers: give only one of them"
             )
-        rewards = self._reward_set() if online else None
+        if self.given("reference") is not None and not config.needs_reference:
+            raise InputError(f"a reference is given, but {', '.join(config.loss_type)} needs none: leave it out")
+        if self.online:
+            self.load_rewards()
         # What the reference says is known before the first update, or asked for at each step.
-        live, other = online or not config.cache_reference, self.given("reference")
-        with loading_model():
-            self.policy = Policy(
-                self.given("model"),
-                self.given("tokenizer"),
-                dtype=dtype,
-                device=self.device,
-                lora=(config.lora_rank, config.lora_alpha, config.lora_targets),
-                keep_reference=config.needs_reference and live and other is None,
-                gradient_checkpointing=config.gradient_checkpointing,
-            )
-            self.optimizer = Optimizer(self.policy.model.named_parameters(), config)
-        # Log-probabilities are in float32, in float64 for a model in float64.
-        self.dtype = torch.promote_types(self.policy.model.dtype, torch.float32)
+        live, other = self.online or not config.cache_reference, self.given("reference")
+        self.load_policy(dtype, keep_reference=config.needs_reference and live and other is None)
         self.reference: Reference | NoReference = NoReference(self.dtype)
         if config.needs_reference:
             self.reference = Reference(
                 self.policy, other, forward=self._logprobs, live=live, circumstances=self._circumstances()
             )
-        self.sampler = self._pair_sampler(rewards) if rewards else None
-        if self.sampler is None:
+        if self.online:
+            self.load_prompts()
+        else:
             self._read_answers()
-        self.shift = RewardShift()
-        self.fall_watch = FallWatch()
+        self.shift, self.fall_watch = RewardShift(), FallWatch()
 
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""
@@ -165,33 +145,54 @@ class DPO(Trainer):
         with run.begin(**state), out_of_memory_names(MEMORY_SETTINGS):
             self.evaluate_before()
             for step in run.steps():
-                batch, figures = self._collect(step)
+                batch, figures = self._sampled(step) if self.online else (self._given(step), {})
                 with step.phase("update", "updating"):
                     figures |= self._update(batch, step.number)
-                if figures["updates_skipped"]:
-                    loss, norm = figures["loss"], figures["grad_norm"]
-                    run.view.note(f"step {step.number}: update not taken: loss {loss:g}, gradient norm {norm:g}")
+                self.note_updates(step, figures)
                 if batch:
                     figures["tokens_per_second"] = batch.trained.token_count / sum(step.times.values())
                     if config.needs_reference and (warning := self.fall_watch.warning(figures)):
                         run.view.note(f"step {step.number}: {warning}")
                 yield self.finish(step, figures)
 
-    def _collect(self, step: Step) -> tuple[Batch | None, Record]:
-        """The rows of a step with what the reference says; online, sampled and judged first (None: no pair differs)."""
-        config = self.config
-        if self.sampler is None:
-            rows = self._rows_of(step.number)
-            with step.phase("reference", "asking the reference"):
-                return self._given_batch(self.answers, rows), {}
-        with step.phase("sample", f"sampling {config.prompts_per_step} prompts × {config.group_size}"):
-            sampled = self.sampler.sample(step.number)
-        self.run.log_samples(sampled.samples[: config.samples_per_step])
-        if not sampled.prompts:
-            return None, sampled.figures
+    def _given(self, step: Step) -> Batch:
+        """The rows of a step, with what the reference says of them."""
         with step.phase("reference", "asking the reference"):
-            answers = AnswerBatch.of(sampled.prompts, sampled.answers, self.device)
-            return Batch(answers, self.reference.sampled(answers)), sampled.figures
+            return self._batch(self.answers, self._rows_of(step.number))
+
+    def _sampled(self, step: Step) -> tuple[Batch | None, Record]:
+        """The policy's own answers, the best of a prompt against its worst; None where none of them differ."""
+        config = self.config
+        indices = self.order.take((step.number - 1) * config.prompts_per_step, config.prompts_per_step)
+        prompts = self.prompts.take(indices)
+        rows, origins = (
+            [item for item in items for _ in range(config.group_size)] for items in (prompts.rows, indices)
+        )
+        with step.phase("sample", f"sampling {len(prompts)} prompts × {config.group_size}"):
+            rollout = self.sample(prompts.ids, config.group_size, step.number)
+        with step.phase("reward", "scoring"):
+            scores = self.score(rows, rollout.completions, step.number)
+        rewards = scores.total.reshape(len(prompts), config.group_size)
+        pairs = best_and_worst(rewards)
+        signs = np.zeros(rewards.shape)  # which answers are raised and which lowered, for samples.jsonl
+        for prompt, (best, worst) in pairs.items():
+            signs[prompt, [best, worst]] = 1, -1
+        names = self.rewards.names
+        self.log_completions(step, origins, rows, rollout, scores, names, torch.from_numpy(signs.flatten()))
+        figures = reward_metrics(names, scores) | rollout_figures(rollout, torch.from_numpy(rewards), step.times)
+        figures["pairs"] = len(pairs)
+        if not pairs:
+            return None, figures
+        answers = AnswerBatch.of(
+            [prompts.ids[prompt] for prompt in pairs],
+            [
+                [rollout.completions[prompt * config.group_size + place].tokens for place in pair]
+                for prompt, pair in pairs.items()
+            ],
+            self.device,
+        )
+        with step.phase("reference", "asking the reference"):
+            return Batch(answers, self.reference.sampled(answers)), figures
 
     def _update(self, batch: Batch | None, step: int) -> Record:
         """One optimiser update on the mean loss of the batch; without a batch the gradient is 0."""
@@ -254,8 +255,6 @@ class DPO(Trainer):
         )
         return found.to(self.dtype)
 
-    # --- the data
-
     def _read_answers(self) -> None:
         """Training and held-out rows of a data set of preferences."""
         config, run = self.config, self.run
@@ -272,14 +271,14 @@ class DPO(Trainer):
         if too_long := train.too_long + held_out.too_long:
             run.view.note(f"{too_long} rows left out: longer than max_length or than the model's context")
         repeat_data(run, train.fingerprint() + held_out.fingerprint())
-        self.answers, self.held_out = (GivenAnswers.of(rows, config.loss_type) for rows in (train, held_out))
+        self.answers, self.held_out_answers = (GivenAnswers.of(rows, config.loss_type) for rows in (train, held_out))
         self.order = PromptOrder(len(self.answers), config.seed)
 
     def _rows_of(self, step: int) -> list[int]:
         count = self.config.prompts_per_step
         return self.order.take((step - 1) * count, count)
 
-    def _given_batch(self, answers: GivenAnswers, rows: Sequence[int]) -> Batch:
+    def _batch(self, answers: GivenAnswers, rows: Sequence[int]) -> Batch:
         batch = answers.take(rows, self.device)
         reference = self.reference.given(answers, rows, batch)
         if not answers.desirable:
@@ -288,54 +287,29 @@ class DPO(Trainer):
 
     def _know_reference(self) -> None:
         """Ask the reference about all rows that the run will take, while the policy still has its starting weights."""
-        if self.sampler is None:
-            rows = range(len(self.held_out))
-            self.reference.know(self.held_out, [rows] if rows else [], self.device, self.run.view.note)
-            steps = (self._rows_of(step) for step in range(1, self.config.steps + 1))
-            self.reference.know(self.answers, steps, self.device, self.run.view.note)
+        if self.online:
+            return
+        if self.can_evaluate():
+            rows = range(len(self.held_out_answers))
+            self.reference.know(self.held_out_answers, [rows], self.device, self.run.view.note)
+        steps = (self._rows_of(step) for step in range(1, self.config.steps + 1))
+        self.reference.know(self.answers, steps, self.device, self.run.view.note)
 
     def _circumstances(self) -> list[Any]:
-        """What rounding of log-probabilities depends on, and how they are weighed: the reference's are kept by it."""
+        """How log-probabilities are weighed, and what their rounding depends on; the reference's are kept by it."""
         config = self.config
         batches = config.seed, config.prompts_per_step, config.tokens_per_part, config.gradient_checkpointing
         machine = torch.__version__, transformers.__version__, str(self.device), torch.get_num_threads()
         return [config.excess_weight, *batches, *machine]
 
-    def _reward_set(self) -> RewardSet:
-        config = self.config
-        return RewardSet(
-            self.given("rewards"),
-            config.reward_weights,
-            timeout=config.reward_timeout,
-            worker_process=config.reward_process,
-        )
-
-    def _pair_sampler(self, rewards: RewardSet) -> PairSampler:
-        config = self.config
-        prompts, held_out, dropped = train_and_held_out(
-            PromptReader.of(config, self.policy.tokenizer, self.policy.model),
-            self.given("dataset"),
-            self.given("eval_dataset"),
-            config.eval_rows,
-            config.seed,
-        )
-        if dropped:
-            self.run.view.note(f"{dropped} training rows left out: their prompts are among the held-out ones")
-        repeat_data(self.run, prompts.fingerprint() + held_out.fingerprint())
-        return PairSampler(config, self.policy, rewards, prompts, held_out)
-
-    # --- what is said of it
-
     def evaluate(self) -> dict[str, float]:
         """Figures on the held-out rows, by `eval/…` names: those of training; online, rewards of greedy answers."""
-        if not self.can_evaluate():
-            raise InputError("there are no held-out rows to evaluate on: eval_rows is 0")
-        if self.sampler:
-            return self.sampler.evaluate(self.run.step, self.run.view.status).metrics
-        rows = list(range(len(self.held_out)))
-        self.reference.know(self.held_out, [rows], self.device, self.run.view.note)
+        if self.online or not self.can_evaluate():
+            return super().evaluate()
+        rows = range(len(self.held_out_answers))
+        self.reference.know(self.held_out_answers, [rows], self.device, self.run.view.note)
         self.run.view.status("evaluating on held-out rows")
-        batch = self._given_batch(self.held_out, rows)
+        batch = self._batch(self.held_out_answers, rows)
         logprobs = self._logprobs(self.policy.model, batch.trained)
         objective = self._objective(batch)
         loss = float(objective(torch.arange(len(rows), device=self.device), logprobs))
@@ -343,18 +317,28 @@ class DPO(Trainer):
         return {f"eval/{name}": value for name, value in figures.items()}
 
     def evaluate_at(self, step: int) -> Record:
-        """The same within the run: answers that were sampled for it go to samples.jsonl."""
-        if self.sampler is None:
-            return dict(self.evaluate())
-        found = self.sampler.evaluate(step, self.run.view.status)
-        self.run.log_samples(found.samples)
-        return dict(found.metrics)
+        """The same within the run; online, the answers go to samples.jsonl."""
+        return super().evaluate_at(step) if self.online else dict(self.evaluate())
 
     def can_evaluate(self) -> bool:
         """Whether there are held-out rows."""
-        return len(self.sampler.held_out if self.sampler else self.held_out) > 0
+        return len(self.held_out if self.online else self.held_out_answers) > 0
 
     def close(self) -> None:
         """Stop the reward functions' process, if they have one."""
-        if self.sampler:
-            self.sampler.rewards.close()
+        if self.online:
+            super().close()
+
+
+def best_and_worst(rewards: np.ndarray) -> dict[int, tuple[int, int]]:
+    """By prompt, the places of its best and its worst answer; prompts with less than two different rewards have none.
+
+    Args:
+        rewards: float [P, G], NaN where an answer was not judged; the first of equal ones is taken.
+    """
+    found = {}
+    for prompt, group in enumerate(rewards):
+        judged = group[~np.isnan(group)]
+        if len(judged) and judged.max() > judged.min():
+            found[prompt] = int(np.nanargmax(group)), int(np.nanargmin(group))
+    return found

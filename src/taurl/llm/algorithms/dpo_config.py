@@ -5,16 +5,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from taurl.llm.settings import (
-    DataSettings,
-    EvaluationSettings,
-    LoraSettings,
-    PartSettings,
-    PromptSettings,
-    RewardSettings,
-    SamplerSettings,
-)
-from taurl.runtime.config import FREE, TrainingConfig
+from taurl.llm.algorithms.online_config import SampledConfig
+from taurl.runtime.config import FREE
 
 UNPAIRED_LOSSES = frozenset({"kto", "apo_zero_unpaired"})
 REFERENCE_FREE_LOSSES = frozenset({"cpo", "simpo", "orpo", "sft"})
@@ -44,16 +36,7 @@ PreferenceLoss = Literal[
 ]
 
 
-class DPOConfig(
-    PartSettings,
-    LoraSettings,
-    SamplerSettings,
-    RewardSettings,
-    EvaluationSettings,
-    PromptSettings,
-    TrainingConfig,
-    DataSettings,
-):
+class DPOConfig(SampledConfig):
     """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290) and its family.
 
     Each step takes `prompts_per_step` rows, each a prompt with a chosen and a rejected answer, and raises the chosen
@@ -80,8 +63,6 @@ class DPOConfig(
     """Rows in one step: pairs, single answers (KTO), or prompts that are sampled from."""
     group_size: int = Field(2, ge=2)
     """Answers that are sampled to each prompt, with `rewards`."""
-    temperature: float = Field(1.0, gt=0)
-    """Of sampling, with `rewards`."""
     max_length: int | None = Field(None, ge=2)
     """Rows with more tokens, prompt and longest answer, are left out and counted; by default those that the model's
     context cannot hold."""
@@ -135,12 +116,6 @@ class DPOConfig(
             raise ValueError(f"loss_weights are {list(weights)}: expected finite numbers")
         if self.unpaired and len(self.loss_type) > 1:
             raise ValueError(f"loss_type is {list(self.loss_type)}: kto and apo_zero_unpaired mix with no other loss")
-        if not self.needs_reference and self.reference is not None:
-            raise ValueError(f"reference is {self.reference!r}, but {', '.join(self.loss_type)} needs none")
-        if self.reward_weights is not None and self.rewards and len(self.reward_weights) != len(self.rewards):
-            raise ValueError(f"{len(self.reward_weights)} reward_weights for {len(self.rewards)} rewards")
-        if self.reward_timeout is None and self.reward_process:
-            raise ValueError("reward_process needs a reward_timeout")
         return self
 
     @property
