@@ -39,7 +39,7 @@ def test_a_run_leaves_its_files_shows_before_and_after_and_draws_its_curves(here
         "held-out rows",
         "before (step 0)",
         "after (step 3)",
-        "rewards/accuracies",
+        "accuracies",
         "logps/chosen",
         "run/final",
     ):

@@ -245,8 +245,8 @@ def test_more_steps_on_resume_equal_a_longer_run_with_another_cache(config, fold
     whole = DPO(str(folder), ROWS, config=config(steps=6, eval_rows=2)).train().run
     monkeypatch.setenv("TAURL_CACHE", str(tmp_path / "other"))
     shorter = config(steps=3, eval_rows=2, out=tmp_path / "short", eval_every=6)
-    DPO(str(folder), ROWS, config=shorter).train()
-    longer = DPO.resume(tmp_path / "short", shorter.model_copy(update={"steps": 6}), dataset=ROWS).train().run
+    run = DPO(str(folder), ROWS, config=shorter).train().run
+    longer = DPO.resume(run.directory, run.config.model_copy(update={"steps": 6}), dataset=ROWS).train().run
     weights = "final/model.safetensors"
     assert (longer.directory / weights).read_bytes() == (whole.directory / weights).read_bytes()
 
@@ -340,7 +340,7 @@ def test_bad_data_and_a_reference_of_another_family_are_refused(config, folder, 
         DPO(str(folder), [{**SINGLE[0], "label": 0.5}, *SINGLE[2:]], config=config(loss_type="kto", eval_rows=0))
     with pytest.raises(InputError, match="all 2 rows have one prompt; kto compares"):
         DPO(str(folder), SINGLE[:2], config=config(loss_type="kto", eval_rows=0))
-    with pytest.raises(InputError, match="no column 'rejected'"):
+    with pytest.raises(InputError, match="no column 'chosen'"):
         DPO(str(folder), SINGLE, config=config())
     other = tiny_tokenizer()
     other.add_tokens(["word"])

@@ -86,7 +86,9 @@ class Preferences(Prompts):
     def take(self, indices: Sequence[int]) -> "Preferences":
         """The rows at these places."""
         judged = [self.judged[index] for index in indices]
-        return Preferences([self.rows[index] for index in indices], [row.prompt for row in judged], judged)
+        return Preferences(
+            [self.rows[index] for index in indices], [row.prompt for row in judged], judged, self.too_long
+        )
 
     def fingerprint(self) -> str:
         """A hash of the rows and their token ids."""

@@ -268,7 +268,8 @@ class DPO(OnlineTrainer):
         )
         if dropped:
             run.view.note(f"{dropped} training rows left out: their prompts are among the held-out ones")
-        if too_long := train.too_long + held_out.too_long:
+        # Taken out of one data set, both know of all its rows.
+        if too_long := train.too_long + (0 if self.given("eval_dataset") is None else held_out.too_long):
             run.view.note(f"{too_long} rows left out: longer than max_length or than the model's context")
         repeat_data(run, train.fingerprint() + held_out.fingerprint())
         self.answers, self.held_out_answers = (GivenAnswers.of(rows, config.loss_type) for rows in (train, held_out))
