@@ -106,7 +106,7 @@ class Conversations:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         return messages
 
-    def _render(self, messages: Sequence[Message], where: str, **options: bool) -> str:
+    def _render(self, messages: Sequence[Message], where: str, **options: Any) -> str:
         joined: list[dict[str, Any]] = []
         for message in messages:  # a prompt that ends with the assistant's words is continued, not answered
             if joined and joined[-1]["role"] == message["role"] == "assistant":
@@ -154,7 +154,9 @@ class Conversations:
     def _through_end_of_turn(self, ids: list[int]) -> list[int]:
         """Without the white space that templates write after the token that ends a turn."""
         end = len(ids)
-        while end and ids[end - 1] not in self._special and not self.tokenizer.decode([ids[end - 1]]).strip():
+        while (
+            end and ids[end - 1] not in self._special and not cast(str, self.tokenizer.decode([ids[end - 1]])).strip()
+        ):
             end -= 1
         return ids[:end] if end and ids[end - 1] in self._special else ids
 

@@ -58,8 +58,9 @@ class ReferenceCache:
 
     def missing(self, rows: Sequence[int]) -> list[int]:
         """Those of the rows that are not known, each once."""
-        unknown = self.values.isnan().any(1)
-        return [row for row in dict.fromkeys(rows) if unknown[row]]
+        each = list(dict.fromkeys(rows))
+        unknown: list[bool] = self.values[each].isnan().any(1).tolist()
+        return [row for row, is_unknown in zip(each, unknown, strict=True) if is_unknown]
 
     def put(self, rows: Sequence[int], logprobs: Tensor) -> None:
         """Note log-probabilities [n, K]; written now and then, so that little is lost."""

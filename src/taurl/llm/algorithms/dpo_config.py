@@ -63,6 +63,8 @@ class DPOConfig(SampledConfig):
     """Rows in one step: pairs, single answers (KTO), or prompts that are sampled from."""
     group_size: int = Field(2, ge=2)
     """Answers that are sampled to each prompt, with `rewards`."""
+    temperature: float = Field(1.0, gt=0)
+    """Of sampling, with `rewards`; what is trained are the log-probabilities of temperature 1."""
     max_length: int | None = Field(None, ge=2)
     """Rows with more tokens, prompt and longest answer, are left out and counted; by default those that the model's
     context cannot hold."""
