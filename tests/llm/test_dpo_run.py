@@ -356,4 +356,4 @@ def test_rows_that_are_too_long_are_left_out_and_counted(config, folder, capsys)
     rows = [*ROWS, {"prompt": "long?", "chosen": "a" * 60, "rejected": "b"}]
     trainer = DPO(str(folder), rows, config=config(max_length=40))
     assert "1 rows left out: longer than max_length" in capsys.readouterr().err
-    assert len(trainer.answers) + len(trainer.held_out_answers) == len(ROWS)
+    assert len(trainer.train_answers) + len(trainer.held_out_answers) == len(ROWS)

@@ -158,16 +158,15 @@ class DPO(OnlineTrainer):
     def _given(self, step: Step) -> Batch:
         """The rows of a step, with what the reference says of them."""
         with step.phase("reference", "asking the reference"):
-            return self._batch(self.answers, self._rows_of(step.number))
+            return self._batch(self.train_answers, self._rows_of(step.number))
 
     def _sampled(self, step: Step) -> tuple[Batch | None, Record]:
         """The policy's own answers, the best of a prompt against its worst; None where none of them differ."""
         config = self.config
         indices = self.order.take((step.number - 1) * config.prompts_per_step, config.prompts_per_step)
         prompts = self.prompts.take(indices)
-        rows, origins = (
-            [item for item in items for _ in range(config.group_size)] for items in (prompts.rows, indices)
-        )
+        rows = [row for row in prompts.rows for _ in range(config.group_size)]
+        origins = [index for index in indices for _ in range(config.group_size)]
         with step.phase("sample", f"sampling {len(prompts)} prompts × {config.group_size}"):
             rollout = self.sample(prompts.ids, config.group_size, step.number)
         with step.phase("reward", "scoring"):
@@ -272,8 +271,10 @@ class DPO(OnlineTrainer):
         if too_long := train.too_long + (0 if self.given("eval_dataset") is None else held_out.too_long):
             run.view.note(f"{too_long} rows left out: longer than max_length or than the model's context")
         repeat_data(run, train.fingerprint() + held_out.fingerprint())
-        self.answers, self.held_out_answers = (GivenAnswers.of(rows, config.loss_type) for rows in (train, held_out))
-        self.order = PromptOrder(len(self.answers), config.seed)
+        self.train_answers, self.held_out_answers = (
+            GivenAnswers.of(rows, config.loss_type) for rows in (train, held_out)
+        )
+        self.order = PromptOrder(len(self.train_answers), config.seed)
 
     def _rows_of(self, step: int) -> list[int]:
         count = self.config.prompts_per_step
@@ -294,7 +295,7 @@ class DPO(OnlineTrainer):
             rows = range(len(self.held_out_answers))
             self.reference.know(self.held_out_answers, [rows], self.device, self.run.view.note)
         steps = (self._rows_of(step) for step in range(1, self.config.steps + 1))
-        self.reference.know(self.answers, steps, self.device, self.run.view.note)
+        self.reference.know(self.train_answers, steps, self.device, self.run.view.note)
 
     def _circumstances(self) -> list[Any]:
         """How log-probabilities are weighed, and what their rounding depends on; the reference's are kept by it."""
