@@ -47,19 +47,19 @@ def settings(tmp_path, **changes):
     return DPOConfig(**(values | changes))
 
 
-def other_model():
+def other_model(moved=0.03):
     """The policy with its weights moved a little: log-ratios of some nats, which every divergence bears."""
     model = tiny_model(dtype=torch.float64)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.03 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += moved * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     return model
 
 
-def step(config, monkeypatch, rows=PAIRS):
+def step(config, monkeypatch, rows=PAIRS, moved=0.03):
     """The record of one step, its gradient, and how many parts went forward with one."""
-    reference = other_model() if config.needs_reference else None
+    reference = other_model(moved) if config.needs_reference else None
     trainer = DPO(tiny_model(dtype=torch.float64), rows, config=config, reference=reference, tokenizer=tiny_tokenizer())
     parts = []
     real = dpo_module.part_logprobs
@@ -248,7 +248,8 @@ def test_single_answers_with_one_reference_point_for_the_whole_batch(tmp_path, m
         "desirable_weight": 1.3,
         "undesirable_weight": 0.8,
     }
-    model, reference = tiny_model(dtype=torch.float64), other_model()
+    moved = -0.03  # where the reference point is above 0
+    model, reference = tiny_model(dtype=torch.float64), other_model(moved)
 
     def h(prompt, answer):
         with torch.no_grad():
@@ -272,7 +273,7 @@ def test_single_answers_with_one_reference_point_for_the_whole_batch(tmp_path, m
     seen = set()
     for tokens in (10_000, 80, 20):
         cut = settings(tmp_path / str(tokens), **changes, tokens_per_part=tokens)
-        record, gradient, parts = step(cut, monkeypatch, SINGLE)
+        record, gradient, parts = step(cut, monkeypatch, SINGLE, moved)
         seen.add(parts)
         assert record["loss"] == pytest.approx(float(loss), rel=1e-9)
         assert record["kl"] == pytest.approx(kl, rel=1e-9)
