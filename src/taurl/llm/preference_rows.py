@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, TypeAlias, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taurl.llm.chat import Prompt, prompt_problem
 from taurl.llm.completion_ids import Conversations
 from taurl.llm.data_files import Row
-from taurl.llm.datasets import Rows, check_prompts, columns_of, distinct_rows, load_rows, prepare_rows
+from taurl.llm.datasets import Rows, check_prompts, columns_of, distinct_rows, is_task, load_rows, prepare_rows
 from taurl.llm.generation.protocol import context_length
 from taurl.llm.tasks import Prompts, named, train_and_held_out
 from taurl.runtime.errors import InputError, shorten
@@ -136,6 +136,10 @@ class PreferenceReader:
             else:
                 rows = prepare_rows(source, columns=self.columns, answer_after=self.answer_after)
             return self._encoded(self._explicit(rows), limit, distinct)
+
+    def for_other(self, source: object) -> "PreferenceReader":
+        """The reader of a further data set: the arguments are those of a task, and go to no file."""
+        return self if not isinstance(source, str) or is_task(source) else replace(self, arguments={})
 
     def _explicit(self, rows: Rows) -> Rows:
         """Rows that have the form's columns, and a prompt of their own."""
