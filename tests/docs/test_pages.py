@@ -75,11 +75,8 @@ def test_every_setting_named_in_the_pages_exists():
     of_control = {name for config in configs for name in config.model_fields}
     known = {
         *GRPOConfig.model_fields,
-<<<<<<< HEAD
         *InspectConfig.model_fields,
-=======
         *DPOConfig.model_fields,
->>>>>>> 88b8814 (DPO: online through OnlineTrainer, its page, examples, charts and command)
         *of_control,
         "config",
         "resume",
