@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from taurl import control
+from taurl import control, llm
 from taurl.functional.kl import KL_GRADIENTS
 from taurl.functional.loss_types import LOSS_TYPES
 from taurl.llm.algorithms.grpo_config import GRPOConfig
-from taurl.llm.algorithms.sft_config import SFTConfig
 from taurl.llm.inference_config import InspectConfig
 
 ROOT = Path(__file__).parents[2]
@@ -72,9 +71,9 @@ def test_the_help_says_which_gradient_each_place_gives():
 
 def test_every_setting_named_in_the_pages_exists():
     configs = [getattr(control, f"{algorithm}Config") for algorithm in control.ALGORITHMS]
-    of_control = {name for config in configs for name in config.model_fields}
-    of_llm = {name for config in (GRPOConfig, SFTConfig, InspectConfig) for name in config.model_fields}
-    known = {*of_llm, *of_control, "config", "resume", "no_preset", "video", "sampled"}
+    configs += [getattr(llm, name) for name in llm.__all__ if name.endswith("Config")]
+    settings = {name for config in [*configs, InspectConfig] for name in config.model_fields}
+    known = {*settings, "config", "resume", "no_preset", "video", "sampled"}
     for page in DOCS.glob("*.md"):
         for option in re.findall(r"`--([a-z0-9-]+)", page.read_text()):
             assert option.replace("-", "_") in known, f"{page.name}: --{option}"

@@ -51,5 +51,6 @@ def _named(name: str) -> Any:
     return getattr(importlib.import_module(LAZY[name]), name)
 
 
+dpo = partial(train, "DPO")
 grpo = partial(train, "GRPO")
 sft = partial(train, "SFT")

@@ -33,10 +33,9 @@ def scores(before: dict[str, Any], after: dict[str, Any]) -> Table:
     for heading in ("", f"before (step {before['step']})", f"after (step {after['step']})"):
         table.add_column(heading, justify="right" if heading else "left")
     functions = [key for key in before if key.startswith("eval/rewards/") and key.endswith("/mean")]
+    told = {"eval/reward_std", *(["eval/reward"] if len(functions) < 2 else [])}
     for key in before:
-        is_figure = key.startswith("eval/") and not key.startswith("eval/rewards/")
-        repeats = key == "eval/reward" and len(functions) == 1
-        if key in functions or (is_figure and not repeats):
+        if key.startswith("eval/") and key not in told and not key.endswith(("/std", "/seconds")):
             name = key.removeprefix("eval/").removeprefix("rewards/").removesuffix("/mean")
             table.add_row(name, *(number(record.get(key)) for record in (before, after)))
     return table

@@ -1,21 +1,25 @@
 """Post-training of language models.
 
-from taurl.llm import GRPO, GRPOConfig, SFT, SFTConfig
+from taurl.llm import GRPO, GRPOConfig
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from taurl.llm.algorithms.dpo import DPO
+    from taurl.llm.algorithms.dpo_config import DPOConfig
     from taurl.llm.algorithms.grpo import GRPO
     from taurl.llm.algorithms.grpo_config import GRPOConfig
     from taurl.llm.algorithms.sft import SFT
     from taurl.llm.algorithms.sft_config import SFTConfig
 
-__all__ = ["GRPO", "SFT", "GRPOConfig", "SFTConfig"]
+__all__ = ["DPO", "GRPO", "SFT", "DPOConfig", "GRPOConfig", "SFTConfig"]
 
 # Imported when first asked for: a config needs no torch.
 LAZY = {
+    "DPO": "taurl.llm.algorithms.dpo",
+    "DPOConfig": "taurl.llm.algorithms.dpo_config",
     "GRPO": "taurl.llm.algorithms.grpo",
     "GRPOConfig": "taurl.llm.algorithms.grpo_config",
     "SFT": "taurl.llm.algorithms.sft",

@@ -66,6 +66,29 @@ PANELS = (
     Panel("Likelihood", "Negative log-likelihood", ("nll",), "Of a trained token, mean over the rows of a step."),
     Panel("Likelihood", "Rows too long", ("rows/*",), "Rows that their length has changed so far."),
     Panel("Likelihood", "Tokens of a step", ("tokens", "trained_tokens"), "Of its rows, and those that are targets."),
+    Panel(
+        "Preferences",
+        "Told apart",
+        ("rewards/accuracies", "eval/rewards/accuracies"),
+        "Share of pairs whose chosen answer has the larger reward.",
+        share=True,
+    ),
+    Panel(
+        "Preferences", "Margin", ("rewards/margins", "eval/rewards/margins"), "Reward of the chosen less the rejected."
+    ),
+    Panel(
+        "Preferences",
+        "Rewards",
+        ("rewards/chosen", "rewards/rejected", "eval/rewards/chosen", "eval/rewards/rejected"),
+        "β times the log-ratio of policy and reference.",
+    ),
+    Panel(
+        "Preferences",
+        "Log-probabilities",
+        ("logps/chosen", "logps/rejected", "eval/logps/chosen", "eval/logps/rejected"),
+        "Of whole answers, mean.",
+    ),
+    Panel("Preferences", "Pairs", ("pairs",), "Prompts whose sampled answers differ in reward."),
     Panel("Policy", "Entropy", ("entropy",), "Mean entropy of the next-token distribution."),
     Panel("Policy", "KL", ("kl",), "Distance from the reference policy."),
     Panel("Policy", "Clip fraction", ("clip_ratio/*",), "Share whose importance ratio was clipped.", share=True),

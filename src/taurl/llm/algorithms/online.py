@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taurl.llm.algorithms.online_config import OnlineConfig
+from taurl.llm.algorithms.online_config import SampledConfig
 from taurl.llm.algorithms.setup import loading_model, repeat_data
 from taurl.llm.algorithms.trainer import Trainer
 from taurl.llm.datasets import PromptOrder
@@ -42,7 +42,7 @@ class OnlineTrainer(Trainer):
     """
 
     headline = HEADLINE
-    config: OnlineConfig
+    config: SampledConfig
 
     def load_rewards(self) -> None:
         """Make the reward functions."""

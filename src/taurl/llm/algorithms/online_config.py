@@ -1,4 +1,4 @@
-"""Settings of algorithms that sample from the policy and learn from the rewards, GRPO and PPO. Imports no torch."""
+"""Settings of algorithms that sample from the policy and learn from the rewards. Imports no torch."""
 
 from typing import Literal, Self
 
@@ -16,7 +16,7 @@ from taurl.llm.settings import (
 from taurl.runtime.config import FREE, TrainingConfig
 
 
-class OnlineConfig(
+class SampledConfig(
     PartSettings,
     LoraSettings,
     SamplerSettings,
@@ -26,13 +26,28 @@ class OnlineConfig(
     TrainingConfig,
     DataSettings,
 ):
-    """What a step samples, and how often it is learned from."""
+    """What a step samples."""
 
     prompts_per_step: int = Field(16, ge=1)
     """Prompts in one step."""
     temperature: float = Field(1.0, gt=0)
     """Of sampling and of the trained distribution alike. (Top-k, top-p and min-p are refused in training: the sampled
     distribution would not be the trained one.)"""
+    samples_per_step: int = Field(8, ge=0, json_schema_extra=FREE)
+    """Completions of each step that are kept in samples.jsonl."""
+
+    @model_validator(mode="after")
+    def _rewards_fit_together(self) -> Self:
+        if self.reward_weights is not None and self.rewards and len(self.reward_weights) != len(self.rewards):
+            raise ValueError(f"{len(self.reward_weights)} reward_weights for {len(self.rewards)} rewards")
+        if self.reward_timeout is None and self.reward_process:
+            raise ValueError("reward_process needs a reward_timeout")
+        return self
+
+
+class OnlineConfig(SampledConfig):
+    """How often a step's samples are learned from, by GRPO and PPO."""
+
     importance_cap: float | None = Field(2.0, gt=0)
     """Bound of the weights that correct for sampler and trainer disagreeing; None switches the correction off."""
     importance_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
@@ -42,15 +57,9 @@ class OnlineConfig(
     """Optimiser updates a pass over the step's completions."""
     epochs: int = Field(1, ge=1)
     """Passes over the step's completions."""
-    samples_per_step: int = Field(8, ge=0, json_schema_extra=FREE)
-    """Completions of each step that are kept in samples.jsonl."""
 
     @model_validator(mode="after")
     def _one_step_fits_together(self) -> Self:
         if self.minibatches > self.prompts_per_step:
             raise ValueError(f"minibatches {self.minibatches} exceed prompts_per_step {self.prompts_per_step}")
-        if self.reward_weights is not None and self.rewards and len(self.reward_weights) != len(self.rewards):
-            raise ValueError(f"{len(self.reward_weights)} reward_weights for {len(self.rewards)} rewards")
-        if self.reward_timeout is None and self.reward_process:
-            raise ValueError("reward_process needs a reward_timeout")
         return self

@@ -59,7 +59,7 @@ def choose_machine(run: Run, *, keep_dtype: bool) -> tuple[torch.device, torch.d
 def with_whole_paths(config: Config) -> Config:
     """Paths that the config names relative to this folder made absolute, so that a run resumes from any folder."""
     whole: dict[str, Any] = {}
-    for name in ("model", "dataset", "eval_dataset", "chat_template"):
+    for name in ("model", "dataset", "eval_dataset", "chat_template", "reference"):
         value = getattr(config, name, None)
         if value is not None and Path(value).exists():
             whole[name] = str(Path(value).resolve())

@@ -1,0 +1,70 @@
+"""Figures of a DPO step: what the policy gives to the answers, and a word where both of a pair become less likely."""
+
+from collections import deque
+
+import numpy as np
+from torch import Tensor
+
+from taurl.functional.direct_preference import per_token
+from taurl.functional.log_ratios import implicit_rewards
+from taurl.llm.algorithms.dpo_config import DPOConfig
+
+REWARDED_PER_TOKEN = frozenset({"simpo", "orpo"})
+STEPS_OF_A_FALL = 10
+
+
+def answer_rewards(config: DPOConfig, logprobs: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
+    """The rewards [N, K] that the policy stands for: β · log π/π_ref; without a reference β · log π, per token in
+    simpo and orpo."""
+    rewards = implicit_rewards(logprobs.flatten(), reference.flatten(), beta=config.strength)
+    if set(config.loss_type) & REWARDED_PER_TOKEN and not config.needs_reference:
+        rewards = per_token(rewards, lengths.flatten())
+    return rewards.view(logprobs.shape)
+
+
+def pair_figures(rewards: Tensor, logprobs: Tensor) -> dict[str, float]:
+    """Metrics of pairs [N, 2], by TRL's names. Two equal rewards do not count as told apart."""
+    chosen, rejected = rewards.double().unbind(1)
+    return {
+        "rewards/accuracies": float((chosen > rejected).double().mean()),
+        "rewards/margins": float((chosen - rejected).mean()),
+        "rewards/chosen": float(chosen.mean()),
+        "rewards/rejected": float(rejected.mean()),
+        "logps/chosen": float(logprobs[:, 0].double().mean()),
+        "logps/rejected": float(logprobs[:, 1].double().mean()),
+    }
+
+
+def unpaired_figures(rewards: Tensor, logprobs: Tensor, desirable: Tensor) -> dict[str, float]:
+    """The same of single answers [N, 1], liked ones as chosen; what a batch has none of is left out."""
+    figures = {}
+    for name, rows in {"chosen": desirable, "rejected": ~desirable}.items():
+        if rows.any():
+            figures[f"rewards/{name}"] = float(rewards[rows].double().mean())
+            figures[f"logps/{name}"] = float(logprobs[rows].double().mean())
+    if len(figures) == 4:
+        figures["rewards/margins"] = figures["rewards/chosen"] - figures["rewards/rejected"]
+    return figures
+
+
+class FallWatch:
+    """Notices, once, that chosen and rejected answers have both become less likely than under the reference."""
+
+    def __init__(self) -> None:
+        self.rewards: deque[tuple[float, float]] = deque(maxlen=STEPS_OF_A_FALL)
+        self.said = False
+
+    def warning(self, figures: dict[str, float]) -> str | None:
+        """The words, at the step where the mean rewards of the last ten steps first are both below 0."""
+        if "rewards/margins" not in figures:
+            return None
+        self.rewards.append((figures["rewards/chosen"], figures["rewards/rejected"]))
+        chosen, rejected = np.mean(self.rewards, axis=0)
+        if self.said or len(self.rewards) < STEPS_OF_A_FALL or max(chosen, rejected) >= 0:
+            return None
+        self.said = True
+        return (
+            f"both likelihoods fall: over the last {STEPS_OF_A_FALL} steps the reward is {chosen:.3g} for chosen and "
+            f"{rejected:.3g} for rejected answers; a larger beta, a lower learning_rate or sft in loss_type holds the "
+            "chosen ones up"
+        )

@@ -1,0 +1,171 @@
+"""A completion that somebody else wrote as the token ids that continue its prompt's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from taurl.llm.chat import Message, Prompt, PromptFormat, encode_prompt
+from taurl.runtime.errors import InputError, shorten
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN = 80  # characters of two renderings that differ
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """How prompts and completions, strings or messages, become token ids.
+
+    Prompts are those of `encode_prompt`. A completion of a chat is the rest of the rendered conversation through the
+    end of the assistant's turn; one of raw text is its tokens and the end of sequence.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    system_prompt: str | None = None
+    prompt_format: PromptFormat = "auto"
+    chat_template_kwargs: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, settings: Any, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """With the settings of a config that has PromptSettings."""
+        return cls(tokenizer, settings.system_prompt, settings.prompt_format, settings.chat_template_kwargs)
+
+    def prompt(self, prompt: Prompt, where: str) -> list[int]:
+        """The prompt's token ids. Raises: InputError as `encode_prompt` does, about `where`."""
+        try:
+            return encode_prompt(
+                prompt,
+                self.tokenizer,
+                system_prompt=self.system_prompt,
+                prompt_format=self.prompt_format,
+                chat_template_kwargs=self.chat_template_kwargs,
+            )
+        except InputError as error:
+            raise InputError(str(error).replace("prompt:", f"{where}:", 1)) from error
+
+    def completion(self, prompt: Prompt, completion: Prompt, prompt_ids: list[int], where: str) -> list[int]:
+        """The completion's token ids; a string is the assistant's message where the prompt is a chat.
+
+        Raises: InputError where the chat template refuses the conversation, or renders its beginning otherwise than
+            the prompt alone.
+        """
+        messages = self._messages(prompt)
+        if messages is None:
+            return self._text_ids(cast(str, prompt), self._plain(completion, where), prompt_ids)
+        text = self._render([*messages, *_said(completion)], where)
+        ids = self._ids(text)
+        if ids[: len(prompt_ids)] == prompt_ids:
+            return self._through_end_of_turn(ids[len(prompt_ids) :])
+        return self._through_end_of_turn(self._ids(self._rest(text, prompt, where)))
+
+    def steps(
+        self, prompt: Prompt, steps: Sequence[str], separator: str, prompt_ids: list[int], where: str
+    ) -> tuple[list[int], list[int]]:
+        """A completion of several steps with the separator between them, and where each step ends.
+
+        Returns: token ids, and for each step that is not blank the place of the token that holds the last character of
+            the separator after it (of the last one: its own last character).
+        Raises: InputError as `completion`, or where the tokenizer does not tell which characters its tokens hold.
+        """
+        if not self.tokenizer.is_fast:
+            raise InputError(f"{type(self.tokenizer).__name__} does not tell where its tokens stand in the text")
+        content = separator.join(steps)
+        ids = self.completion(prompt, content, prompt_ids, where)
+        text = self._after(prompt, content, where)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if encoded["input_ids"][: len(ids)] != ids[: len(encoded["input_ids"])]:
+            raise InputError(f"{where}: its tokens merge with those of the prompt; begin the completion with a blank")
+        start = text.find(content.strip()) - (len(content) - len(content.lstrip()))
+        ends, end = [], start
+        for place, step in enumerate(steps):
+            end += len(step) + (len(separator) if place < len(steps) - 1 else 0)
+            if step.strip():
+                ends.append(end)
+        offsets = encoded["offset_mapping"][: len(ids)]
+        return ids, [max(token for token, (first, _) in enumerate(offsets) if first < end) for end in ends]
+
+    def _after(self, prompt: Prompt, content: str, where: str) -> str:
+        """What follows the rendered prompt."""
+        messages = self._messages(prompt)
+        if messages is None:
+            return content
+        return self._rest(self._render([*messages, *_said(content)], where), prompt, where)
+
+    def _messages(self, prompt: Prompt) -> list[Message] | None:
+        """The prompt as messages, as `encode_prompt` takes it; None for raw text."""
+        if isinstance(prompt, str):
+            if self.prompt_format == "text" or (self.prompt_format == "auto" and not self.tokenizer.chat_template):
+                return None
+            prompt = [{"role": "user", "content": prompt}]
+        messages = list(prompt)
+        if self.system_prompt is not None and all(message["role"] != "system" for message in messages):
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        return messages
+
+    def _render(self, messages: Sequence[Message], where: str, **options: Any) -> str:
+        joined: list[dict[str, Any]] = []
+        for message in messages:  # a prompt that ends with the assistant's words is continued, not answered
+            if joined and joined[-1]["role"] == message["role"] == "assistant":
+                joined[-1]["content"] += message["content"]
+            else:
+                joined.append(dict(message))
+        try:
+            text = self.tokenizer.apply_chat_template(
+                joined, tokenize=False, **options, **(self.chat_template_kwargs or {})
+            )
+        except Exception as error:  # a template raises what it likes, jinja2's errors most often
+            problem = " ".join(str(error).split())
+            raise InputError(f"{where}: the chat template refuses the messages: {problem}") from error
+        return cast(str, text)
+
+    def _rest(self, text: str, prompt: Prompt, where: str) -> str:
+        """What follows the prompt in the text of a whole conversation."""
+        messages = self._messages(prompt) or []
+        continued = messages[-1]["role"] == "assistant"
+        opening = self._render(messages, where, add_generation_prompt=not continued, continue_final_message=continued)
+        if not text.startswith(opening):
+            place = next(i for i, (one, other) in enumerate(zip(opening, text + "\0", strict=False)) if one != other)
+            found, expected = (shorten(repr(t[max(0, place - 10) : place + SHOWN]), SHOWN) for t in (text, opening))
+            raise InputError(
+                f"{where}: the chat template renders the whole conversation as …{found}… where the prompt alone is "
+                f"…{expected}…; a completion must continue its prompt: see chat_template_kwargs"
+            )
+        return text[len(opening) :]
+
+    def _text_ids(self, prompt: str, completion: str, prompt_ids: list[int]) -> list[int]:
+        whole = encode_prompt(prompt + completion, self.tokenizer, prompt_format="text")
+        continues = whole[: len(prompt_ids)] == prompt_ids
+        ids = whole[len(prompt_ids) :] if continues else self._ids(completion)
+        end = self.tokenizer.eos_token_id
+        return ids if end is None or ids[-1:] == [end] else [*ids, cast(int, end)]
+
+    def _plain(self, completion: Prompt, where: str) -> str:
+        if isinstance(completion, str):
+            return completion
+        raise InputError(f"{where}: its prompt is raw text and its completion messages; give both in one form")
+
+    def _ids(self, text: str) -> list[int]:
+        return list(cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+    def _through_end_of_turn(self, ids: list[int]) -> list[int]:
+        """Without the white space that templates write after the token that ends a turn."""
+        end = len(ids)
+        while (
+            end and ids[end - 1] not in self._special and not cast(str, self.tokenizer.decode([ids[end - 1]])).strip()
+        ):
+            end -= 1
+        return ids[:end] if end and ids[end - 1] in self._special else ids
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        """Tokens that stand for no text."""
+        added = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return frozenset(added | set(self.tokenizer.all_special_ids))
+
+
+def _said(completion: Prompt) -> Sequence[Message]:
+    return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion

@@ -1,0 +1,95 @@
+"""The answers of a data set, ready to be taken as batches: pairs, or single answers that were liked or not."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from taurl.llm.algorithms.dpo_config import UNPAIRED_LOSSES
+from taurl.llm.answer_batches import AnswerBatch
+from taurl.llm.preference_rows import Preferences
+from taurl.runtime.errors import InputError
+
+
+@dataclass(frozen=True)
+class GivenAnswers:
+    """R prompts with K answers each, as token ids.
+
+    Attributes:
+        prompts: R lists of token ids.
+        answers: R lists of K lists of token ids.
+        desirable: of single answers, which were liked; empty for pairs.
+    """
+
+    prompts: list[list[int]]
+    answers: list[list[list[int]]]
+    desirable: list[bool]
+
+    @classmethod
+    def of(cls, rows: Preferences, losses: Sequence[str]) -> Self:
+        """What these losses take: pairs, or single answers for kto and apo_zero_unpaired."""
+        if UNPAIRED_LOSSES & set(losses):
+            return cls.single(rows, mismatched="kto" in losses)
+        return cls.pairs(rows)
+
+    @classmethod
+    def pairs(cls, rows: Preferences) -> Self:
+        """Chosen and rejected answers."""
+        return cls([row.prompt for row in rows.judged], [row.completions for row in rows.judged], [])
+
+    @classmethod
+    def single(cls, rows: Preferences, *, mismatched: bool) -> Self:
+        """Answers with a label; of a pair the chosen one is liked and the rejected one is not.
+
+        Args:
+            mismatched: add to each the answer of the next row that has another prompt, for KTO's reference point. It
+                is chosen once, and not in each batch, so that the reference has to judge it once.
+        Raises: InputError for a label that is neither 0 nor 1, or where all prompts are one.
+        """
+        prompts, answers, desirable = [], [], []
+        for number, row in enumerate(rows.judged, start=1):
+            for completion, label in zip(row.completions, row.values, strict=True):
+                if label not in (0, 1):
+                    raise InputError(f"row {number} of the data: its label is {label:g}; expected true or false")
+                prompts.append(row.prompt)
+                answers.append([completion])
+                desirable.append(label == 1)
+        if mismatched and prompts:
+            others = _next_with_another_prompt(prompts)
+            answers = [[*answer, answers[other][0]] for answer, other in zip(answers, others, strict=True)]
+        return cls(prompts, answers, desirable)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return len(self.answers[0])
+
+    def take(self, rows: Sequence[int], device: torch.device) -> AnswerBatch:
+        """The rows at these places."""
+        return AnswerBatch.of([self.prompts[row] for row in rows], [self.answers[row] for row in rows], device)
+
+    def fingerprint(self) -> str:
+        """A hash of all token ids."""
+        return hashlib.sha256(json.dumps([self.prompts, self.answers]).encode()).hexdigest()
+
+
+def _next_with_another_prompt(prompts: Sequence[list[int]]) -> list[int]:
+    """For each row the place of the next one, around the end, whose prompt differs."""
+    count = len(prompts)
+    if all(prompt == prompts[0] for prompt in prompts):
+        raise InputError(
+            f"all {count} rows have one prompt; kto compares with answers to another (apo_zero_unpaired does not)"
+        )
+    places = [0] * count
+    following = next(row for row in range(count) if prompts[row] != prompts[-1])
+    for row in reversed(range(count)):
+        if row < count - 1 and prompts[row + 1] != prompts[row]:
+            following = row + 1
+        places[row] = following
+    return places

@@ -1,0 +1,268 @@
+"""Judged completions as token ids: pairs, rankings, completions with a label or a score, and steps with labels.
+
+A prompt is encoded once, as `chat.encode_prompt` does it; a completion is what follows it in the whole conversation,
+through the end of the assistant's turn.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self, TypeAlias, cast
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from taurl.llm.chat import Prompt, prompt_problem
+from taurl.llm.completion_ids import Conversations
+from taurl.llm.data_files import Row
+from taurl.llm.datasets import Rows, check_prompts, columns_of, distinct_rows, is_task, load_rows, prepare_rows
+from taurl.llm.generation.protocol import context_length
+from taurl.llm.tasks import Prompts, named, train_and_held_out
+from taurl.runtime.errors import InputError, shorten
+
+Form: TypeAlias = Literal["pairs", "ranking", "label", "score", "process"]
+"""What is known of the completions of a prompt: which of two is better, an order, or a number for each by itself (a
+label, a score, or a label for each of its steps)."""
+
+COLUMNS: dict[Form, tuple[str, ...]] = {
+    "pairs": ("chosen", "rejected"),
+    "ranking": ("completions",),
+    "label": ("completion", "label"),
+    "score": ("completion", "score"),
+    "process": ("completions", "labels"),
+}
+WORDS = {"true": 1.0, "false": 0.0}
+STEP_SEPARATOR = "\n"
+
+
+@dataclass(frozen=True)
+class JudgedRow:
+    """A prompt with the completions that were judged together.
+
+    Attributes:
+        prompt: token ids.
+        completions: token ids of each; of a pair chosen and rejected, of a ranking the best first, otherwise one (two
+            where pairs are read as labels or scores).
+        margin: by how much a pair's chosen one is better; 0 where nobody said.
+        values: the label or score of each completion; none of pairs and rankings.
+        step_ends, step_labels: of a process, the place of each step's last token in the completion, and its label.
+    """
+
+    prompt: list[int]
+    completions: list[list[int]]
+    margin: float = 0.0
+    values: list[float] = field(default_factory=list)
+    step_ends: list[int] = field(default_factory=list)
+    step_labels: list[float] = field(default_factory=list)
+
+    @property
+    def chosen(self) -> list[int]:
+        """The better one of a pair."""
+        return self.completions[0]
+
+    @property
+    def rejected(self) -> list[int]:
+        """The worse one of a pair."""
+        return self.completions[1]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longest completion."""
+        return len(self.prompt) + max(map(len, self.completions))
+
+
+@dataclass(frozen=True)
+class Preferences(Prompts):
+    """Rows with an explicit `prompt`, each with its token ids (`ids` are those of the prompts).
+
+    Attributes:
+        too_long: how many rows were left out for their length.
+    """
+
+    judged: list[JudgedRow]
+    too_long: int = 0
+
+    def take(self, indices: Sequence[int]) -> "Preferences":
+        """The rows at these places."""
+        judged = [self.judged[index] for index in indices]
+        return Preferences(
+            [self.rows[index] for index in indices], [row.prompt for row in judged], judged, self.too_long
+        )
+
+    def fingerprint(self) -> str:
+        """A hash of the rows and their token ids."""
+        text = json.dumps([self.rows, [vars(row) for row in self.judged]], default=str, sort_keys=True)
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True)
+class PreferenceReader:
+    """How data rows of one form are read and become token ids."""
+
+    form: Form
+    conversations: Conversations
+    longest: int | None
+    arguments: Mapping[str, Any]
+    columns: Mapping[str, str]
+    answer_after: str | None
+
+    @classmethod
+    def of(cls, settings: Any, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, form: Form) -> Self:
+        """A reader with the settings of a config that has PromptSettings and a `max_length`."""
+        limits = [limit for limit in (settings.max_length, context_length(model)) if limit is not None]
+        return cls(
+            form=form,
+            conversations=Conversations.of(settings, tokenizer),
+            longest=min(limits, default=None),
+            arguments=settings.dataset_args,
+            columns=settings.columns,
+            answer_after=settings.answer_after,
+        )
+
+    def read(self, source: object, limit: int | None = None, *, distinct: bool = False) -> Preferences:
+        """The first `limit` rows of a data set given by name or as an object.
+
+        Rows longer than `longest` tokens are passed over and counted. With `distinct`, so are rows whose prompt came
+        before, uncounted.
+
+        Raises: InputError, which names source, row and column, for what cannot be read, or where no row is left.
+        """
+        if source is None:
+            raise InputError("no data set given: name one with dataset, for example preferences.jsonl")
+        with named(source):
+            if isinstance(source, str):
+                rows = load_rows(source, arguments=self.arguments, columns=self.columns, answer_after=self.answer_after)
+            else:
+                rows = prepare_rows(source, columns=self.columns, answer_after=self.answer_after)
+            return self._encoded(self._explicit(rows), limit, distinct)
+
+    def for_other(self, source: object) -> "PreferenceReader":
+        """The reader of a further data set: the arguments are those of a task, and go to no file."""
+        return self if not isinstance(source, str) or is_task(source) else replace(self, arguments={})
+
+    def _explicit(self, rows: Rows) -> Rows:
+        """Rows that have the form's columns, and a prompt of their own."""
+        available = columns_of(rows)
+        unpaired = self.form in ("label", "score") and "completion" in available
+        needed = COLUMNS[self.form] if unpaired or self.form not in ("label", "score") else COLUMNS["pairs"]
+        for column in needed:
+            if column not in available:
+                raise InputError(
+                    f"no column '{column}'; the data has {', '.join(available)}; expected prompt, "
+                    f"{', '.join(COLUMNS[self.form])}: rename one with columns, for example {available[0]}={column}"
+                )
+        if needed == COLUMNS["pairs"]:
+            rows = [with_prompt(row, number) for number, row in enumerate(rows, start=1)]
+        check_prompts(rows)
+        return rows
+
+    def _encoded(self, rows: Rows, limit: int | None, distinct: bool) -> Preferences:
+        number_of = {id(row): number for number, row in enumerate(rows, start=1)}
+        kept: Rows = []
+        judged: list[JudgedRow] = []
+        too_long = 0
+        for row in distinct_rows(rows) if distinct else rows:
+            if len(kept) == limit:
+                break
+            found = self._judged(row, f"row {number_of[id(row)]} of the data")
+            if self.longest is not None and found.longest > self.longest:
+                too_long += 1
+                continue
+            kept.append(row)
+            judged.append(found)
+        if not kept and limit != 0:
+            raise InputError(f"all {too_long} rows are longer than {self.longest} tokens; raise max_length")
+        return Preferences(kept, [row.prompt for row in judged], judged, too_long)
+
+    def _judged(self, row: Row, where: str) -> JudgedRow:
+        prompt = self.conversations.prompt(row["prompt"], where)
+        if self.form == "process":
+            return self._process(row, prompt, where)
+        names = [name for name in ("completion", "chosen", "rejected") if row.get(name) is not None]
+        if self.form == "ranking":
+            given = _listed(row, "completions", where, at_least=2)
+            names = [f"completions[{place}]" for place in range(len(given))]
+        elif self.form == "pairs" or "completion" not in names:
+            names = ["chosen", "rejected"]
+            given = [row[name] for name in names]
+        else:
+            names, given = ["completion"], [row["completion"]]
+        for name, completion in zip(names, given, strict=True):
+            if problem := prompt_problem(completion):
+                raise InputError(f"{where}: {problem.replace('the prompt', f'its {name}')}")
+        completions = [self.conversations.completion(row["prompt"], completion, prompt, where) for completion in given]
+        if self.form in ("pairs", "ranking"):
+            margin = 0.0 if row.get("margin") is None else _number(row["margin"], "margin", where)
+            return JudgedRow(prompt, completions, margin)
+        values = [1.0, 0.0] if len(names) == 2 else [_number(row[self.form], self.form, where)]
+        return JudgedRow(prompt, completions, values=values)
+
+    def _process(self, row: Row, prompt: list[int], where: str) -> JudgedRow:
+        steps, labels = (_listed(row, name, where, at_least=1) for name in COLUMNS["process"])
+        for place, step in enumerate(steps):
+            if not isinstance(step, str) or not step.strip():
+                raise InputError(
+                    f"{where}: its completions[{place}] is {shorten(repr(step), 60)}; expected a step's text"
+                )
+        if len(labels) != len(steps):
+            raise InputError(f"{where}: {len(labels)} labels for {len(steps)} completions; expected one each")
+        values = [_number(label, f"labels[{place}]", where) for place, label in enumerate(labels)]
+        completion, ends = self.conversations.steps(row["prompt"], steps, STEP_SEPARATOR, prompt, where)
+        return JudgedRow(prompt, [completion], step_ends=ends, step_labels=values)
+
+
+def train_and_held_out_preferences(
+    reader: PreferenceReader, dataset: object, eval_dataset: object, eval_rows: int, seed: int
+) -> tuple[Preferences, Preferences, int]:
+    """`tasks.train_and_held_out` of judged rows: no prompt is in both, and held-out prompts are distinct."""
+    found = train_and_held_out(cast(Any, reader), dataset, eval_dataset, eval_rows, seed)
+    return cast(tuple[Preferences, Preferences, int], found)
+
+
+def with_prompt(row: Row, number: int) -> Row:
+    """A pair with an explicit prompt: its own, or what chosen and rejected begin with alike (messages or characters).
+
+    A prompt that is a string beside conversations that begin with it is the data set's copy of their first message.
+    Raises: InputError where they begin with nothing alike, or one is nothing but the beginning of the other.
+    """
+    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    for name in COLUMNS["pairs"]:
+        if problem := prompt_problem(row[name]):
+            raise InputError(f"row {number} of the data: {problem.replace('the prompt', f'its {name}')}")
+    whole = not isinstance(chosen, str) and chosen[0]["role"] != "assistant"
+    if prompt is not None and not (whole and isinstance(prompt, str)):
+        return row
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise InputError(f"row {number} of the data: one of chosen and rejected is text, the other messages")
+    shared = _shared_length(chosen, rejected)
+    if not 0 < shared < min(len(chosen), len(rejected)):
+        found = "begin with nothing alike" if not shared else "do not differ after what they begin with"
+        raise InputError(f"row {number} of the data has no prompt, and its chosen and rejected {found}; add a prompt")
+    return row | {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+def _shared_length(chosen: Prompt, rejected: Prompt) -> int:
+    """How many messages or characters are alike; a blank at the end belongs to what follows."""
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    shared = next((place for place, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
+    return shared - 1 if isinstance(chosen, str) and shared and chosen[shared - 1] == " " else shared
+
+
+def _listed(row: Row, name: str, where: str, *, at_least: int) -> list[Any]:
+    value = row[name]
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) < at_least:
+        raise InputError(f"{where}: its {name} is {shorten(repr(value), 60)}; expected a list of {at_least} or more")
+    return list(value)
+
+
+def _number(value: Any, name: str, where: str) -> float:
+    """A finite number, a boolean, or either as CSV has it."""
+    try:
+        number = WORDS.get(value.strip().lower()) if isinstance(value, str) else None
+        number = float(value) if number is None else number
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{where}: its {name} is {shorten(repr(value), 60)}; expected a finite number or true, false")
+    return number

@@ -1,0 +1,76 @@
+"""Log-probabilities of a data set's answers under a reference, computed once and kept on disk.
+
+They lie in the user's cache, so that runs which differ in their loss or learning rate share them. The key of a file
+holds what its numbers follow from, rounding included: weights, tokens, and how rows go through the model together.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from taurl.llm.embedded import cache_folder
+from taurl.llm.heads import causal_lm
+from taurl.runtime.files import write_whole, writing
+
+SECONDS_BETWEEN_SAVES = 20
+GROUP = "logprobs"
+
+
+def model_hash(model: Any) -> str:
+    """SHA-256 of a model's weights, as they lie in memory, and of its config; an adapter counts as weights."""
+    plain: Any = causal_lm(model)
+    found = hashlib.sha256()
+    config = plain.config.to_dict()
+    config.pop("_name_or_path", None)
+    found.update(json.dumps(config, default=str, sort_keys=True).encode())
+    for name, tensor in sorted(plain.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+class ReferenceCache:
+    """Log-probabilities [R, K] of all answers of a data set; NaN where they are not known yet.
+
+    Args:
+        key: what the numbers follow from, as JSON holds it.
+        shape: R, K.
+    """
+
+    def __init__(self, key: Any, shape: tuple[int, int], dtype: torch.dtype):
+        text = json.dumps(key, default=str, sort_keys=True)
+        self.path = cache_folder() / "reference" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+        self.values = torch.full(shape, torch.nan, dtype=dtype)
+        self._saved = time.monotonic()
+        try:
+            stored = load(self.path.read_bytes())[GROUP]
+        except (OSError, SafetensorError, KeyError):  # none yet, or damaged: computed again
+            return
+        if stored.shape == self.values.shape and stored.dtype == dtype:
+            self.values = stored
+
+    def missing(self, rows: Sequence[int]) -> list[int]:
+        """Those of the rows that are not known, each once."""
+        each = list(dict.fromkeys(rows))
+        unknown: list[bool] = self.values[each].isnan().any(1).tolist()
+        return [row for row, is_unknown in zip(each, unknown, strict=True) if is_unknown]
+
+    def put(self, rows: Sequence[int], logprobs: Tensor) -> None:
+        """Note log-probabilities [n, K]; written now and then, so that little is lost."""
+        self.values[list(rows)] = logprobs.to("cpu", self.values.dtype)
+        if time.monotonic() - self._saved > SECONDS_BETWEEN_SAVES:
+            self.save()
+
+    def save(self) -> None:
+        """Write the file, whole. Raises: RunError where it cannot be written."""
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, save({GROUP: self.values}))
+        self._saved = time.monotonic()

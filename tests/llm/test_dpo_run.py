@@ -1,0 +1,359 @@
+"""DPO from Python: what is trained, against what, what is kept, what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_policy import letter_a, save_tiny_policy, tiny_model, tiny_tokenizer
+
+from taurl.llm import DPO, DPOConfig
+from taurl.llm.algorithms.dpo import best_and_worst
+from taurl.llm.algorithms.dpo_figures import STEPS_OF_A_FALL, FallWatch
+from taurl.llm.models import load_model
+from taurl.llm.reference_logprobs import ReferenceCache
+from taurl.runtime.errors import InputError
+
+ROWS = [{"prompt": f"{i}+{i % 3}?", "chosen": f"{i + i % 3}", "rejected": f"no {i}"} for i in range(12)]
+SINGLE = [{"prompt": f"{i // 2}?", "completion": "yes" if i % 2 else "no", "label": bool(i % 2)} for i in range(12)]
+TIMES = ("seconds", "time/", "tokens_per_second", "memory/")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return save_tiny_policy(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TAURL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "reference"
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(**changes):
+        values = {
+            "out": tmp_path / "run",
+            "steps": 4,
+            "prompts_per_step": 3,
+            "eval_rows": 4,
+            "threads": 1,
+            "precision": "float32",
+            "learning_rate": 3e-3,
+            "max_tokens": 6,
+        }
+        return DPOConfig(**(values | changes))
+
+    return make
+
+
+def untimed(run):
+    return [{k: v for k, v in record.items() if not any(part in k for part in TIMES)} for record in run.records()]
+
+
+def high_ids(completion_ids, **kwargs):
+    """A reward that differs within nearly every pair."""
+    return [sum(ids) / len(ids) for ids in completion_ids]
+
+
+# --- learning
+
+
+def test_it_learns_to_prefer_on_prompts_it_has_not_seen(config):
+    records = []
+    model = tiny_model()
+    settings = config(steps=20, prompts_per_step=8, learning_rate=1e-2)
+    trainer = DPO(model, ROWS, config=settings, tokenizer=tiny_tokenizer(), callbacks=[records.append]).train()
+    assert trainer.policy.model is model
+    before, after = records[0], records[-1]
+    assert before["eval/loss"] == pytest.approx(np.log(2))
+    assert before["eval/rewards/accuracies"] == before["eval/rewards/margins"] == 0  # equal is not told apart
+    assert after["eval/rewards/accuracies"] == 1
+    assert after["eval/rewards/margins"] > 0.5
+    assert records[1]["loss"] == pytest.approx(np.log(2), rel=1e-6)
+    expected = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"}
+    expected |= {"logps/rejected", "entropy", "grad_norm", "learning_rate", "tokens_per_second"}
+    assert expected <= records[-1].keys()
+    assert after["rewards/margins"] == pytest.approx(after["rewards/chosen"] - after["rewards/rejected"])
+    for name, tensor in load_file(trainer.run.directory / "final" / "model.safetensors").items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_it_learns_from_single_answers_and_takes_pairs_for_two_of_them(config, loss_type, tmp_path):
+    settings = config(loss_type=loss_type, steps=15, prompts_per_step=8, learning_rate=1e-2, eval_rows=2)
+    for rows, out in ((SINGLE, "single"), (ROWS, "pairs")):
+        changed = settings.model_copy(update={"out": tmp_path / out})
+        records = DPO(tiny_model(), rows, config=changed, tokenizer=tiny_tokenizer()).train().run.records()
+        assert records[-1]["rewards/margins"] > 0.2
+        assert records[-1]["loss"] < records[1]["loss"]
+        assert records[-1]["kl"] >= 0
+    assert records[-1]["eval/rewards/chosen"] > records[-1]["eval/rewards/rejected"]
+
+
+def test_online_it_learns_a_letter_from_its_own_answers(config, folder):
+    rows = [{"prompt": row["prompt"]} for row in ROWS]
+    settings = config(steps=25, prompts_per_step=8, group_size=4, learning_rate=1e-2, eval_rows=3)
+    run = DPO(str(folder), rows, letter_a, settings).train().run
+    records = run.records()
+    assert records[-1]["eval/reward"] > records[0]["eval/reward"] + 0.3
+    assert np.mean([r["reward"] for r in records[-3:]]) > np.mean([r["reward"] for r in records[1:4]]) + 0.3
+    assert all(0 <= r["pairs"] <= 8 for r in records[1:])
+    kinds = [sample["kind"] for sample in run.samples()]
+    assert kinds.count("train") == 25 * settings.samples_per_step
+    assert kinds.count("evaluation") == 2 * 3
+
+
+def test_best_and_worst_answers():
+    rewards = np.array([[0.0, 2.0, 1.0], [1.0, 1.0, 1.0], [np.nan, 0.5, np.nan], [np.nan] * 3, [3.0, np.nan, 1.0]])
+    assert best_and_worst(rewards) == {0: (1, 0), 4: (0, 2)}
+
+
+def test_a_step_in_which_no_answers_differ_moves_by_momentum_alone(config):
+    rows = [{"prompt": row["prompt"]} for row in ROWS]
+
+    def alike(completions, trainer_state, **kwargs):
+        first = trainer_state.global_step == 0
+        return [float(i) if first else 1.0 for i in range(len(completions))]
+
+    trainer = DPO(tiny_model(), rows, alike, config(steps=2, eval_rows=0), tokenizer=tiny_tokenizer())
+    steps = trainer.steps()
+    next(steps)
+    before = {name: tensor.clone() for name, tensor in trainer.optimizer.tensors().items()}
+    record = next(steps)
+    assert record["pairs"] == record["loss"] == record["grad_norm"] == 0
+    assert not {name for name in record if name.startswith(("rewards/chosen", "logps/"))}
+    after = trainer.optimizer.tensors()
+    for name in before:
+        if name.startswith("exp_avg/"):
+            torch.testing.assert_close(after[name], 0.9 * before[name], rtol=1e-5, atol=1e-8)
+
+
+# --- the reference
+
+
+def test_the_reference_kept_on_disk_gives_what_one_in_memory_gives(config, folder, tmp_path, cache):
+    kept = DPO(str(folder), ROWS, config=config()).train().run
+    live = DPO(str(folder), ROWS, config=config(cache_reference=False, out=tmp_path / "live")).train().run
+    for one, other in zip(untimed(kept), untimed(live), strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
+    assert len(list(cache.iterdir())) == 2  # training and held-out rows
+
+
+def test_it_is_computed_once_for_what_the_run_takes_and_again_when_damaged(config, folder, tmp_path, cache, capsys):
+    changed = config(steps=2, prompts_per_step=2)
+    DPO(str(folder), ROWS, config=changed).train()
+    assert capsys.readouterr().err.count("reference's log-probabilities of 4 rows once") == 2
+    known = [load_file(path)["logprobs"].isnan().any(1) for path in cache.iterdir()]
+    assert sorted((len(rows), int(rows.sum())) for rows in known) == [(4, 0), (8, 4)]
+    again = changed.model_copy(update={"out": tmp_path / "again", "beta": 0.5, "learning_rate": 1e-3})
+    DPO(str(folder), ROWS, config=again).train()
+    assert "reference's" not in capsys.readouterr().err
+    for path in cache.iterdir():
+        path.write_bytes(b"damaged")
+    third = DPO(str(folder), ROWS, config=changed.model_copy(update={"out": tmp_path / "third"})).train()
+    assert untimed(third.run)[-1] == untimed(DPO.resume(tmp_path / "run", dataset=ROWS).run)[-1]
+
+
+@pytest.mark.parametrize("change", ["weights", "rows", "excess_weight"])
+def test_what_is_kept_is_known_by_weights_rows_and_settings(config, folder, tmp_path, cache, change):
+    DPO(str(folder), ROWS, config=config()).train()
+    before = len(list(cache.iterdir()))
+    model = tiny_model(seed=1) if change == "weights" else tiny_model()
+    rows = [*ROWS, {**ROWS[0], "chosen": "other"}] if change == "rows" else ROWS
+    changes = {"excess_weight": 0.5} if change == "excess_weight" else {}
+    settings = config(out=tmp_path / "other", **changes)
+    DPO(model, rows, config=settings, tokenizer=tiny_tokenizer()).train()
+    assert len(list(cache.iterdir())) >= before + 1
+
+
+def test_another_model_as_the_reference_by_folder_and_as_an_object(config, folder, tmp_path):
+    other = tiny_model(seed=1)
+    other.save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    runs = []
+    for place, (reference, kept) in enumerate([(str(tmp_path / "other"), True), (other, True), (other, False)]):
+        settings = config(out=tmp_path / f"run{place}", cache_reference=kept, steps=2)
+        runs.append(DPO(str(folder), ROWS, config=settings, reference=reference).train().run)
+    first = untimed(runs[0])
+    assert first[0]["eval/rewards/margins"] != 0
+    for run in runs[1:]:
+        for one, record in zip(untimed(run), first, strict=True):
+            assert one == pytest.approx(record, rel=1e-5, abs=1e-6)
+    with pytest.raises(InputError, match="its reference came from Python as an object"):
+        DPO.resume(tmp_path / "run1", dataset=ROWS)
+    assert DPO.resume(tmp_path / "run1", dataset=ROWS, reference=other)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_with_an_adapter_the_reference_is_the_model_without_it(config, folder, kept):
+    settings = config(lora_rank=2, lora_targets=("q_proj", "v_proj"), learning_rate=3e-2, cache_reference=kept)
+    trainer = DPO(str(folder), ROWS, config=settings).train()
+    records = trainer.run.records()
+    assert records[0]["eval/rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert abs(records[-1]["eval/rewards/chosen"]) > 1e-4
+    assert trainer.policy._reference is None  # nothing was copied
+    plain, loaded = (
+        load_model(str(folder), dtype=torch.float32),
+        load_model(str(trainer.run.directory / "final"), dtype=torch.float32),
+    )
+    assert isinstance(loaded, PeftModel)
+    row = trainer.held_out_answers.take([0], trainer.device)
+    expected = trainer.reference.given(trainer.held_out_answers, [0], row)
+    torch.testing.assert_close(trainer._logprobs(plain, row), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(trainer._logprobs(loaded, row), expected)
+
+
+def test_a_run_keeps_no_second_model_where_none_is_needed(config, folder, tmp_path):
+    assert DPO(str(folder), ROWS, config=config()).policy._reference is None
+    assert DPO(str(folder), ROWS, config=config(loss_type="simpo", cache_reference=False)).policy._reference is None
+    assert DPO(str(folder), ROWS, config=config(cache_reference=False)).policy._reference is not None
+
+
+# --- resuming
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"cache_reference": False, "loss_type": "aot", "tokens_per_part": 60},
+        {"loss_type": "bco_pair", "reward_shift": "running", "schedule": "linear"},
+        {"loss_type": "kto"},
+        {"lora_rank": 2},
+    ],
+    ids=str,
+)
+def test_resuming_is_exact(config, folder, tmp_path, changes):
+    settings = config(steps=6, save_every=2, eval_every=2, **changes)
+    whole = DPO(str(folder), ROWS, config=settings).train().run
+    first = DPO(str(folder), ROWS, config=settings.model_copy(update={"out": tmp_path / "cut"}))
+    steps = first.steps()
+    for _ in range(5):
+        next(steps)
+    steps.close()
+    resumed = DPO.resume(tmp_path / "cut", dataset=ROWS).train().run
+    assert untimed(resumed) == untimed(whole)
+    name = "adapter_model.safetensors" if settings.lora_rank else "model.safetensors"
+    assert (resumed.directory / "final" / name).read_bytes() == (whole.directory / "final" / name).read_bytes()
+
+
+def test_more_steps_on_resume_equal_a_longer_run_with_another_cache(config, folder, tmp_path, monkeypatch):
+    whole = DPO(str(folder), ROWS, config=config(steps=6, eval_rows=2)).train().run
+    monkeypatch.setenv("TAURL_CACHE", str(tmp_path / "other"))
+    shorter = config(steps=3, eval_rows=2, out=tmp_path / "short", eval_every=6)
+    run = DPO(str(folder), ROWS, config=shorter).train().run
+    longer = DPO.resume(run.directory, run.config.model_copy(update={"steps": 6}), dataset=ROWS).train().run
+    weights = "final/model.safetensors"
+    assert (longer.directory / weights).read_bytes() == (whole.directory / weights).read_bytes()
+
+
+def test_online_runs_resume_exactly(config, folder, tmp_path):
+    rows = [{"prompt": row["prompt"]} for row in ROWS]
+    settings = config(save_every=1)
+    whole = DPO(str(folder), rows, high_ids, settings).train().run
+    first = DPO(str(folder), rows, high_ids, settings.model_copy(update={"out": tmp_path / "cut"}))
+    steps = first.steps()
+    for _ in range(2):
+        next(steps)
+    steps.close()
+    resumed = DPO.resume(tmp_path / "cut", dataset=rows, rewards=high_ids).train().run
+    assert untimed(resumed) == untimed(whole)
+
+
+# --- what is said, and refused
+
+
+def test_evaluating_writes_nothing_and_needs_no_run(config, folder):
+    trainer = DPO(str(folder), ROWS, config=config(steps=1))
+    before = trainer.evaluate()
+    assert not trainer.run.directory.exists()
+    trainer.train()
+    first, last = (json.loads(line) for line in (trainer.run.directory / "metrics.jsonl").read_text().splitlines())
+    assert before.items() <= first.items()
+    assert trainer.evaluate()["eval/rewards/margins"] == last["eval/rewards/margins"]
+    with pytest.raises(InputError, match="no held-out rows to evaluate on"):
+        DPO(str(folder), ROWS, config=config(eval_rows=0, out=None)).evaluate()
+
+
+def test_it_says_once_that_both_likelihoods_fall():
+    watch = FallWatch()
+    fall = {"rewards/chosen": -0.1, "rewards/rejected": -0.3, "rewards/margins": 0.2}
+    said = [watch.warning(fall) for _ in range(STEPS_OF_A_FALL + 5)]
+    assert [place for place, words in enumerate(said) if words] == [STEPS_OF_A_FALL - 1]
+    assert said[STEPS_OF_A_FALL - 1].startswith("both likelihoods fall: over the last 10 steps the reward is -0.1 for")
+    rise = FallWatch()
+    assert not any(rise.warning({**fall, "rewards/chosen": 0.1}) for _ in range(20))
+
+
+def test_a_cache_that_belongs_to_other_shapes_is_not_taken():
+    first = ReferenceCache(["key"], (2, 2), torch.float32)
+    first.put([0], torch.ones(1, 2))
+    first.save()
+    assert ReferenceCache(["key"], (2, 2), torch.float32).missing([1, 0, 1]) == [1]
+    assert ReferenceCache(["key"], (3, 2), torch.float32).missing([0, 1]) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_smoothing": 0.1, "loss_type": "ipo"}, "label_smoothing is 0.1, but ipo does not read it"),
+        ({"divergence": "forward_kl", "loss_type": "kto"}, "divergence is 'forward_kl', but kto does not read it"),
+        (
+            {"divergence": "forward_kl", "loss_type": ("sigmoid", "bco_pair")},
+            "divergence is forward_kl, but bco_pair is defined for reverse_kl only",
+        ),
+        ({"divergence_alpha": 0.3}, "divergence_alpha is 0.3, but reverse_kl does not read it"),
+        ({"target_margin": 2.0}, "target_margin is 2.0, but sigmoid does not read it"),
+        ({"loss_type": "exo_pair"}, "loss_type exo_pair: label_smoothing is 0.0, expected"),
+        ({"loss_type": "simpo", "reference": "other"}, "a reference is given, but simpo needs none"),
+        ({"reward_shift": "running"}, "reward_shift is 'running', but sigmoid does not read it"),
+    ],
+)
+def test_settings_that_no_loss_reads_are_refused_before_the_model_is_loaded(config, changes, message):
+    with pytest.raises(InputError, match=message):
+        DPO("no-such-model", ROWS, config=config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_type": ()}, "expected one loss, or several different ones"),
+        ({"loss_type": ("sft", "sft")}, "expected one loss, or several different ones"),
+        ({"loss_type": ("kto", "sft")}, "mix with no other loss"),
+        ({"loss_type": "sigmoid", "loss_weights": (1.0, 2.0)}, "2 loss_weights for 1 losses"),
+        ({"loss_weights": (float("nan"),)}, "expected finite numbers"),
+    ],
+)
+def test_settings_that_do_not_fit_together(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DPOConfig(**changes)
+
+
+def test_bad_data_and_a_reference_of_another_family_are_refused(config, folder, tmp_path):
+    with pytest.raises(InputError, match="rewards make pairs, but kto takes single answers"):
+        DPO(str(folder), ROWS, letter_a, config(loss_type="kto"))
+    with pytest.raises(InputError, match=r"label is 0\.5; expected true or false"):
+        DPO(str(folder), [{**SINGLE[0], "label": 0.5}, *SINGLE[2:]], config=config(loss_type="kto", eval_rows=0))
+    with pytest.raises(InputError, match="all 2 rows have one prompt; kto compares"):
+        DPO(str(folder), SINGLE[:2], config=config(loss_type="kto", eval_rows=0))
+    with pytest.raises(InputError, match="no column 'chosen'"):
+        DPO(str(folder), SINGLE, config=config())
+    other = tiny_tokenizer()
+    other.add_tokens(["word"])
+    tiny_model().save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=r"reference '.*other' has another tokenizer than the model"):
+        DPO(str(folder), ROWS, config=config(), reference=str(tmp_path / "other"))
+    with pytest.raises(InputError, match="the reference knows 20 tokens"):
+        DPO(str(folder), ROWS, config=config(), reference=tiny_model(vocab_size=20))
+
+
+def test_rows_that_are_too_long_are_left_out_and_counted(config, folder, capsys):
+    rows = [*ROWS, {"prompt": "long?", "chosen": "a" * 60, "rejected": "b"}]
+    trainer = DPO(str(folder), rows, config=config(max_length=40))
+    assert "1 rows left out: longer than max_length" in capsys.readouterr().err
+    assert len(trainer.train_answers) + len(trainer.held_out_answers) == len(ROWS)

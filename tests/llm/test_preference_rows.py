@@ -1,0 +1,186 @@
+"""Judged rows: which columns they have, what becomes of them as token ids, and what is refused by name."""
+
+import json
+
+import pytest
+from tiny_policy import TEMPLATE, tiny_model, tiny_tokenizer
+
+from taurl.llm.completion_ids import Conversations
+from taurl.llm.preference_rows import PreferenceReader, train_and_held_out_preferences
+from taurl.runtime.errors import InputError
+
+TOKENIZER = tiny_tokenizer()
+PAIR = {"prompt": "1+1?", "chosen": "2", "rejected": "3"}
+
+
+def reader(form="pairs", longest=64, tokenizer=TOKENIZER, columns=None, **settings):
+    return PreferenceReader(form, Conversations(tokenizer, **settings), longest, {}, columns or {}, None)
+
+
+def texts(row, tokenizer=TOKENIZER):
+    return [tokenizer.decode(ids) for ids in (row.prompt, *row.completions)]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        PAIR,
+        {"prompt": [user("1+1?")], "chosen": [assistant("2")], "rejected": [assistant("3")]},
+        {"prompt": "1+1?", "chosen": [assistant("2")], "rejected": [assistant("3")]},
+        {"prompt": [user("1+1?")], "chosen": "2", "rejected": "3"},
+        {"chosen": [user("1+1?"), assistant("2")], "rejected": [user("1+1?"), assistant("3")]},
+        {"prompt": "1+1?", "chosen": [user("1+1?"), assistant("2")], "rejected": [user("1+1?"), assistant("3")]},
+        {"chosen": "1+1?2", "rejected": "1+1?3"},
+    ],
+)
+def test_all_forms_of_a_pair_give_the_same_tokens(row):
+    (found,) = reader().read([row]).judged
+    assert texts(found) == ["<user>1+1?<end><assistant>", "2<end>", "3<end>"]
+    assert (found.chosen, found.rejected) == tuple(found.completions)
+    assert found.margin == 0
+
+
+def test_a_blank_before_what_differs_belongs_to_the_completion():
+    read = reader(prompt_format="text").read([{"chosen": "a b", "rejected": "a c"}])
+    assert read.rows == [{"chosen": " b", "rejected": " c", "prompt": "a"}]
+    assert texts(read.judged[0]) == ["a", " b<end>", " c<end>"]
+
+
+def test_a_conversation_of_several_turns_and_a_continued_answer():
+    prompt = [user("a"), assistant("b"), user("c")]
+    (found,) = reader(system_prompt="s").read([{"prompt": prompt, "chosen": "d", "rejected": "e"}]).judged
+    assert texts(found)[0] == "<system>s<end><user>a<end><assistant>b<end><user>c<end><assistant>"
+    begun = [user("a"), assistant("is")]
+    (found,) = reader().read([{"prompt": begun, "chosen": " b", "rejected": " c"}]).judged
+    assert texts(found) == ["<user>a<end><assistant>is", " b<end>", " c<end>"]
+
+
+def test_white_space_that_a_template_writes_after_the_end_of_a_turn_is_left_out():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("'<end>'", "'<end> '")
+    (found,) = reader(tokenizer=tokenizer).read([{**PAIR, "chosen": "2 "}]).judged
+    assert texts(found) == ["<user>1+1?<end> <assistant>", "2 <end>", "3<end>"]
+
+
+def test_raw_text_ends_with_the_end_of_sequence_once():
+    (found,) = reader(prompt_format="text").read([{**PAIR, "chosen": "2<end>"}]).judged
+    assert texts(found) == ["1+1?", "2<end>", "3<end>"]
+
+
+def test_margins_rankings_labels_scores():
+    (pair,) = reader().read([{**PAIR, "margin": "1.5"}]).judged
+    assert pair.margin == 1.5
+    (ranked,) = reader("ranking").read([{"prompt": "a", "completions": ["b", [assistant("c")], "d"]}]).judged
+    assert texts(ranked)[1:] == ["b<end>", "c<end>", "d<end>"]
+    labelled = reader("label").read(
+        [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "c", "label": "False"}]
+    )
+    assert [row.values for row in labelled.judged] == [[1.0], [0.0]]
+    (scored,) = reader("score").read([{"prompt": "a", "completion": "b", "score": 7}]).judged
+    assert scored.values == [7.0]
+    (unpaired,) = reader("label").read([PAIR]).judged
+    assert unpaired.values == [1.0, 0.0]
+    assert texts(unpaired)[1:] == ["2<end>", "3<end>"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"prompt_format": "text"}])
+def test_steps_end_at_their_separator_and_the_last_at_its_last_word(settings):
+    steps = reader("process", **settings)
+    (row,) = steps.read([{"prompt": "a", "completions": ["1+1", " 2", "ab"], "labels": [True, 0, 0.5]}]).judged
+    assert row.step_labels == [1.0, 0.0, 0.5]
+    ids = row.completions[0]
+    assert row.step_ends == [3, 6, 8]  # 1+1\n· 2\nab<end>
+    assert TOKENIZER.decode([ids[-1]]) == "<end>"
+    assert len(ids) == 10
+
+
+def test_too_long_rows_are_counted_and_limit_and_distinct_hold_for_those_that_are_kept():
+    rows = [{**PAIR, "chosen": "2" * 60}, PAIR, {**PAIR, "rejected": "4"}, {**PAIR, "prompt": "2+2?"}]
+    read = reader(longest=32).read(rows)
+    assert (len(read), read.too_long) == (3, 1)
+    assert [row["prompt"] for row in reader(longest=32).read(rows, 2).rows] == ["1+1?", "1+1?"]
+    assert [row["prompt"] for row in reader().read(rows[1:], 5, distinct=True).rows] == ["1+1?", "2+2?"]
+    with pytest.raises(InputError, match="all 1 rows are longer than 32 tokens; raise max_length"):
+        reader(longest=32).read(rows[:1])
+
+
+def test_held_out_prompts_are_distinct_and_not_trained_on():
+    rows = [{**PAIR, "prompt": f"{i % 5}+1?", "rejected": str(i)} for i in range(20)]
+    train, held_out, dropped = train_and_held_out_preferences(reader(), rows, None, 2, seed=0)
+    assert (len(train), len(held_out), dropped) == (12, 2, 6)
+    assert {row["prompt"] for row in train.rows}.isdisjoint(row["prompt"] for row in held_out.rows)
+    for read in (train, held_out):
+        for row, judged in zip(read.rows, read.judged, strict=True):
+            assert texts(judged)[2] == f"{row['rejected']}<end>"
+    assert train.fingerprint() != held_out.fingerprint()
+    train, held_out, dropped = train_and_held_out_preferences(reader(), rows, rows[:1], 5, seed=0)
+    assert (len(train), len(held_out), dropped) == (16, 1, 4)
+
+
+def test_a_file_with_renamed_columns(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"question": "1+1?", "chosen": "2", "rejected": "3"}) + "\n")
+    (row,) = reader(columns={"question": "prompt"}).read(str(path)).judged
+    assert texts(row)[0] == "<user>1+1?<end><assistant>"
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "message"),
+    [
+        ("pairs", {"prompt": "a", "chosen": "b"}, "no column 'rejected'; the data has prompt, chosen; expected prompt"),
+        ("pairs", {**PAIR, "chosen": 3}, r"row 1 of the data: its chosen is 3 \(int\)"),
+        ("pairs", {**PAIR, "rejected": ""}, "row 1 of the data: its rejected is an empty string"),
+        ("pairs", {**PAIR, "prompt": ""}, "row 1 of the data: the prompt is an empty string"),
+        ("pairs", {**PAIR, "margin": "wide"}, "row 1 of the data: its margin is 'wide'; expected a finite number"),
+        ("pairs", {"chosen": "ab", "rejected": "cd"}, "has no prompt, and its chosen and rejected begin with nothing"),
+        ("pairs", {"chosen": "ab", "rejected": "ab"}, "do not differ after what they begin with"),
+        ("pairs", {"chosen": "ab", "rejected": [user("a"), assistant("b")]}, "one of chosen and rejected is text"),
+        ("ranking", {"prompt": "a", "completions": ["b"]}, "its completions is .*; expected a list of 2 or more"),
+        ("ranking", {"prompt": "a", "completions": ["b", ""]}, r"its completions\[1\] is an empty string"),
+        ("label", {"prompt": "a", "completion": "b"}, "no column 'label'"),
+        ("score", {"prompt": "a", "completion": "b", "score": float("nan")}, "its score is nan"),
+        ("process", {"prompt": "a", "completions": ["b"], "labels": [1, 0]}, "2 labels for 1 completions"),
+        ("process", {"prompt": "a", "completions": ["b", " "], "labels": [1, 0]}, r"its completions\[1\] is ' '"),
+    ],
+)
+def test_bad_rows_are_refused_by_row_and_column(form, row, message):
+    with pytest.raises(InputError, match=message) as caught:
+        reader(form).read([row])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_renders_the_prompt_otherwise_in_a_whole_conversation_is_refused_with_both_renderings():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
+    with pytest.raises(InputError, match=r"row 1 of the data: .*…'2<user>.*…'1<user>.*chat_template_kwargs"):
+        reader(tokenizer=tokenizer).read([PAIR])
+
+
+def test_messages_after_raw_text_are_refused():
+    with pytest.raises(InputError, match="its prompt is raw text and its completion messages"):
+        reader(prompt_format="text").read([{**PAIR, "chosen": [assistant("2")]}])
+
+
+def test_the_model_and_the_settings_bound_the_length():
+    from types import SimpleNamespace
+
+    settings = SimpleNamespace(
+        system_prompt=None,
+        prompt_format="auto",
+        chat_template_kwargs={},
+        max_length=40,
+        dataset_args={},
+        columns={},
+        answer_after=None,
+    )
+    assert PreferenceReader.of(settings, TOKENIZER, tiny_model(), "pairs").longest == 40
+    settings.max_length = None
+    assert PreferenceReader.of(settings, TOKENIZER, tiny_model(), "pairs").longest == 128
