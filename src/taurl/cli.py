@@ -10,6 +10,7 @@ from taurl import __version__
 # Command → what runs it (module:function, called with the arguments), and its line in the help.
 COMMANDS = {
     "llm grpo": ("taurl.commands.llm_training:grpo", "train a language model on reward functions (GRPO)"),
+    "llm ppo": ("taurl.commands.llm_training:ppo", "train a language model on rewards with a critic (RLHF with PPO)"),
     "llm evaluate": ("taurl.commands.evaluate:main", "score a model greedily on a data set"),
     "llm generate": ("taurl.commands.generate:main", "complete the prompts of a file"),
     "llm inspect": ("taurl.commands.inspect:main", "show the rows of a data set as the model sees them"),

@@ -52,3 +52,4 @@ def _named(name: str) -> Any:
 
 
 grpo = partial(train, "GRPO")
+ppo = partial(train, "PPO")

@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from taurl.llm.algorithms.grpo import GRPO
     from taurl.llm.algorithms.grpo_config import GRPOConfig
+    from taurl.llm.algorithms.ppo import PPO
+    from taurl.llm.algorithms.ppo_config import PPOConfig
 
-__all__ = ["GRPO", "GRPOConfig"]
+__all__ = ["GRPO", "PPO", "GRPOConfig", "PPOConfig"]
 
 # Imported when first asked for: a config needs no torch.
-LAZY = {"GRPO": "taurl.llm.algorithms.grpo", "GRPOConfig": "taurl.llm.algorithms.grpo_config"}
+LAZY = {
+    "GRPO": "taurl.llm.algorithms.grpo",
+    "GRPOConfig": "taurl.llm.algorithms.grpo_config",
+    "PPO": "taurl.llm.algorithms.ppo",
+    "PPOConfig": "taurl.llm.algorithms.ppo_config",
+}
 
 
 def __getattr__(name: str) -> Any:

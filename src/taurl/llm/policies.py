@@ -84,6 +84,34 @@ class Policy:
             raise InputError(f"lora_targets is {targets!r}: {str(error).splitlines()[0]}") from error
         self.has_adapter = True
 
+    def add_adapter(self, name: str) -> None:
+        """Put another adapter beside the policy's own on its frozen trunk, with the same settings; see `adapter`."""
+        own = self.model.active_adapter
+        kept = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.add_adapter(name, copy.deepcopy(self.model.peft_config[own]))
+        self._adapter_weights = [*kept, *(parameter for _, parameter in self.adapter_parameters(name))]
+        switch_off_dropout(self.model)
+        self._activate(own)
+
+    def adapter_parameters(self, name: str) -> list[tuple[str, nn.Parameter]]:
+        """The weights of an adapter, by their names in the model."""
+        return [(path, weight) for path, weight in self.model.named_parameters() if name in path.split(".")]
+
+    @contextmanager
+    def adapter(self, name: str) -> Iterator[nn.Module]:
+        """The model with another of its adapters in place of the policy's own; forward and backward go in here."""
+        own = self.model.active_adapter
+        self._activate(name)
+        try:
+            yield self.model
+        finally:
+            self._activate(own)
+
+    def _activate(self, name: str) -> None:
+        self.model.set_adapter(name)
+        for weight in self._adapter_weights:  # peft freezes the adapters that are not active
+            weight.requires_grad_(True)
+
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
         """The model with its starting weights."""
@@ -101,7 +129,9 @@ class Policy:
     def export(self, directory: Path) -> None:
         """Write a folder that `transformers` (with an adapter: `peft`) loads: safetensors, config, tokenizer."""
         with quiet_transformers():
-            self.model.save_pretrained(directory, safe_serialization=True)
+            # Of several adapters the policy's own.
+            chosen = {"selected_adapters": [self.model.active_adapter]} if self.has_adapter else {}
+            self.model.save_pretrained(directory, safe_serialization=True, **chosen)
             self.tokenizer.save_pretrained(directory)
 
 
