@@ -13,6 +13,7 @@ from taurl.functional.kl import KL_GRADIENTS
 from taurl.functional.loss_types import LOSS_TYPES
 from taurl.llm.algorithms.grpo_config import GRPOConfig
 from taurl.llm.inference_config import InspectConfig
+from taurl.llm.algorithms.ppo_config import PPOConfig
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -75,6 +76,7 @@ def test_every_setting_named_in_the_pages_exists():
     known = {
         *GRPOConfig.model_fields,
         *InspectConfig.model_fields,
+        *PPOConfig.model_fields,
         *of_control,
         "config",
         "resume",

@@ -4,16 +4,19 @@ The value of a token is V of the state in which it was chosen, so it comes from 
 """
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from taurl.llm.heads import body, causal_lm
-from taurl.llm.models import load_model
+from taurl.llm.hub import quiet_transformers
+from taurl.llm.models import load_model, resolve_model
 from taurl.llm.policies import Policy, switch_off_dropout
 from taurl.runtime.errors import InputError
 
@@ -111,7 +114,7 @@ def make_critic(
     if kind == "copy":
         trunk = copy.deepcopy(body(model))
     else:
-        start: Any = load_model(kind, dtype=model.dtype, device=model.device) if isinstance(kind, str) else kind
+        start: Any = load_start(kind, dtype=model.dtype) if isinstance(kind, str) else kind
         head = started_head(start, policy, dtype)
         trunk = body(start)
     trunk.to(device=model.device, dtype=model.dtype).requires_grad_(True)
@@ -120,6 +123,22 @@ def make_critic(
         trunk.activation_checkpointing_enable()  # type: ignore[operator]
     trunk.train(gradient_checkpointing)
     return Critic(head, trunk)
+
+
+def load_start(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """A reward model with its head where the folder holds one, else a causal language model."""
+    folder = Path(resolve_model(name))
+    configuration = folder / "config.json"
+    kinds = (
+        json.loads(configuration.read_text(encoding="utf-8")).get("architectures") if configuration.is_file() else []
+    )
+    if not any(kind.endswith("ForSequenceClassification") for kind in kinds or []):
+        return load_model(name, dtype=dtype)
+    with quiet_transformers():
+        loaded: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    return loaded
 
 
 def started_head(start: Any, policy: Policy, dtype: torch.dtype) -> ValueHead:

@@ -163,3 +163,29 @@ def switch_off_dropout(model: nn.Module) -> None:
         for name in ("dropout", "attention_dropout", "activation_dropout", "attn_pdrop", "dropout_p"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+@torch.no_grad()
+def share_weights(model: nn.Module, trunk: nn.Module) -> int:
+    """Let a model read the frozen weights of another one wherever its own are frozen and equal to them.
+
+    A reward model, or a reference, that is an adapter on the same base as the policy's then costs no second base.
+
+    Returns: how many bytes were given back.
+    """
+    frozen = {bare_name(name): weight for name, weight in trunk.named_parameters() if not weight.requires_grad}
+    saved = 0
+    for path, module in model.named_modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            twin = frozen.get(bare_name(f"{path}.{name}"))
+            if twin is None or twin is weight or weight.requires_grad:
+                continue
+            if twin.dtype == weight.dtype and twin.device == weight.device and torch.equal(twin, weight):
+                setattr(module, name, twin)
+                saved += weight.numel() * weight.element_size()
+    return saved
+
+
+def bare_name(name: str) -> str:
+    """A weight's name in the model itself, whatever `peft` has wrapped around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")

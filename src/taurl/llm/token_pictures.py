@@ -97,11 +97,11 @@ def ratio_picture(ratios: Tensor, step: int) -> str:
     ]
     base = HEADING + HEIGHT
     for number, share in enumerate(shares):
-        size = HEIGHT * share / highest
-        x = MARGIN + number * BAR
-        parts.append(f'<rect x="{x + 1}" y="{base - size:.1f}" width="{BAR - 2}" height="{size:.1f}" fill="#2166ac"/>')
+        x, size = MARGIN + number * BAR + 1, HEIGHT * share / highest
+        place = f'x="{x}" y="{base - size:.1f}" width="{BAR - 2}" height="{size:.1f}"'
+        parts.append(f'<rect {place} fill="#2166ac"/>')
     for exponent in (-1.0, -0.5, 0.0, 0.5, 1.0):
-        x = MARGIN + BINS * BAR * (exponent / edge + 1) / 2
-        parts.append(f'<text x="{x:.0f}" y="{base + 18}" fill="#444">{2**exponent:.2f}</text>')
+        centre = MARGIN + BINS * BAR * (exponent / edge + 1) / 2
+        parts.append(f'<text x="{centre:.0f}" y="{base + 18}" fill="#444">{2**exponent:.2f}</text>')
     parts.append(f'<text x="{width // 2}" y="{base + 34}" fill="#444">current / old, tallest bar {highest:.1%}</text>')
     return "\n".join([*parts, "</svg>"])

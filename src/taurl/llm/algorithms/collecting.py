@@ -35,7 +35,7 @@ class Collected:
         rows: the data row of each.
         origins: the index of each row in the data (of each episode in the step).
         scores: by the reward functions of these `names`, in all.
-        rewards: float64 [N, L], what each token earned: a score at a completion's last token, an episode's turn by turn.
+        rewards: float64 [N, L], what each token earned: a score at a completion's end, an episode's turn by turn.
         earned: bool [N, L], where there is a reward, if only of 0.
         truncated: bool [N], what was cut off.
         turns: of each episode.

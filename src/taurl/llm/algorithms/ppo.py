@@ -33,7 +33,7 @@ from taurl.llm.episodes import MakeEnvironment
 from taurl.llm.evaluation import Evaluation
 from taurl.llm.likelihood import completion_hidden, hidden_logprobs
 from taurl.llm.models import load_model
-from taurl.llm.policies import switch_off_dropout
+from taurl.llm.policies import share_weights, switch_off_dropout
 from taurl.llm.rollouts import Part, Rollout
 from taurl.llm.token_pictures import ratio_picture, token_picture
 from taurl.runtime.errors import InputError
@@ -136,7 +136,7 @@ class PPO(OnlineTrainer):
 
     def set_up(self, dtype: torch.dtype | None) -> None:
         config, reference = self.config, self.given("reference")
-        self.has_reference = config.kl_coefficient > 0
+        self.has_reference, self.said = config.kl_coefficient > 0, False
         self.load_policy(dtype, keep_reference=self.has_reference and reference is None)
         with loading_model():
             self._load_reference(reference if self.has_reference else None)
@@ -153,19 +153,23 @@ class PPO(OnlineTrainer):
         self.stage = make_stage(environment, config, self.policy) if environment is not None else None
         if self.stage is None:
             self.load_rewards()
+            for judge in self.rewards.models:  # an adapter on the policy's base needs no base of its own
+                share_weights(judge.requires_grad_(False), self.policy.model)
             self.load_prompts()
         elif self.given("rewards") or self.given("dataset") is not None:
             raise InputError("an environment gives prompts and rewards itself: leave dataset and rewards out")
 
-    def _load_reference(self, reference: str | PreTrainedModel | None) -> None:
+    def _load_reference(self, reference: Any) -> None:
         """Another reference than the starting weights."""
         self.other_reference: Any = None
         if reference is not None:
             policy: Any = self.policy.model
             if isinstance(reference, str):
                 reference = load_model(reference, dtype=policy.dtype, device=self.device)
-            self.other_reference = reference.to(device=self.device, dtype=policy.dtype).eval().requires_grad_(False)  # type: ignore[arg-type, call-arg]
+            reference = reference.to(device=self.device, dtype=policy.dtype).eval()
+            self.other_reference = reference.requires_grad_(False)
             switch_off_dropout(self.other_reference)
+            share_weights(self.other_reference, policy)
 
     @contextmanager
     def _reference(self) -> Iterator[Any]:
@@ -236,9 +240,18 @@ class PPO(OnlineTrainer):
         last = torch.nn.functional.one_hot(collected.rollout.last, rewards.shape[1]).bool()
         if config.truncated == "bootstrap" and self.stage is None:
             rewards[last & collected.truncated[:, None]] = 0.0  # the score of a whole answer, which this is not
+            self._say_if_all(collected.truncated)
         if config.truncated == "penalty":
             rewards[last & collected.truncated[:, None]] -= config.missing_eos_penalty
         return rewards
+
+    def _say_if_all(self, truncated: Tensor) -> None:
+        if bool(truncated.all()) and not self.said:
+            self.said = True
+            self.run.view.note(
+                f"every completion was cut off at max_tokens {self.config.max_tokens}, so no score counts: "
+                "raise it, or set truncated to penalty"
+            )
 
     def _penalties(self, rollout: Rollout) -> tuple[Tensor, Record]:
         """β times each token's divergence from the reference [N, L], 0 if it is in the loss; β for the next step."""
@@ -390,7 +403,7 @@ class PPO(OnlineTrainer):
             name: getattr(estimates, name)[row, : len(completion.tokens)].tolist()
             for name in ("rewards", "values", "advantages")
         }
-        texts = [self.policy.tokenizer.decode([token]) for token in completion.tokens]
+        texts = [str(self.policy.tokenizer.decode([token])) for token in completion.tokens]
         title = f"step {step.number}, score {collected.scores.total[row]:.3g}"
         self.run.write_artifact("completion-by-token.svg", token_picture(texts, figures, title=title).encode())
 
