@@ -112,15 +112,23 @@ class Policy:
         for weight in self._adapter_weights:  # peft freezes the adapters that are not active
             weight.requires_grad_(True)
 
+    def use_reference(self, model: str | PreTrainedModel) -> None:
+        """Take another model, by name or as an object, as the reference in place of the starting weights."""
+        loaded = load_model(model, dtype=self.model.dtype) if isinstance(model, str) else model
+        other: Any = loaded
+        self._reference = other.to(device=self.model.device, dtype=self.model.dtype).eval().requires_grad_(False)
+        switch_off_dropout(other)
+        share_weights(other, self.model)
+
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
-        """The model with its starting weights."""
-        if self.has_adapter:
+        """The model with its starting weights, or the one taken in its place."""
+        if self._reference is not None:
+            yield self._reference
+        else:
+            assert self.has_adapter, "made without keep_reference"
             with self.model.disable_adapter():
                 yield self.model
-        else:
-            assert self._reference is not None, "made without keep_reference"
-            yield self._reference
 
     def generator(self, kind: str = "slots", slots: int = 64, kv_memory_gb: float | None = None) -> Generator:
         """A generator over the current weights."""

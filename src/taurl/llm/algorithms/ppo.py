@@ -6,7 +6,7 @@ tokens.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, ClassVar
@@ -17,48 +17,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.functional.aggregation import token_weights, weighted_sum
 from taurl.functional.importance import mismatch_weights
-from taurl.functional.kl import k1, k2, k3, kl_loss
+from taurl.functional.kl import k3, kl_loss
 from taurl.functional.loss_types import clipped_tokens, policy_loss
 from taurl.functional.token_returns import token_generalized_advantage
 from taurl.functional.value_losses import clipped_value_loss, explained_variance, squared_value_loss
-from taurl.functional.whitening import whiten, whiten_groups
 from taurl.llm.algorithms.collecting import Collected, collect_completions, collect_episodes, make_stage, play_held_out
 from taurl.llm.algorithms.figures import Tally
 from taurl.llm.algorithms.online import HEADLINE, MEMORY_SETTINGS, OnlineTrainer, RewardFunction
 from taurl.llm.algorithms.ppo_config import PPOConfig
+from taurl.llm.algorithms.ppo_estimates import Estimates, kl_prices, settled_rewards, whitened
 from taurl.llm.algorithms.ppo_state import Controls
 from taurl.llm.algorithms.setup import loading_model
 from taurl.llm.critics import make_critic
 from taurl.llm.episodes import MakeEnvironment
 from taurl.llm.evaluation import Evaluation
 from taurl.llm.likelihood import completion_hidden, hidden_logprobs
-from taurl.llm.models import load_model
-from taurl.llm.policies import share_weights, switch_off_dropout
+from taurl.llm.policies import share_weights
 from taurl.llm.rollouts import Part, Rollout
 from taurl.llm.token_pictures import ratio_picture, token_picture
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import out_of_memory_names
 from taurl.runtime.optimization import Optimizer, Update, learning_rate
 from taurl.runtime.run import Callback, Record, Stateful, Step
-
-ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
-
-
-@dataclass
-class Estimates:
-    """What is known of each token before the updates, [N, L] each, 0 where it is not trained on.
-
-    Attributes:
-        rewards: what the token earned, the price of its divergence from the reference included.
-        values: V of the state in which it was chosen.
-        advantages: as they are trained on, whitened or not.
-        returns: the critic's targets.
-    """
-
-    rewards: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
 
 
 @dataclass
@@ -139,7 +119,8 @@ class PPO(OnlineTrainer):
         self.has_reference, self.said = config.kl_coefficient > 0, False
         self.load_policy(dtype, keep_reference=self.has_reference and reference is None)
         with loading_model():
-            self._load_reference(reference if self.has_reference else None)
+            if self.has_reference and reference is not None:
+                self.policy.use_reference(reference)
             checkpointing = config.gradient_checkpointing
             critic = self.given("critic")
             self.critic = make_critic(critic, self.policy, self.dtype, gradient_checkpointing=checkpointing)
@@ -158,26 +139,6 @@ class PPO(OnlineTrainer):
             self.load_prompts()
         elif self.given("rewards") or self.given("dataset") is not None:
             raise InputError("an environment gives prompts and rewards itself: leave dataset and rewards out")
-
-    def _load_reference(self, reference: Any) -> None:
-        """Another reference than the starting weights."""
-        self.other_reference: Any = None
-        if reference is not None:
-            policy: Any = self.policy.model
-            if isinstance(reference, str):
-                reference = load_model(reference, dtype=policy.dtype, device=self.device)
-            reference = reference.to(device=self.device, dtype=policy.dtype).eval()
-            self.other_reference = reference.requires_grad_(False)
-            switch_off_dropout(self.other_reference)
-            share_weights(self.other_reference, policy)
-
-    @contextmanager
-    def _reference(self) -> Iterator[Any]:
-        if self.other_reference is not None:
-            yield self.other_reference
-        else:
-            with self.policy.reference() as model:
-                yield model
 
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""
@@ -206,18 +167,20 @@ class PPO(OnlineTrainer):
         """Rewards, values and advantages of all tokens, from the weights before the updates."""
         config, rollout = self.config, collected.rollout
         truncated = collected.truncated
-        rewards = self._scores(collected)
+        rewards = settled_rewards(collected, config, self.controls).to(self.device, self.dtype)
         if config.truncated == "mask":
             rollout.mask[truncated] = False
+        if config.truncated == "bootstrap" and self.stage is None and bool(truncated.all()):
+            self._say_that_no_score_counts()
         rows, mask = range(len(rollout.completions)), rollout.mask
         if self.has_reference or config.epochs * config.minibatches > 1:
             rollout.old_logprobs = self.logprobs(rollout, rows, self.policy.model)
         figures: Record = {}
         if self.has_reference:
-            with self._reference() as reference:
+            with self.policy.reference() as reference:
                 rollout.reference_logprobs = self.logprobs(rollout, rows, reference)
-            penalties, figures = self._penalties(rollout)
-            rewards = rewards - penalties
+            prices, figures = kl_prices(rollout, config, self.controls.coefficient)
+            rewards = rewards - prices
         values, ends = self._values(rollout, rows)
         cut = {"truncated": truncated, "final_values": ends} if config.truncated == "bootstrap" else {}
         factors = {"discount": config.discount, "trace_decay": config.trace_decay}
@@ -226,50 +189,16 @@ class PPO(OnlineTrainer):
         if self.critic is not None:
             figures["value/explained_variance"] = float(explained_variance(values, returns, mask))
             figures["value/mean"] = float(values[mask].mean()) if mask.any() else 0.0
-        rollout.advantages = self._whitened(advantages, mask)
+        rollout.advantages = whitened(advantages, mask, config)
         return Estimates(torch.where(mask, rewards, 0.0), values, rollout.advantages, returns), figures
 
-    def _scores(self, collected: Collected) -> Tensor:
-        """What each token earned of the scores [N, L], normalised, clipped, and settled for what was cut off."""
-        config, rewards = self.config, collected.rewards.to(self.device, self.dtype)
-        earned = collected.earned.to(self.device)
-        if config.normalize_rewards:
-            rewards[earned] = self.controls.normalize(rewards[earned])
-        if config.reward_clip is not None:
-            rewards = rewards.clamp(-config.reward_clip, config.reward_clip)
-        last = torch.nn.functional.one_hot(collected.rollout.last, rewards.shape[1]).bool()
-        if config.truncated == "bootstrap" and self.stage is None:
-            rewards[last & collected.truncated[:, None]] = 0.0  # the score of a whole answer, which this is not
-            self._say_if_all(collected.truncated)
-        if config.truncated == "penalty":
-            rewards[last & collected.truncated[:, None]] -= config.missing_eos_penalty
-        return rewards
-
-    def _say_if_all(self, truncated: Tensor) -> None:
-        if bool(truncated.all()) and not self.said:
+    def _say_that_no_score_counts(self) -> None:
+        if not self.said:
             self.said = True
             self.run.view.note(
                 f"every completion was cut off at max_tokens {self.config.max_tokens}, so no score counts: "
                 "raise it, or set truncated to penalty"
             )
-
-    def _penalties(self, rollout: Rollout) -> tuple[Tensor, Record]:
-        """β times each token's divergence from the reference [N, L], 0 if it is in the loss; β for the next step."""
-        config, mask, beta = self.config, rollout.mask, self.controls.coefficient
-        assert rollout.old_logprobs is not None
-        assert rollout.reference_logprobs is not None
-        given = rollout.old_logprobs, rollout.reference_logprobs  # 0, both, where masked
-        rows = max(1, int(mask.any(1).sum()))
-        divergence = float(k1(*given).sum() / rows)
-        penalties = beta * ESTIMATORS[config.kl_estimator](*given)
-        in_reward = config.kl_place == "reward"
-        figures = {
-            "kl": float(k3(*given).sum() / mask.sum().clamp(min=1)),
-            "kl_per_completion": divergence,
-            "kl_coefficient": beta,
-            **({"reward/kl_penalty": float(penalties.sum() / rows)} if in_reward else {}),
-        }
-        return penalties if in_reward else torch.zeros_like(penalties), figures
 
     @torch.no_grad()
     def _values(self, rollout: Rollout, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -285,14 +214,6 @@ class PPO(OnlineTrainer):
                 values[part.rows, : part.length] = found[:, :-1]
                 ends[part.rows] = found.gather(1, part.of(rollout.last)[:, None] + 1)[:, 0]
         return torch.where(rollout.mask, values, 0.0), ends
-
-    def _whitened(self, advantages: Tensor, mask: Tensor) -> Tensor:
-        match self.config.whiten:
-            case "batch":
-                return whiten(advantages, mask)
-            case "group":
-                return whiten_groups(advantages, mask, group_size=self.config.group_size)
-        return advantages
 
     def _update(self, rollout: Rollout, estimates: Estimates, step: Step) -> Record:
         """Updates of policy and critic, a minibatch of an epoch at a time. In the value warm-up the policy stays."""

@@ -1,5 +1,7 @@
 """What a step of PPO hands to the next one beside the weights."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,9 +33,8 @@ class Controls:
     def normalize(self, scores: Tensor) -> Tensor:
         """Scores [n] by the mean and deviation of all so far, these among them."""
         self.changes += 1
-        self.scores = updated_moments(self.scores, scores.cpu())
-        moments = Moments(*(each.to(scores.device) for each in self.scores))
-        return normalized(scores, moments, bound=torch.inf)
+        self.scores = updated_moments(self.scores, scores)
+        return normalized(scores, self.scores, bound=math.inf)
 
     def tensors(self) -> dict[str, Tensor]:
         """For the checkpoint."""
