@@ -141,7 +141,7 @@ def test_credit_flows_across_turns_and_nothing_is_learned_of_the_environments_wo
     trainer = PPO(str(folder), config=settings, environment=Echo)
     step = next(iter(trainer.run.steps()))
     collected = trainer._collect(step)
-    estimates, _ = trainer._estimate(collected)
+    estimates, _ = trainer._estimate(collected, 1)
     assert collected.turns == [3] * 8
     assert [row["prompt"] for row in collected.rows[::2]] == [row["prompt"] for row in collected.rows[1::2]]
     for row, completion in enumerate(collected.rollout.completions):

@@ -144,6 +144,7 @@ def naive_estimates(models, rows, config):
         rewards = [0.0] * len(logprobs)
         if config.kl_coefficient and config.kl_place == "reward":
             base = models.reference(prompt, completion.tokens)
+            logprobs = completion.logprobs if config.old_logprobs == "sampler" else logprobs
             rewards = [
                 -config.kl_coefficient * naive_kl(config.kl_estimator, p - b)
                 for p, b in zip(logprobs, base, strict=True)
@@ -178,6 +179,7 @@ def naive_losses(models, rows, estimates, old, config):
         values = models.values(prompt, completion.tokens)
         for t, logprob in enumerate(logprobs):
             before = float(logprob) if old is None else old[index][t]
+            before = completion.logprobs[t] if config.old_logprobs == "sampler" else before
             ratio = torch.exp(logprob - before)
             clipped = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
             loss = -min(ratio * advantages[t], clipped * advantages[t])
@@ -247,6 +249,7 @@ def compared(tmp_path, **changes):
         {"kl_place": "loss", "kl_estimator": "k2", "truncated": "mask"},
         {"kl_place": "loss", "kl_estimator": "k3", "whiten": "none", "value_clip": None},
         {"kl_estimator": "k3", "kl_coefficient": 0.1, "reward_clip": 0.6, "truncated": "penalty"},
+        {"old_logprobs": "sampler", "clip_high": 5.0, "clip_low": 0.9},
         {"kl_coefficient": 0.0, "discount": 1.0, "trace_decay": 0.95, "importance_cap": 1.1},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())) or "defaults",
@@ -255,10 +258,21 @@ def test_the_gradient_is_that_of_plain_loops_however_it_is_cut(tmp_path, changes
     compared(tmp_path, **changes)
 
 
-def test_several_updates_of_policy_and_critic(tmp_path):
-    """Old log-probabilities, old values and advantages are those of the step's beginning; both clips at work."""
+@pytest.mark.parametrize("kl_coefficient", [0.0, 0.3])
+def test_several_updates_of_policy_and_critic(tmp_path, kl_coefficient):
+    """Old log-probabilities, old values and advantages are those of the step's beginning; both clips at work.
+
+    Without a reference nothing but the first update's own forward pass gives the old log-probabilities.
+    """
     config = settings(
-        tmp_path, epochs=3, learning_rate=0.02, critic_learning_rate=0.02, clip_low=0.1, value_clip=0.05, stop=STOP[:4]
+        tmp_path,
+        epochs=3,
+        learning_rate=0.02,
+        critic_learning_rate=0.02,
+        clip_low=0.1,
+        value_clip=0.05,
+        stop=STOP[:4],
+        kl_coefficient=kl_coefficient,
     )
     rehearsal = Kept(config)
     trainer = rehearsal.trainer
@@ -399,7 +413,7 @@ def collected_estimates(trainer):
     """What the first step of a trainer collects, and its estimates."""
     step = next(iter(trainer.run.steps()))
     collected = trainer._collect(step)
-    return collected, trainer._estimate(collected)[0]
+    return collected, trainer._estimate(collected, 1)[0]
 
 
 @pytest.mark.parametrize("truncated", ["bootstrap", "penalty"])

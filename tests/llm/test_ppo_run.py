@@ -144,7 +144,7 @@ def test_scores_are_normalised_by_all_that_came_before(config, folder):
     trainer = PPO(str(folder), ROWS, kept, config(**changes))
     seen = []
     real = trainer._estimate
-    trainer._estimate = lambda collected: seen.append(real(collected)) or seen[-1]
+    trainer._estimate = lambda *given: seen.append(real(*given)) or seen[-1]
     trainer.train()
     every = torch.tensor(scores, dtype=torch.float64)
     torch.testing.assert_close(trainer.controls.scores.mean, every.mean())

@@ -148,7 +148,7 @@ class PPO(OnlineTrainer):
             for step in run.steps():
                 collected = self._collect(step)
                 with step.phase("estimate", "estimating advantages"):
-                    estimates, figures = self._estimate(collected)
+                    estimates, figures = self._estimate(collected, step.number)
                 with step.phase("update", "updating"):
                     figures |= self._update(collected.rollout, estimates, step)
                 if self.has_reference:
@@ -163,7 +163,7 @@ class PPO(OnlineTrainer):
                 return collect_episodes(self, self.stage, step.number)
         return collect_completions(self, step)
 
-    def _estimate(self, collected: Collected) -> tuple[Estimates, Record]:
+    def _estimate(self, collected: Collected, step: int) -> tuple[Estimates, Record]:
         """Rewards, values and advantages of all tokens, from the weights before the updates."""
         config, rollout = self.config, collected.rollout
         truncated = collected.truncated
@@ -173,8 +173,7 @@ class PPO(OnlineTrainer):
         if config.truncated == "bootstrap" and self.stage is None and bool(truncated.all()):
             self._say_that_no_score_counts()
         rows, mask = range(len(rollout.completions)), rollout.mask
-        if self.has_reference or config.epochs * config.minibatches > 1:
-            rollout.old_logprobs = self.logprobs(rollout, rows, self.policy.model)
+        rollout.old_logprobs = self._old_logprobs(rollout, step)
         figures: Record = {}
         if self.has_reference:
             with self.policy.reference() as reference:
@@ -191,6 +190,22 @@ class PPO(OnlineTrainer):
             figures["value/mean"] = float(values[mask].mean()) if mask.any() else 0.0
         rollout.advantages = whitened(advantages, mask, config)
         return Estimates(torch.where(mask, rewards, 0.0), values, rollout.advantages, returns), figures
+
+    def _old_logprobs(self, rollout: Rollout, step: int) -> Tensor:
+        """What current log-probabilities are compared with, and what the divergence is taken of [N, L].
+
+        The trainer's own take a pass of all rows where there is a reference; else only of those that are not in the
+        first minibatch, which is forwarded before its update anyway and then fills its own in.
+        """
+        if self.config.old_logprobs == "sampler":
+            return torch.where(rollout.mask, rollout.sampler_logprobs.to(self.dtype), 0.0)
+        rows = set(range(len(rollout.completions)))
+        if not self.has_reference:
+            rows -= set(self._minibatches(rollout, step, 0)[0])
+        return self.logprobs(rollout, sorted(rows), self.policy.model)
+
+    def _minibatches(self, rollout: Rollout, step: int, epoch: int) -> list[list[int]]:
+        return rollout.minibatches(self.config.minibatches, key=(self.config.seed, step, epoch))
 
     def _say_that_no_score_counts(self) -> None:
         if not self.said:
@@ -225,7 +240,7 @@ class PPO(OnlineTrainer):
         for epoch in range(config.epochs):
             ratios.clear()
             epochs += 1
-            for rows in rollout.minibatches(config.minibatches, key=(config.seed, number, epoch)):
+            for rows in self._minibatches(rollout, number, epoch):
                 weights = torch.zeros_like(rollout.mask, dtype=self.dtype)
                 weights[rows] = token_weights(rollout.mask[rows], "token", dtype=self.dtype)
                 batch = Minibatch(rollout, estimates, weights, tally, ratios)
@@ -276,9 +291,13 @@ class PPO(OnlineTrainer):
             part.of(each) for each in (rollout.mask, batch.weights, rollout.tokens, rollout.sampler_logprobs)
         )
         logprobs, entropies = hidden_logprobs(self.policy.model, hidden, tokens, mask, config.temperature)
-        # On a single update the old log-probabilities are the current ones, and the ratio is exactly 1.
-        single = config.epochs * config.minibatches == 1
-        old = logprobs.detach() if single or rollout.old_logprobs is None else part.of(rollout.old_logprobs)
+        assert rollout.old_logprobs is not None
+        old = part.of(rollout.old_logprobs)
+        if not batch.tally.updates:  # nothing has changed since the completions were sampled
+            batch.tally.add(mask, {"sampling/logp_difference_mean": (logprobs - sampler).abs()})
+            if config.old_logprobs == "trainer":
+                old = logprobs.detach()  # the ratio is exactly 1
+                part.put(old, into=rollout.old_logprobs)
         advantages, low, high = part.of(rollout.advantages), config.clip_low, config.clip_high
         losses = policy_loss("dapo", logprobs, old, advantages, mask, clip_low=low, clip_high=high)
         if config.importance_cap is not None:
@@ -294,7 +313,7 @@ class PPO(OnlineTrainer):
         below, above = clipped_tokens("dapo", logprobs, old, advantages, mask, clip_low=low, clip_high=high)
         moved = k3(old, logprobs.detach())
         batch.tally.add(mask, {"entropy": entropies, "clip_ratio/low_mean": below, "clip_ratio/high_mean": above})
-        batch.tally.add(mask, {"sampling/logp_difference_mean": (old - sampler).abs(), "approx_kl": moved})
+        batch.tally.add(mask, {"approx_kl": moved})
         batch.ratios.append((logprobs.detach() - old)[mask].exp())
         batch.moved += float(weighted_sum(moved, weights))
         return weighted_sum(losses, weights)
