@@ -12,8 +12,8 @@ from taurl import control
 from taurl.functional.kl import KL_GRADIENTS
 from taurl.functional.loss_types import LOSS_TYPES
 from taurl.llm.algorithms.grpo_config import GRPOConfig
-from taurl.llm.inference_config import InspectConfig
 from taurl.llm.algorithms.ppo_config import PPOConfig
+from taurl.llm.inference_config import InspectConfig
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
