@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from taurl.functional.whitening import whiten, whitening_statistics
+from taurl.functional.advantages import group_relative
+from taurl.functional.whitening import whiten, whiten_groups, whitening_statistics
 
-NAN = math.nan
+NAN, INF = math.nan, math.inf
 
 
 def double(values) -> Tensor:
@@ -99,3 +100,33 @@ def test_bad_values_to_whiten_are_named():
     for epsilon in (0.0, -1.0, NAN, math.inf):
         with pytest.raises(ValueError, match=f"epsilon is {epsilon}"):
             whiten(torch.zeros(2), epsilon=epsilon)
+
+
+# --- within groups
+
+
+def test_groups_are_whitened_by_the_means_of_their_rows():
+    values = double([[1, 3, NAN], [5, 8, 2], [4, 4, 4], [NAN, 7, INF], [1, NAN, NAN], [2, 2, 2]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1], [0, 1, 0], [0, 0, 0], [1, 1, 0]], dtype=torch.bool)
+    found = whiten_groups(values, mask, group_size=2, epsilon=1e-4)
+    first, second = math.sqrt(4.5) + 1e-4, math.sqrt(4.5) + 1e-4  # means 2, 5 and 4, 7
+    close(found[0], [-2.5 / first, -0.5 / first, 0])
+    close(found[1], [1.5 / first, 4.5 / first, -1.5 / first])
+    close(found[2:4], [[-1.5 / second] * 3, [0, 1.5 / second, 0]])
+    assert not found[4:].any()  # nothing to compare with
+
+
+@given(st.integers(0, 2**32), st.integers(2, 5))
+def test_one_value_a_row_gives_group_relative_advantages(seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randint(0, 3, (3, size), generator=generator).double() / 3
+    mask = torch.rand(3 * size, 7, generator=generator) < 0.7
+    mask[:, 0] = True
+    found = whiten_groups(rewards.reshape(-1, 1).expand_as(mask), mask, group_size=size)
+    expected = group_relative(rewards).reshape(-1, 1).expand_as(mask)
+    torch.testing.assert_close(found, torch.where(mask, expected, 0.0), rtol=1e-10, atol=1e-12)
+
+
+def test_a_batch_that_is_no_multiple_of_its_groups_is_refused():
+    with pytest.raises(ValueError, match="N a multiple"):
+        whiten_groups(torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool), group_size=2)

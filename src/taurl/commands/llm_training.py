@@ -54,3 +54,4 @@ def _named(name: str) -> Any:
 dpo = partial(train, "DPO")
 grpo = partial(train, "GRPO")
 sft = partial(train, "SFT")
+ppo = partial(train, "PPO")

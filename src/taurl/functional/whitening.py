@@ -68,6 +68,35 @@ def whiten(
     return with_precision_of(values, torch.where(counts, whitened, 0.0))
 
 
+def whiten_groups(values: Tensor, mask: Tensor, *, group_size: int, epsilon: float = 1e-4) -> Tensor:
+    """Values of tokens, centred and scaled by what the other rows of their group have, each row counting once.
+
+        m_i = mean_t x_it,   y_it = (x_it − mean_i m_i) / (std_i m_i + ε),   i over the rows of the group
+
+    Where all tokens of a row have one value, as with a reward at the end, γ = λ = 1 and no critic, this is
+    `advantages.group_relative` of those values.
+
+    Args:
+        values: float [N, L], group after group; anything where masked.
+        mask: bool [N, L]; a row without any token counts nowhere.
+        group_size: rows of a group; divides N.
+        epsilon: ε > 0.
+    Returns: whitened values [N, L], 0 where masked, detached; float32, or float64 for float64.
+    Raises: ValueError if shapes or dtypes do not fit, N is no multiple of the group's size, or as `whiten` does.
+    """
+    if values.dim() != 2 or group_size < 1 or len(values) % group_size:
+        raise ValueError(f"values are {list(values.shape)} and group_size {group_size}: expected [N, L], N a multiple")
+    counts = _mask_for(values, mask)
+    whitened = values.detach().new_zeros(values.shape, dtype=torch.promote_types(values.dtype, torch.float32))
+    for start in range(0, len(values), group_size):
+        rows = [row for row in range(start, start + group_size) if counts[row].any()]
+        if rows:
+            means = torch.stack([whitening_statistics(values[row], counts[row])[0] for row in rows])
+            statistics = whitening_statistics(means)
+            whitened[rows] = whiten(values[rows], counts[rows], statistics=statistics, epsilon=epsilon)
+    return whitened
+
+
 def _mask_for(values: Tensor, mask: Tensor | None) -> Tensor:
     if not values.is_floating_point():
         raise ValueError(f"values are {values.dtype}, expected floats")

@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from taurl.llm.algorithms.dpo_config import DPOConfig
     from taurl.llm.algorithms.grpo import GRPO
     from taurl.llm.algorithms.grpo_config import GRPOConfig
+    from taurl.llm.algorithms.ppo import PPO
+    from taurl.llm.algorithms.ppo_config import PPOConfig
     from taurl.llm.algorithms.sft import SFT
     from taurl.llm.algorithms.sft_config import SFTConfig
 
-__all__ = ["DPO", "GRPO", "SFT", "DPOConfig", "GRPOConfig", "SFTConfig"]
+__all__ = ["DPO", "GRPO", "PPO", "SFT", "DPOConfig", "GRPOConfig", "PPOConfig", "SFTConfig"]
 
 # Imported when first asked for: a config needs no torch.
 LAZY = {
@@ -22,6 +24,8 @@ LAZY = {
     "DPOConfig": "taurl.llm.algorithms.dpo_config",
     "GRPO": "taurl.llm.algorithms.grpo",
     "GRPOConfig": "taurl.llm.algorithms.grpo_config",
+    "PPO": "taurl.llm.algorithms.ppo",
+    "PPOConfig": "taurl.llm.algorithms.ppo_config",
     "SFT": "taurl.llm.algorithms.sft",
     "SFTConfig": "taurl.llm.algorithms.sft_config",
 }

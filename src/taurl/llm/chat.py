@@ -22,6 +22,7 @@ it has none; `chat`, always a message; `text`, always raw (what TRL makes of a s
 through the template."""
 
 MARKER = "taurl"  # a word that no template writes, trims or escapes
+ANSWER_MARKER = "taurlanswer"
 
 
 def prompt_problem(prompt: object, name: str = "the prompt") -> str | None:
@@ -130,6 +131,39 @@ def template_refusals(before: str = "") -> Iterator[None]:
         yield
     except Exception as error:  # a template raises what it likes, jinja2's errors most often
         raise InputError(f"{before}the chat template refuses the messages: {' '.join(str(error).split())}") from error
+
+
+def following_ids(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    last_token: int,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The token ids that continue a conversation after an answer: end of turn, new messages, the next turn's opening.
+
+    They go behind the ids that are there. Rendering the whole conversation again could rewrite its earlier turns
+    (templates drop thinking blocks), and what was sampled would not be what is trained.
+
+    Args:
+        messages: what the answer was met with, at least one.
+        last_token: the answer's last; where it ends the turn already, the end is not said twice.
+    Raises: InputError where the template is missing or refuses the messages.
+    """
+    if not tokenizer.chat_template:
+        raise InputError("several turns need a chat template, and this tokenizer has none")
+    answered = [{"role": "user", "content": MARKER}, {"role": "assistant", "content": ANSWER_MARKER}]
+    whole = [*answered, *(dict(message) for message in messages)]
+    with template_refusals():
+        text = cast(
+            str,
+            tokenizer.apply_chat_template(
+                whole, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
+            ),
+        )
+    tail = text[text.find(ANSWER_MARKER) + len(ANSWER_MARKER) :]
+    ids: list[int] = list(tokenizer(tail, add_special_tokens=False)["input_ids"])
+    return ids[1:] if ids[:1] == [last_token] else ids
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -37,13 +37,25 @@ def evaluate(
 ) -> Evaluation:
     """Score one completion a row, and say how the rows did together."""
     scores = score(rows, completions, tokenizer, rewards, state)
-    metrics = {f"eval/{name}": value for name, value in reward_metrics(rewards.names, scores).items()}
-    lengths = [len(completion.tokens) for completion in completions]
+    return summarized(rows, completions, tokenizer, rewards.names, scores, state)
+
+
+def summarized(
+    rows: Sequence[dict[str, Any]],
+    completions: Sequence[Completion],
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    scores: Scores,
+    state: TrainerState,
+) -> Evaluation:
+    """How rows did together that are scored already, by rewards of these names."""
+    metrics = {f"eval/{name}": value for name, value in reward_metrics(names, scores).items()}
+    lengths = [completion.length for completion in completions]
     metrics["eval/completions/mean_length"] = float(np.mean(lengths))
     metrics["eval/completions/clipped_ratio"] = float(np.mean([c.finish == "length" for c in completions]))
     samples = [
         {"step": state.global_step, "kind": "evaluation", "row": index, **sample}
-        for index, sample in enumerate(describe(rows, completions, tokenizer, rewards.names, scores))
+        for index, sample in enumerate(describe(rows, completions, tokenizer, names, scores))
     ]
     return Evaluation(metrics, samples)
 
@@ -101,7 +113,7 @@ def described(row: dict[str, Any], completion: Completion, tokenizer: PreTrained
         "prompt": prompt_text(row["prompt"]),
         "completion": decode(tokenizer, completion.tokens),
         "finish": completion.finish,
-        "tokens": len(completion.tokens),
+        "tokens": completion.length,
         **({"answer": row["answer"]} if "answer" in row else {}),
     }
 

@@ -37,6 +37,13 @@ def completion_logprobs(
     Raises: InputError for a model with recurrent layers, which have no keys and values to go on from.
     """
     hidden = completion_hidden(model, prompts, prompt_of, tokens)
+    return hidden_logprobs(model, hidden, tokens, mask, temperature)
+
+
+def hidden_logprobs(
+    model: PreTrainedModel, hidden: Tensor, tokens: Tensor, mask: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The second half of `completion_logprobs`, from what `completion_hidden` gave."""
     chosen, entropies = head_logprobs(output_head(model), hidden[mask], tokens[mask], temperature)
     empty = chosen.new_zeros(tokens.shape)
     return empty.masked_scatter(mask, chosen), empty.masked_scatter(mask, entropies)

@@ -140,15 +140,51 @@ class Policy:
             raise InputError(f"lora_targets is {lora.targets!r}: {str(error).splitlines()[0]}") from error
         self.has_adapter = True
 
+    def add_adapter(self, name: str) -> None:
+        """Put another adapter beside the policy's own on its frozen trunk, with the same settings; see `adapter`."""
+        own = self.model.active_adapter
+        kept = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.add_adapter(name, copy.deepcopy(self.model.peft_config[own]))
+        self._adapter_weights = [*kept, *(parameter for _, parameter in self.adapter_parameters(name))]
+        switch_off_dropout(self.model)
+        self._activate(own)
+
+    def adapter_parameters(self, name: str) -> list[tuple[str, nn.Parameter]]:
+        """The weights of an adapter, by their names in the model."""
+        return [(path, weight) for path, weight in self.model.named_parameters() if name in path.split(".")]
+
+    @contextmanager
+    def adapter(self, name: str) -> Iterator[nn.Module]:
+        """The model with another of its adapters in place of the policy's own; forward and backward go in here."""
+        own = self.model.active_adapter
+        self._activate(name)
+        try:
+            yield self.model
+        finally:
+            self._activate(own)
+
+    def _activate(self, name: str) -> None:
+        self.model.set_adapter(name)
+        for weight in self._adapter_weights:  # peft freezes the adapters that are not active
+            weight.requires_grad_(True)
+
+    def use_reference(self, model: str | PreTrainedModel) -> None:
+        """Take another model, by name or as an object, as the reference in place of the starting weights."""
+        loaded = load_model(model, dtype=self.model.dtype) if isinstance(model, str) else model
+        other: Any = loaded
+        self._reference = other.to(device=self.model.device, dtype=self.model.dtype).eval().requires_grad_(False)
+        switch_off_dropout(other)
+        share_weights(other, self.model)
+
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
-        """The model with its starting weights."""
-        if self.has_adapter:
+        """The model with its starting weights, or the one taken in its place."""
+        if self._reference is not None:
+            yield self._reference
+        else:
+            assert self.has_adapter, "made without keep_reference"
             with self.model.disable_adapter():
                 yield self.model
-        else:
-            assert self._reference is not None, "made without keep_reference"
-            yield self._reference
 
     def generator(self, kind: str = "slots", slots: int = 64, kv_memory_gb: float | None = None) -> Generator:
         """A generator over the current weights."""
@@ -164,8 +200,12 @@ class Policy:
             card: text of its README.md.
         """
         with quiet_transformers():
-            model = self.merged() if merge and self.has_adapter else self.model
-            model.save_pretrained(directory, safe_serialization=True)
+            model, chosen = self.model, {}
+            if merge and self.has_adapter:
+                model = self.merged()
+            elif self.has_adapter:
+                chosen = {"selected_adapters": [self.model.active_adapter]}  # of several the policy's own
+            model.save_pretrained(directory, safe_serialization=True, **chosen)
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(directory)  # which peft leaves out
             self.tokenizer.save_pretrained(directory)
@@ -213,3 +253,29 @@ def switch_off_dropout(model: nn.Module) -> None:
         for name in ("dropout", "attention_dropout", "activation_dropout", "attn_pdrop", "dropout_p"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+@torch.no_grad()
+def share_weights(model: nn.Module, trunk: nn.Module) -> int:
+    """Let a model read the frozen weights of another one wherever its own are frozen and equal to them.
+
+    A reward model, or a reference, that is an adapter on the same base as the policy's then costs no second base.
+
+    Returns: how many bytes were given back.
+    """
+    frozen = {bare_name(name): weight for name, weight in trunk.named_parameters() if not weight.requires_grad}
+    saved = 0
+    for path, module in model.named_modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            twin = frozen.get(bare_name(f"{path}.{name}"))
+            if twin is None or twin is weight or weight.requires_grad:
+                continue
+            if twin.dtype == weight.dtype and twin.device == weight.device and torch.equal(twin, weight):
+                setattr(module, name, twin)
+                saved += weight.numel() * weight.element_size()
+    return saved
+
+
+def bare_name(name: str) -> str:
+    """A weight's name in the model itself, whatever `peft` has wrapped around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")

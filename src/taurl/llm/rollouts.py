@@ -18,9 +18,10 @@ class Rollout:
         prompts: P lists of token ids.
         completions: N = P · G of them.
         tokens: int64 [N, L], padded on the right.
-        mask: bool [N, L], the tokens that are trained on.
+        mask: bool [N, L], the tokens that are trained on: those that the policy chose.
+        last: int64 [N], where each completion's last token is that the policy chose.
         sampler_logprobs: float [N, L], as sampled.
-        advantages: float [N].
+        advantages: float [N], or [N, L] where tokens have their own.
         old_logprobs: float [N, L], what current log-probabilities are compared with; None until a step's updates begin.
         reference_logprobs: float [N, L]; None without a KL term.
     """
@@ -29,6 +30,7 @@ class Rollout:
     completions: list[Completion]
     tokens: Tensor
     mask: Tensor
+    last: Tensor
     sampler_logprobs: Tensor
     advantages: Tensor
     old_logprobs: Tensor | None = None
@@ -46,10 +48,11 @@ class Rollout:
         for row, completion in enumerate(completions):
             length = len(completion.tokens)
             tokens[row, :length] = torch.tensor(completion.tokens)
-            mask[row, :length] = True
+            mask[row, :length] = True if completion.chosen is None else torch.tensor(completion.chosen)
             logprobs[row, :length] = torch.tensor(completion.logprobs)
+        last = (mask * torch.arange(shape[1])).amax(1)
         advantages = torch.zeros(len(completions))
-        return cls(list(prompts), completions, *(t.to(device) for t in (tokens, mask, logprobs, advantages)))
+        return cls(list(prompts), completions, *(t.to(device) for t in (tokens, mask, last, logprobs, advantages)))
 
     @property
     def group_size(self) -> int:

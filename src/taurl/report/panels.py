@@ -91,7 +91,13 @@ PANELS = (
     Panel("Preferences", "Pairs", ("pairs",), "Prompts whose sampled answers differ in reward."),
     Panel("Policy", "Entropy", ("entropy",), "Mean entropy of the next-token distribution."),
     Panel("Policy", "KL", ("kl",), "Distance from the reference policy."),
+    Panel("Policy", "KL of a completion", ("kl_per_completion",), "To the reference policy, in nats."),
+    Panel("Policy", "Price of the KL", ("kl_coefficient",), "β, fixed or set by the controller."),
+    Panel("Policy", "KL within a step", ("approx_kl",), "From the policy that sampled, mean over tokens and updates."),
     Panel("Policy", "Clip fraction", ("clip_ratio/*",), "Share whose importance ratio was clipped.", share=True),
+    Panel("Values", "Value loss", ("value/loss",)),
+    Panel("Values", "Explained variance", ("value/explained_variance",), "Of the returns, by the critic."),
+    Panel("Values", "Clipped values", ("value/clip_ratio",), "Share that moved past the clip.", share=True),
     Panel("Completions", "Completion length", ("completions/*_length",), "Tokens."),
     Panel("Completions", "Hit the length limit", ("completions/clipped_ratio",), "Share of completions.", share=True),
     *SPEED,
@@ -139,6 +145,9 @@ CONTROL_PANELS = (
 
 SECTIONS_BY_PREFIX = {
     "rewards": "Reward",
+    "reward": "Reward",
+    "value": "Values",
+    "episodes": "Completions",
     "eval": "Held-out evaluation",
     "sampling": "Policy",
     "clip_ratio": "Policy",

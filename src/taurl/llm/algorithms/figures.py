@@ -30,8 +30,12 @@ class Tally:
             "loss": float(np.mean([update.loss for update in self.updates])),
             "grad_norm": float(np.mean([update.grad_norm for update in self.updates])),
             "updates_skipped": sum(not update.taken for update in self.updates),
-            **{name: total / max(1, self.counts[name]) for name, total in self.sums.items()},
+            **self.means(),
         }
+
+    def means(self) -> dict[str, float]:
+        """The means over tokens alone."""
+        return {name: total / max(1, self.counts[name]) for name, total in self.sums.items()}
 
 
 def rollout_figures(rollout: Rollout, rewards: Tensor, times: Mapping[str, float]) -> dict[str, float]:
@@ -42,7 +46,7 @@ def rollout_figures(rollout: Rollout, rewards: Tensor, times: Mapping[str, float
     """
     groups = [group[~np.isnan(group)] for group in rewards.numpy()]
     spreads = [group.std(ddof=1) for group in groups if len(group) > 1]
-    lengths = [len(completion.tokens) for completion in rollout.completions]
+    lengths = [completion.length for completion in rollout.completions]
     return {
         "reward_std": float(np.mean(spreads)) if spreads else 0.0,
         "frac_reward_zero_std": 1 - float(has_variance(rewards).float().mean()),

@@ -33,11 +33,6 @@ class GRPOConfig(OnlineConfig):
     clip_high: float | None = Field(None, ge=0)
     """Ratios above 1 + clip_high gain nothing more from a positive advantage (DAPO: 0.28). None: 0.2, and 4 for cispo,
     whose weights it caps."""
-    old_logprobs: Literal["trainer", "sampler"] = "trainer"
-    """What the ratio of a step's later updates is taken to: the log-probabilities under the weights before the first
-    update, which with several minibatches take one more forward pass of all but the first; or those that the sampler
-    gave, which take none. With these the ratio is 1 at first only as far as sampler and trainer agree, and
-    importance_cap has nothing to correct."""
     kl_coefficient: float = Field(0.0, ge=0)
     """Weight β of the divergence from the reference, the starting weights. 0 keeps no reference (the GRPO paper: 0.04;
     TRL: 0)."""

@@ -1,7 +1,7 @@
 """What algorithms have in common that sample from the policy, score what it said, and learn from that."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class OnlineTrainer(Trainer):
         dtype: of figures per token: float32, or float64 for a model in float64.
     """
 
-    headline = HEADLINE
+    headline: ClassVar[Mapping[str, str]] = HEADLINE
     config: SampledConfig
 
     def load_rewards(self) -> None:

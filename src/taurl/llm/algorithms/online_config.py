@@ -48,6 +48,11 @@ class SampledConfig(
 class OnlineConfig(SampledConfig):
     """How often a step's samples are learned from, by GRPO and PPO."""
 
+    old_logprobs: Literal["trainer", "sampler"] = "trainer"
+    """What the ratio of a step's later updates is taken to: the log-probabilities under the weights before the first
+    update, which with several minibatches take one more forward pass of all but the first; or those that the sampler
+    gave, which take none. With these the ratio is 1 at first only as far as sampler and trainer agree, and
+    importance_cap has nothing to correct."""
     importance_cap: float | None = Field(2.0, gt=0)
     """Bound of the weights that correct for sampler and trainer disagreeing; None switches the correction off."""
     importance_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"

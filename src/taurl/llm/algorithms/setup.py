@@ -59,7 +59,7 @@ def choose_machine(run: Run, *, keep_dtype: bool) -> tuple[torch.device, torch.d
 def with_whole_paths(config: Config) -> Config:
     """Paths that the config names relative to this folder made absolute, so that a run resumes from any folder."""
     whole: dict[str, Any] = {}
-    for name in ("model", "dataset", "eval_dataset", "chat_template", "reference"):
+    for name in ("model", "dataset", "eval_dataset", "chat_template", "reference", "critic"):
         value = getattr(config, name, None)
         if value is not None and Path(value).exists():
             whole[name] = str(Path(value).resolve())
@@ -67,6 +67,8 @@ def with_whole_paths(config: Config) -> Config:
         whole["mix"] = {str(Path(name).resolve()) if Path(name).exists() else name: mix[name] for name in mix}
     rewards = getattr(config, "rewards", ())
     whole["rewards"] = tuple(whole_spec(spec) for spec in rewards)
+    if environment := getattr(config, "environment", None):
+        whole["environment"] = whole_spec(environment)
     return config.model_copy(update=whole)
 
 

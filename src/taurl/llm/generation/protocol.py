@@ -55,11 +55,18 @@ class Completion:
         logprobs: log-probability of each token under the distribution it was drawn from (after temperature and
             truncation; 0 where the draw was greedy).
         finish: "stop" at a stop token or stop string, "length" at max_tokens.
+        chosen: which tokens were drawn; None for all. In an episode of several turns the others are the environment's.
     """
 
     tokens: list[int]
     logprobs: list[float]
     finish: Literal["stop", "length"]
+    chosen: list[bool] | None = None
+
+    @property
+    def length(self) -> int:
+        """How many tokens were drawn."""
+        return len(self.tokens) if self.chosen is None else sum(self.chosen)
 
 
 class Generator(Protocol):

@@ -82,6 +82,12 @@ class RewardSet:
         self._worker = Worker(in_worker) if worker_process else None
         self._loop: asyncio.AbstractEventLoop | None = None
 
+    @property
+    def models(self) -> list[Any]:
+        """The models behind the functions of this process that are objects with one, as their `model`."""
+        functions = [] if self._worker else self._functions
+        return [function.model for function in functions if hasattr(getattr(function, "model", None), "parameters")]
+
     def check_columns(self, available: Iterable[str]) -> None:
         """Refuse, before anything is called, a function that needs a column which the rows lack."""
         available = sorted(available)

@@ -86,6 +86,24 @@ def load(spec: Spec | Callable[..., Any]) -> Callable[..., Any]:
     return _checked(made, spec.name, f"what {spec.name}(…) of {spec.where} returned")
 
 
+def load_callable(spec: str) -> Callable[..., Any]:
+    """What `package.module:name` or `path/to/file.py:name` names, where it is no reward function.
+
+    Raises: InputError where nothing usable is found.
+    """
+    match = SPEC.fullmatch(spec.strip())
+    if match is None or match["where"] is None or match["call"] is not None:
+        raise InputError(f"{spec!r} not understood: expected package.module:name or path/to/file.py:name")
+    where = match["where"]
+    module = _file_module(Path(where).expanduser().absolute()) if where.endswith(".py") else _module(where)
+    found: Any = getattr(module, match["name"], None)
+    if not callable(found):
+        names = tuple(name for name, value in vars(module).items() if callable(value) and not name.startswith("_"))
+        raise InputError(f"no callable {match['name']!r} in {where}{_closest(match['name'], names)}")
+    made: Callable[..., Any] = found
+    return made
+
+
 def callable_name(function: Any) -> str:
     """A name for the metrics of a function, of a partial (that of its function) or of an object (that of its class)."""
     name = getattr(getattr(function, "func", function), "__name__", None) or type(function).__name__

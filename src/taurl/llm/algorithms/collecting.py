@@ -1,0 +1,154 @@
+"""What PPO learns from: completions of prompts or episodes of an environment, and what each of their tokens earned."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taurl.llm.algorithms.figures import rollout_figures
+from taurl.llm.algorithms.ppo_config import PPOConfig
+from taurl.llm.chat import encode_prompt
+from taurl.llm.episodes import Episode, MakeEnvironment, Stage
+from taurl.llm.evaluation import Evaluation, TrainerState, reward_metrics, summarized
+from taurl.llm.generation import Sampling
+from taurl.llm.generation.protocol import context_length
+from taurl.llm.policies import Policy
+from taurl.llm.rewards import Scores
+from taurl.llm.rewards.specs import load_callable
+from taurl.llm.rollouts import Rollout
+from taurl.runtime.run import Record, Step
+
+if TYPE_CHECKING:
+    from taurl.llm.algorithms.ppo import PPO
+
+ENVIRONMENT = "environment"  # the name of its rewards
+
+
+@dataclass
+class Collected:
+    """A step's N completions.
+
+    Attributes:
+        rows: the data row of each.
+        origins: the index of each row in the data (of each episode in the step).
+        scores: by the reward functions of these `names`, in all.
+        rewards: float64 [N, L], what each token earned: a score at a completion's end, an episode's turn by turn.
+        earned: bool [N, L], where there is a reward, if only of 0.
+        truncated: bool [N], what was cut off.
+        turns: of each episode.
+    """
+
+    rollout: Rollout
+    rows: list[Record]
+    origins: list[int]
+    scores: Scores
+    names: list[str]
+    rewards: Tensor
+    earned: Tensor
+    truncated: Tensor
+    group_size: int
+    turns: list[int] | None = None
+
+    def figures(self, times: Mapping[str, float]) -> Record:
+        """Rewards, lengths, and speed by the seconds of the step's phases."""
+        totals = torch.from_numpy(self.scores.total)
+        alone = self.group_size == 1
+        figures = rollout_figures(
+            self.rollout, totals.reshape(1 if alone else -1, -1 if alone else self.group_size), times
+        )
+        if alone:  # no groups whose rewards could agree; reward_std is that of the step
+            del figures["frac_reward_zero_std"]
+        if self.turns is not None:
+            figures["episodes/mean_turns"] = float(np.mean(self.turns))
+        return reward_metrics(self.names, self.scores) | figures
+
+
+def collect_completions(trainer: "PPO", step: Step) -> Collected:
+    """Sample completions of the step's prompts, and score them."""
+    config = trainer.config
+    indices = trainer.order.take((step.number - 1) * config.prompts_per_step, config.prompts_per_step)
+    batch, size = trainer.prompts.take(indices), config.group_size
+    rows = [row for row in batch.rows for _ in range(size)]
+    with step.phase("sample", f"sampling {len(batch)} prompts × {size}"):
+        rollout = trainer.sample(batch.ids, size, step.number)
+    with step.phase("reward", "scoring"):
+        scores = trainer.score(rows, rollout.completions, step.number)
+    absent = torch.from_numpy(np.isnan(scores.total))
+    rollout.mask[absent.to(rollout.mask.device)] = False  # no reward applies: nothing to learn from
+    last = rollout.last.cpu()
+    rewards = torch.zeros(rollout.mask.shape, dtype=torch.float64)
+    rewards[torch.arange(len(rows)), last] = torch.from_numpy(np.nan_to_num(scores.total))
+    earned = torch.nn.functional.one_hot(last, rewards.shape[1]).bool() & ~absent[:, None]
+    origins = [index for index in indices for _ in range(size)]
+    names = trainer.rewards.names
+    return Collected(rollout, rows, origins, scores, names, rewards, earned, _cut_off(rollout), size)
+
+
+def make_stage(environment: str | MakeEnvironment, config: PPOConfig, policy: Policy) -> Stage:
+    """The stage on which episodes of an environment are played, given by name or as what makes one from a seed."""
+    make = load_callable(environment) if isinstance(environment, str) else environment
+    template = config.chat_template_kwargs
+    return Stage(
+        make,
+        lambda messages: encode_prompt(
+            messages, policy.tokenizer, system_prompt=config.system_prompt, chat_template_kwargs=template
+        ),
+        policy.tokenizer,
+        max_turns=config.max_turns,
+        context=context_length(policy.model),
+        chat_template_kwargs=template,
+    )
+
+
+def collect_episodes(trainer: "PPO", stage: Stage, step: int) -> Collected:
+    """Play the step's episodes; those of a group begin alike."""
+    config = trainer.config
+    drawn = episode_seeds(config.seed, step, config.prompts_per_step)
+    seeds = [seed for seed in drawn for _ in range(config.group_size)]
+    sampling = Sampling(config.max_tokens, temperature=config.temperature, stop=config.stop)
+    episodes = stage.play(seeds, trainer.generator, sampling, key=(config.seed, step))
+    # Each is a group of its own: an environment may begin two episodes of one seed with different words.
+    rollout = Rollout.of([e.prompt for e in episodes], [[e.completion] for e in episodes], trainer.device)
+    rewards = torch.zeros(rollout.mask.shape, dtype=torch.float64)
+    earned = torch.zeros_like(rewards, dtype=torch.bool)
+    for row, episode in enumerate(episodes):
+        rewards[row, : len(episode.rewards)] = torch.tensor(episode.rewards, dtype=torch.float64)
+        earned[row, : len(episode.rewards)] = torch.tensor(episode.turn_ends())
+    rows, origins = [{"prompt": episode.messages} for episode in episodes], list(range(len(episodes)))
+    turns = [episode.turns for episode in episodes]
+    given = rollout, rows, origins, episode_scores(episodes), [ENVIRONMENT], rewards, earned, _cut_off(rollout)
+    return Collected(*given, config.group_size, turns)
+
+
+def play_held_out(trainer: "PPO", stage: Stage, step: int) -> Evaluation:
+    """Greedy episodes, the same each time as far as the environment's seed tells."""
+    config = trainer.config
+    seeds = episode_seeds(config.seed, 0, config.eval_rows)
+    sampling = Sampling(config.max_tokens, temperature=0, stop=config.stop)
+    trainer.run.view.status(f"playing {len(seeds)} episodes greedily")
+    episodes = stage.play(seeds, trainer.generator, sampling)
+    rows, completions = [{"prompt": e.messages} for e in episodes], [e.completion for e in episodes]
+    state = TrainerState(step, config.steps)
+    found = summarized(rows, completions, trainer.policy.tokenizer, [ENVIRONMENT], episode_scores(episodes), state)
+    found.metrics["eval/episodes/mean_turns"] = float(np.mean([episode.turns for episode in episodes]))
+    return found
+
+
+def episode_seeds(seed: int, step: int, count: int) -> list[int]:
+    """Seeds of a step's environments; step 0 is the evaluation."""
+    seeds: list[int] = np.random.default_rng([seed, step]).integers(2**31, size=count).tolist()
+    return seeds
+
+
+def episode_scores(episodes: Sequence[Episode]) -> Scores:
+    """The sum of each episode's rewards, as if a reward function had given it."""
+    totals = np.array([sum(episode.rewards) for episode in episodes])
+    return Scores(totals[:, None], totals, {ENVIRONMENT: 0.0}, {}, {})
+
+
+def _cut_off(rollout: Rollout) -> Tensor:
+    cut = [completion.finish == "length" for completion in rollout.completions]
+    return torch.tensor(cut, device=rollout.mask.device)

@@ -1,0 +1,361 @@
+"""RLHF with PPO (Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019, arXiv:1909.08593; Ouyang et al. 2022).
+
+`steps`, `_estimate`, `_update` and the two losses are the algorithm, in this order; its mathematics is called from
+`taurl.functional`. A token is an action, its prompt and what came before it the state: N completions, of at most L
+tokens.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from taurl.functional.aggregation import token_weights, weighted_sum
+from taurl.functional.importance import mismatch_weights
+from taurl.functional.kl import k3, kl_loss
+from taurl.functional.loss_types import clipped_tokens, policy_loss
+from taurl.functional.token_returns import token_generalized_advantage
+from taurl.functional.value_losses import clipped_value_loss, explained_variance, squared_value_loss
+from taurl.llm.algorithms.collecting import Collected, collect_completions, collect_episodes, make_stage, play_held_out
+from taurl.llm.algorithms.figures import Tally
+from taurl.llm.algorithms.online import HEADLINE, MEMORY_SETTINGS, OnlineTrainer, RewardFunction
+from taurl.llm.algorithms.ppo_config import PPOConfig
+from taurl.llm.algorithms.ppo_estimates import Estimates, kl_prices, settled_rewards, whitened
+from taurl.llm.algorithms.ppo_state import Controls
+from taurl.llm.algorithms.setup import loading_model
+from taurl.llm.critics import make_critic
+from taurl.llm.episodes import MakeEnvironment
+from taurl.llm.evaluation import Evaluation
+from taurl.llm.likelihood import completion_hidden, hidden_logprobs
+from taurl.llm.policies import share_weights
+from taurl.llm.rollouts import Part, Rollout
+from taurl.llm.token_pictures import ratio_picture, token_picture
+from taurl.runtime.errors import InputError
+from taurl.runtime.machine import out_of_memory_names
+from taurl.runtime.optimization import Optimizer, Update, learning_rate
+from taurl.runtime.run import Callback, Record, Stateful, Step
+
+
+@dataclass
+class Minibatch:
+    """Rows of one update.
+
+    Attributes:
+        weights: float [N, L], what each token's loss counts; 0 for the rows of other minibatches.
+        tally: figures of all updates of the step.
+        ratios: importance ratios of this epoch's tokens, part by part.
+        moved: mean divergence of a token from the policy that sampled, as far as it is summed up.
+    """
+
+    rollout: Rollout
+    estimates: Estimates
+    weights: Tensor
+    tally: Tally
+    ratios: list[Tensor]
+    moved: float = 0.0
+
+
+class PPO(OnlineTrainer):
+    """Trains a causal language model on rewards with a critic, near a reference.
+
+        PPO("smollm2-135m-instruct", rows, [reward], PPOConfig(steps=60)).train()
+
+    Args:
+        model: a name (see `PPOConfig.model`) or a model object, which is trained in place.
+        dataset: a name, a `datasets.Dataset`, or any sequence of dicts with a `prompt`.
+        rewards: names or functions.
+        config: settings; what is given here as an object stands in place of its setting there.
+        eval_dataset: held-out data, as `dataset`.
+        tokenizer: by default the model's own.
+        critic, reference: see `PPOConfig`; a name, or a model object.
+        environment: in place of dataset and rewards: a name, or what makes an `episodes.Environment` from a seed.
+        callbacks: called with each step's record.
+    """
+
+    algorithm = "ppo"
+    config_class = PPOConfig
+    headline: ClassVar[Mapping[str, str]] = {
+        **HEADLINE,
+        "kl": "kl_per_completion",
+        "explained": "value/explained_variance",
+    }
+    takes = ("model", "dataset", "rewards", "eval_dataset", "tokenizer", "critic", "reference", "environment")
+    config: PPOConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | None = None,
+        dataset: object = None,
+        rewards: RewardFunction | Sequence[RewardFunction] = (),
+        config: PPOConfig | None = None,
+        *,
+        eval_dataset: object = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        critic: str | PreTrainedModel | None = None,
+        reference: str | PreTrainedModel | None = None,
+        environment: str | MakeEnvironment | None = None,
+        callbacks: Sequence[Callback] = (),
+    ):
+        self.start(
+            config,
+            callbacks,
+            model=model,
+            dataset=dataset,
+            rewards=rewards,
+            eval_dataset=eval_dataset,
+            tokenizer=tokenizer,
+            critic=critic,
+            reference=reference,
+            environment=environment,
+        )
+
+    def set_up(self, dtype: torch.dtype | None) -> None:
+        config, reference = self.config, self.given("reference")
+        self.has_reference, self.said = config.kl_coefficient > 0, False
+        self.load_policy(dtype, keep_reference=self.has_reference and reference is None)
+        with loading_model():
+            if self.has_reference and reference is not None:
+                self.policy.use_reference(reference)
+            checkpointing = config.gradient_checkpointing
+            critic = self.given("critic")
+            self.critic = make_critic(critic, self.policy, self.dtype, gradient_checkpointing=checkpointing)
+            self.state: dict[str, Stateful] = {"optimizer": self.optimizer}
+            if self.critic is not None:
+                self.critic_optimizer = Optimizer(self.critic.named_parameters(), config)
+                self.state["critic"] = self.critic_optimizer
+        self.controls = Controls(config.kl_coefficient, config.kl_target, config.kl_gain)
+        self.state["controls"] = self.controls
+        environment = self.given("environment")
+        self.stage = make_stage(environment, config, self.policy) if environment is not None else None
+        if self.stage is None:
+            self.load_rewards()
+            for judge in self.rewards.models:  # an adapter on the policy's base needs no base of its own
+                share_weights(judge.requires_grad_(False), self.policy.model)
+            self.load_prompts()
+        elif self.given("rewards") or self.given("dataset") is not None:
+            raise InputError("an environment gives prompts and rewards itself: leave dataset and rewards out")
+
+    def steps(self) -> Iterator[Record]:
+        """Yields after each update, with its record."""
+        run = self.run
+        with run.begin(**self.state), out_of_memory_names(MEMORY_SETTINGS):
+            self.evaluate_before()
+            for step in run.steps():
+                collected = self._collect(step)
+                with step.phase("estimate", "estimating advantages"):
+                    estimates, figures = self._estimate(collected, step.number)
+                with step.phase("update", "updating"):
+                    figures |= self._update(collected.rollout, estimates, step)
+                if self.has_reference:
+                    self.controls.adapt(figures["kl_per_completion"])
+                self._log_step(step, collected, estimates)
+                yield self.finish(step, collected.figures(step.times) | figures)
+
+    def _collect(self, step: Step) -> Collected:
+        """Completions (or episodes) and what they earned."""
+        if self.stage is not None:
+            with step.phase("sample", f"playing {self.config.prompts_per_step} episodes"):
+                return collect_episodes(self, self.stage, step.number)
+        return collect_completions(self, step)
+
+    def _estimate(self, collected: Collected, step: int) -> tuple[Estimates, Record]:
+        """Rewards, values and advantages of all tokens, from the weights before the updates."""
+        config, rollout = self.config, collected.rollout
+        truncated = collected.truncated
+        rewards = settled_rewards(collected, config, self.controls).to(self.device, self.dtype)
+        if config.truncated == "mask":
+            rollout.mask[truncated] = False
+        if config.truncated == "bootstrap" and self.stage is None and bool(truncated.all()):
+            self._say_that_no_score_counts()
+        rows, mask = range(len(rollout.completions)), rollout.mask
+        rollout.old_logprobs = self._old_logprobs(rollout, step)
+        figures: Record = {}
+        if self.has_reference:
+            with self.policy.reference() as reference:
+                rollout.reference_logprobs = self.logprobs(rollout, rows, reference)
+            prices, figures = kl_prices(rollout, config, self.controls.coefficient)
+            rewards = rewards - prices
+        values, ends = self._values(rollout, rows)
+        cut = {"truncated": truncated, "final_values": ends} if config.truncated == "bootstrap" else {}
+        factors = {"discount": config.discount, "trace_decay": config.trace_decay}
+        advantages = token_generalized_advantage(rewards, values, mask, **factors, **cut)  # type: ignore[arg-type]
+        returns = torch.where(mask, advantages + values, 0.0)
+        if self.critic is not None:
+            figures["value/explained_variance"] = float(explained_variance(values, returns, mask))
+            figures["value/mean"] = float(values[mask].mean()) if mask.any() else 0.0
+        rollout.advantages = whitened(advantages, mask, config)
+        return Estimates(torch.where(mask, rewards, 0.0), values, rollout.advantages, returns), figures
+
+    def _old_logprobs(self, rollout: Rollout, step: int) -> Tensor:
+        """What current log-probabilities are compared with, and what the divergence is taken of [N, L].
+
+        The trainer's own take a pass of all rows where there is a reference; else only of those that are not in the
+        first minibatch, which is forwarded before its update anyway and then fills its own in.
+        """
+        if self.config.old_logprobs == "sampler":
+            return torch.where(rollout.mask, rollout.sampler_logprobs.to(self.dtype), 0.0)
+        rows = set(range(len(rollout.completions)))
+        if not self.has_reference:
+            rows -= set(self._minibatches(rollout, step, 0)[0])
+        return self.logprobs(rollout, sorted(rows), self.policy.model)
+
+    def _minibatches(self, rollout: Rollout, step: int, epoch: int) -> list[list[int]]:
+        return rollout.minibatches(self.config.minibatches, key=(self.config.seed, step, epoch))
+
+    def _say_that_no_score_counts(self) -> None:
+        if not self.said:
+            self.said = True
+            self.run.view.note(
+                f"every completion was cut off at max_tokens {self.config.max_tokens}, so no score counts: "
+                "raise it, or set truncated to penalty"
+            )
+
+    @torch.no_grad()
+    def _values(self, rollout: Rollout, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """V [N, L] before each token and V [N] after each row's last, under the critic; 0 without one."""
+        values = torch.zeros_like(rollout.mask, dtype=self.dtype)
+        ends = torch.zeros(len(values), dtype=self.dtype, device=values.device)
+        if self.critic is None:
+            return values, ends
+        with self.critic.trunk() as model:
+            for part in self.parts(rollout, rows):
+                tokens = torch.nn.functional.pad(part.of(rollout.tokens), (0, 1))  # what follows the last token
+                found = self.critic.head(completion_hidden(model, part.prompts, part.prompt_of, tokens))
+                values[part.rows, : part.length] = found[:, :-1]
+                ends[part.rows] = found.gather(1, part.of(rollout.last)[:, None] + 1)[:, 0]
+        return torch.where(rollout.mask, values, 0.0), ends
+
+    def _update(self, rollout: Rollout, estimates: Estimates, step: Step) -> Record:
+        """Updates of policy and critic, a minibatch of an epoch at a time. In the value warm-up the policy stays."""
+        config, number = self.config, step.number
+        rate = learning_rate(number, config)
+        critic_rate = rate * config.critic_learning_rate / config.learning_rate
+        moves = number > config.value_warmup_steps
+        tally, value_norms, ratios, epochs = Tally(), list[float](), list[Tensor](), 0
+        for epoch in range(config.epochs):
+            ratios.clear()
+            epochs += 1
+            for rows in self._minibatches(rollout, number, epoch):
+                weights = torch.zeros_like(rollout.mask, dtype=self.dtype)
+                weights[rows] = token_weights(rollout.mask[rows], "token", dtype=self.dtype)
+                batch = Minibatch(rollout, estimates, weights, tally, ratios)
+                with ExitStack() as updates:
+                    policy = updates.enter_context(self.optimizer.update(rate)) if moves else None
+                    critic = updates.enter_context(self.critic_optimizer.update(critic_rate)) if self.critic else None
+                    for part in self.parts(rollout, rows):
+                        self._descend(batch, part, policy, critic)
+                tally.updates += [policy] if policy else []
+                value_norms += [critic.grad_norm] if critic else []
+                if far := config.target_kl is not None and batch.moved > 1.5 * config.target_kl:
+                    break
+            if far:
+                break
+        figures = tally.figures() if moves else tally.means()
+        if moves:
+            self.note_updates(step, figures)
+            picture = ratio_picture(torch.cat(ratios) if ratios else torch.ones(0), number)
+            self.run.write_artifact("importance-ratios.svg", picture.encode())
+        if value_norms:
+            figures |= {"value/grad_norm": fmean(value_norms), "value/learning_rate": critic_rate}
+        return {**figures, "learning_rate": rate if moves else 0.0, "epochs": epochs}
+
+    def _descend(self, batch: Minibatch, part: Part, policy: Update | None, critic: Update | None) -> None:
+        """Gradients of one part: the policy's, where it moves, and the critic's, where there is one."""
+        if self.critic and critic and self.critic.shares_trunk:
+            with torch.set_grad_enabled(policy is not None):
+                hidden = self._hidden(self.policy.model, batch, part)
+            value_loss = self._value_loss(self.critic.head(hidden), batch, part)
+            if policy:
+                policy(self._policy_loss(hidden, batch, part) + self.config.value_coefficient * value_loss)
+            else:
+                critic(value_loss)
+            return
+        if policy:
+            policy(self._policy_loss(self._hidden(self.policy.model, batch, part), batch, part))
+        if self.critic and critic:
+            with self.critic.trunk() as model:
+                critic(self._value_loss(self.critic.head(self._hidden(model, batch, part)), batch, part))
+
+    def _hidden(self, model: Any, batch: Minibatch, part: Part) -> Tensor:
+        return completion_hidden(model, part.prompts, part.prompt_of, part.of(batch.rollout.tokens))
+
+    def _policy_loss(self, hidden: Tensor, batch: Minibatch, part: Part) -> Tensor:
+        """The part's share of the policy's loss."""
+        config, rollout = self.config, batch.rollout
+        mask, weights, tokens, sampler = (
+            part.of(each) for each in (rollout.mask, batch.weights, rollout.tokens, rollout.sampler_logprobs)
+        )
+        logprobs, entropies = hidden_logprobs(self.policy.model, hidden, tokens, mask, config.temperature)
+        assert rollout.old_logprobs is not None
+        old = part.of(rollout.old_logprobs)
+        if not batch.tally.updates:  # nothing has changed since the completions were sampled
+            batch.tally.add(mask, {"sampling/logp_difference_mean": (logprobs - sampler).abs()})
+            if config.old_logprobs == "trainer":
+                old = logprobs.detach()  # the ratio is exactly 1
+                part.put(old, into=rollout.old_logprobs)
+        advantages, low, high = part.of(rollout.advantages), config.clip_low, config.clip_high
+        losses = policy_loss("dapo", logprobs, old, advantages, mask, clip_low=low, clip_high=high)
+        if config.importance_cap is not None:
+            losses = losses * mismatch_weights(
+                old, sampler, mask, mode=config.importance_mode, high=config.importance_cap
+            )
+        if config.kl_place == "loss" and rollout.reference_logprobs is not None:
+            reference, estimator = part.of(rollout.reference_logprobs), config.kl_estimator
+            divergences = kl_loss(logprobs, reference, mask, estimator=estimator, level="token")
+            losses = losses + self.controls.coefficient * divergences
+        if config.entropy_coefficient > 0:
+            losses = losses - config.entropy_coefficient * entropies
+        below, above = clipped_tokens("dapo", logprobs, old, advantages, mask, clip_low=low, clip_high=high)
+        moved = k3(old, logprobs.detach())
+        batch.tally.add(mask, {"entropy": entropies, "clip_ratio/low_mean": below, "clip_ratio/high_mean": above})
+        batch.tally.add(mask, {"approx_kl": moved})
+        batch.ratios.append((logprobs.detach() - old)[mask].exp())
+        batch.moved += float(weighted_sum(moved, weights))
+        return weighted_sum(losses, weights)
+
+    def _value_loss(self, values: Tensor, batch: Minibatch, part: Part) -> Tensor:
+        """The part's share of the critic's loss."""
+        clip, estimates = self.config.value_clip, batch.estimates
+        mask, old, returns = (part.of(each) for each in (batch.rollout.mask, estimates.values, estimates.returns))
+        values = torch.where(mask, values, 0.0)
+        if clip is None:
+            losses = squared_value_loss(values, returns)
+        else:
+            losses = clipped_value_loss(values, old, returns, clip=clip)
+            batch.tally.add(mask, {"value/clip_ratio": (values.detach() - old).abs() > clip})
+        batch.tally.add(mask, {"value/loss": losses})
+        return weighted_sum(losses, part.of(batch.weights))
+
+    def _log_step(self, step: Step, collected: Collected, estimates: Estimates) -> None:
+        """Samples, and a picture of one completion by token."""
+        rollout, lengths = collected.rollout, estimates.advantages.count_nonzero(1).clamp(min=1)
+        mean_advantages = estimates.advantages.sum(1) / lengths
+        given = collected.origins, collected.rows, rollout, collected.scores, collected.names
+        self.log_completions(step, *given, mean_advantages)
+        row = step.number % len(rollout.completions)
+        completion = rollout.completions[row]
+        figures = {
+            name: getattr(estimates, name)[row, : len(completion.tokens)].tolist()
+            for name in ("rewards", "values", "advantages")
+        }
+        texts = [str(self.policy.tokenizer.decode([token])) for token in completion.tokens]
+        title = f"step {step.number}, score {collected.scores.total[row]:.3g}"
+        self.run.write_artifact("completion-by-token.svg", token_picture(texts, figures, title=title).encode())
+
+    def answers(self, step: int) -> Evaluation:
+        """Greedy answers to the held-out rows, or greedy episodes of the environment."""
+        return super().answers(step) if self.stage is None else play_held_out(self, self.stage, step)
+
+    def can_evaluate(self) -> bool:
+        """Whether there are held-out rows, or an environment, whose episodes are as many as wanted."""
+        return super().can_evaluate() if self.stage is None else self.config.eval_rows > 0
+
+    def close(self) -> None:
+        """Stop the reward functions' process, if they have one."""
+        if self.stage is None:
+            super().close()

@@ -1,0 +1,162 @@
+"""State values for a language model's tokens: a linear head on the hidden states of some trunk.
+
+The value of a token is V of the state in which it was chosen, so it comes from the hidden state that predicts it.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from taurl.llm.heads import body, causal_lm
+from taurl.llm.hub import quiet_transformers
+from taurl.llm.models import load_model, resolve_model
+from taurl.llm.policies import Policy, switch_off_dropout
+from taurl.runtime.errors import InputError
+
+ADAPTER = "critic"
+
+
+class ValueHead(nn.Module):
+    """V = w · h + b, in float32, or float64 for a float64 trunk; V = 0 at first."""
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, width, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Values [N, L] of hidden states [N, L, d]."""
+        return nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).squeeze(-1)
+
+
+class Critic:
+    """A value head on a trunk of its own.
+
+    Args:
+        head: the value head.
+        model: the trunk, a model of `transformers`.
+
+    Attributes:
+        shares_trunk: whether the hidden states are the policy's own, so that one forward pass serves both.
+    """
+
+    shares_trunk = False
+
+    def __init__(self, head: ValueHead, model: Any):
+        self.head, self.model = head, model
+
+    @contextmanager
+    def trunk(self) -> Iterator[Any]:
+        """The model whose hidden states the head reads; forward and backward go in here."""
+        yield self.model
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """What the critic's optimiser trains."""
+        named = [(f"head.{name}", weight) for name, weight in self.head.named_parameters()]
+        return named + [(f"trunk.{name}", weight) for name, weight in self.trunk_parameters()]
+
+    def trunk_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Those of them below the head."""
+        return list(self.model.named_parameters())
+
+
+class AdapterCritic(Critic):
+    """A value head on an adapter of its own, which stands beside the policy's on the same frozen trunk."""
+
+    def __init__(self, head: ValueHead, policy: Policy):
+        super().__init__(head, policy.model)
+        self.policy = policy
+        policy.add_adapter(ADAPTER)
+
+    @contextmanager
+    def trunk(self) -> Iterator[Any]:
+        with self.policy.adapter(ADAPTER) as model:
+            yield model
+
+    def trunk_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return self.policy.adapter_parameters(ADAPTER)
+
+
+class HeadCritic(Critic):
+    """A value head on the policy's own hidden states; the policy's optimiser trains what is below the head."""
+
+    shares_trunk = True
+
+    def trunk_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return []
+
+
+def make_critic(
+    kind: str | PreTrainedModel, policy: Policy, dtype: torch.dtype, *, gradient_checkpointing: bool = False
+) -> Critic | None:
+    """The critic of a policy.
+
+    Args:
+        kind: "copy", "head", "none", or what the critic starts from: a model's name or object, causal or of rewards.
+        dtype: of the head.
+    Raises: InputError for a model that is not found or reads other tokens than the policy.
+    """
+    if kind == "none":
+        return None
+    model: Any = policy.model
+    head = ValueHead(hidden_width(model), dtype, model.device)
+    if kind == "head":
+        return HeadCritic(head, model)
+    if kind == "copy" and policy.has_adapter:
+        return AdapterCritic(head, policy)
+    if kind == "copy":
+        trunk = copy.deepcopy(body(model))
+    else:
+        start: Any = load_start(kind, dtype=model.dtype) if isinstance(kind, str) else kind
+        head = started_head(start, policy, dtype)
+        trunk = body(start)
+    trunk.to(device=model.device, dtype=model.dtype).requires_grad_(True)
+    switch_off_dropout(trunk)
+    if gradient_checkpointing:
+        trunk.activation_checkpointing_enable()  # type: ignore[operator]
+    trunk.train(gradient_checkpointing)
+    return Critic(head, trunk)
+
+
+def load_start(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """A reward model with its head where the folder holds one, else a causal language model."""
+    folder = Path(resolve_model(name))
+    configuration = folder / "config.json"
+    kinds = (
+        json.loads(configuration.read_text(encoding="utf-8")).get("architectures") if configuration.is_file() else []
+    )
+    if not any(kind.endswith("ForSequenceClassification") for kind in kinds or []):
+        return load_model(name, dtype=dtype)
+    with quiet_transformers():
+        loaded: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    return loaded
+
+
+def started_head(start: Any, policy: Policy, dtype: torch.dtype) -> ValueHead:
+    """A value head for another model: that of its reward, if it has one with one output."""
+    own, other = (causal_lm(model).config.get_text_config().vocab_size for model in (policy.model, start))
+    if own != other:
+        raise InputError(f"the critic's model reads {other} tokens and the policy {own}; give one of the same family")
+    head = ValueHead(hidden_width(start), dtype, policy.model.device)
+    score = getattr(causal_lm(start), "score", None)
+    if isinstance(score, nn.Linear) and score.out_features == 1:
+        with torch.no_grad():
+            head.weight.copy_(score.weight)
+            if score.bias is not None:
+                head.bias.copy_(score.bias)
+    return head
+
+
+def hidden_width(model: Any) -> int:
+    """The size d of a model's hidden states."""
+    width: int = causal_lm(model).config.get_text_config().hidden_size
+    return width

@@ -1,0 +1,159 @@
+"""Conversations with an environment: several turns, one growing row of token ids, rewards where they were earned."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from taurl.llm.chat import Message, following_ids, prompt_problem
+from taurl.llm.evaluation import decode
+from taurl.llm.generation import Completion, Generator, Sampling
+from taurl.llm.rewards.specs import explain
+from taurl.runtime.errors import InputError
+
+# Each turn draws with a key of its own, far from those of the steps.
+STEPS_BETWEEN_TURNS = 2**40
+
+
+class Environment(Protocol):
+    """What the policy talks to. One instance is one episode."""
+
+    def reset(self) -> Sequence[Message]:
+        """The messages that the conversation begins with; the last is not the assistant's."""
+        ...
+
+    def step(self, completion: str) -> tuple[Sequence[Message], float, bool]:
+        """Answer the policy's turn.
+
+        Args:
+            completion: what the policy said, without special tokens.
+        Returns: the messages that follow (none where the episode is over), the turn's reward, and whether it is over.
+        """
+        ...
+
+
+MakeEnvironment = Callable[[int], Environment]
+
+
+@dataclass
+class Episode:
+    """One conversation.
+
+    Attributes:
+        messages: those that it began with.
+        prompt: their token ids.
+        tokens: everything after the prompt: the policy's turns, and what the environment's messages became.
+        logprobs: of the policy's tokens as they were drawn, 0 for the others.
+        chosen: which tokens are the policy's.
+        rewards: at each token; a turn's reward stands at the turn's last token.
+        turns: how many the policy had.
+        over: whether the environment ended it. An episode that ran out of turns or context is truncated.
+    """
+
+    environment: Environment
+    messages: list[dict[str, Any]]
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    chosen: list[bool] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    turns: int = 0
+    over: bool = False
+
+    @property
+    def completion(self) -> Completion:
+        """The episode as one completion of its prompt, with the environment's tokens marked."""
+        return Completion(self.tokens, self.logprobs, "stop" if self.over else "length", self.chosen)
+
+    def turn_ends(self) -> list[bool]:
+        """Which tokens are the last of a turn of the policy."""
+        return [own and not after for own, after in zip(self.chosen, [*self.chosen[1:], False], strict=True)]
+
+    def append(self, tokens: Sequence[int], logprobs: Sequence[float], *, chosen: bool) -> None:
+        """Put tokens behind those that are there."""
+        self.tokens += tokens
+        self.logprobs += logprobs
+        self.chosen += [chosen] * len(tokens)
+        self.rewards += [0.0] * len(tokens)
+
+
+class Stage:
+    """Plays episodes of an environment with a policy.
+
+    Args:
+        make: makes an environment from a seed; equal seeds give equal episodes of equal turns.
+        encode: messages → token ids of the prompt.
+        max_turns: of the policy.
+        context: the most tokens that the policy sees; None for no bound.
+    """
+
+    def __init__(
+        self,
+        make: MakeEnvironment,
+        encode: Callable[[Sequence[Message]], list[int]],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_turns: int,
+        context: int | None,
+        chat_template_kwargs: dict[str, Any],
+    ):
+        self.make, self.encode, self.tokenizer = make, encode, tokenizer
+        self.max_turns, self.context, self.template = max_turns, context, chat_template_kwargs
+
+    def play(
+        self, seeds: Sequence[int], generator: Generator, sampling: Sampling, *, key: tuple[int, int] = (0, 0)
+    ) -> list[Episode]:
+        """One episode a seed, all of them turn by turn together.
+
+        Raises: InputError where the environment fails or does not answer as it should, with seed and turn.
+        """
+        episodes = [self._begin(seed) for seed in seeds]
+        going = list(zip(seeds, episodes, strict=True))
+        for turn in range(self.max_turns):
+            contexts = [episode.prompt + episode.tokens for _, episode in going]
+            turn_key = key[0], key[1] + turn * STEPS_BETWEEN_TURNS
+            groups = generator.generate(contexts, 1, sampling, key=turn_key) if going else []
+            for (seed, episode), (completion,) in zip(going, groups, strict=True):
+                self._take(episode, completion, seed)
+            going = [(seed, episode) for seed, episode in going if not episode.over and self._room(episode, sampling)]
+        return episodes
+
+    def _begin(self, seed: int) -> Episode:
+        try:
+            environment = self.make(seed)
+            messages = [dict(message) for message in environment.reset()]
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"environment with seed {seed}: reset raised {explain(error)}") from error
+        if problem := prompt_problem(messages):
+            raise InputError(f"environment with seed {seed}: reset: {problem}")
+        return Episode(environment, messages, self.encode(messages))
+
+    def _take(self, episode: Episode, completion: Completion, seed: int) -> None:
+        """Append the policy's turn, its reward, and the environment's answer."""
+        episode.append(completion.tokens, completion.logprobs, chosen=True)
+        episode.turns += 1
+        where = f"environment with seed {seed}, turn {episode.turns}: step"
+        text = decode(self.tokenizer, completion.tokens)
+        try:
+            messages, reward, over = episode.environment.step(text)
+        except Exception as error:
+            raise InputError(f"{where} raised {explain(error)}") from error
+        if not isinstance(reward, int | float) or not math.isfinite(reward):
+            raise InputError(f"{where} gave the reward {reward!r}, expected a finite number")
+        episode.rewards[-1] += float(reward)
+        episode.over = bool(over)
+        if episode.over or episode.turns == self.max_turns:
+            return
+        if problem := prompt_problem(messages):
+            raise InputError(f"{where}: the episode is not over, and {problem}")
+        reply = following_ids(messages, self.tokenizer, completion.tokens[-1], chat_template_kwargs=self.template)
+        episode.append(reply, [0.0] * len(reply), chosen=False)
+
+    def _room(self, episode: Episode, sampling: Sampling) -> bool:
+        """Whether another turn fits into the policy's context."""
+        length = len(episode.prompt) + len(episode.tokens) + sampling.max_tokens
+        return self.context is None or length <= self.context

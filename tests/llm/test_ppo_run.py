@@ -1,0 +1,282 @@
+"""PPO from Python: what is trained, what is kept, what is refused."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from test_grpo_run import ROWS, high_ids, untimed
+from tiny_policy import letter_a, save_tiny_policy, tiny_model, tiny_tokenizer
+from transformers import AutoModelForSequenceClassification
+
+from taurl.llm import PPO, PPOConfig
+from taurl.llm.models import load_model
+from taurl.runtime.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_policy(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(**changes):
+        values = {
+            "out": tmp_path / "run",
+            "steps": 3,
+            "prompts_per_step": 4,
+            "group_size": 2,
+            "max_tokens": 6,
+            "eval_rows": 2,
+            "threads": 1,
+            "precision": "float32",
+            "learning_rate": 3e-3,
+            "critic_learning_rate": 1e-2,
+            "truncated": "penalty",  # what the tiny model says hardly ever ends
+            "missing_eos_penalty": 0.0,
+        }
+        return PPOConfig(**(values | changes))
+
+    return make
+
+
+# --- learning
+
+
+@pytest.mark.parametrize("critic", ["copy", "head"])
+def test_it_learns_a_letter_and_the_critic_learns_what_to_expect(config, folder, critic):
+    settings = config(steps=30, prompts_per_step=4, group_size=8, learning_rate=1e-2, critic=critic, value_clip=None)
+    run = PPO(str(folder), ROWS, letter_a, settings.model_copy(update={"kl_coefficient": 0.01})).train().run
+    records = run.records()[1:]
+    rewards = [record["reward"] for record in records]
+    assert sum(rewards[:3]) / 3 < 0.1
+    assert sum(rewards[-3:]) / 3 > 0.5
+    assert max(record["value/explained_variance"] for record in records[3:]) > 0.3
+    assert records[0]["kl"] == records[0]["kl_per_completion"] == 0 < records[-1]["kl_per_completion"]
+    for name in ("completion-by-token.svg", "importance-ratios.svg"):
+        assert (run.directory / "artifacts" / name).read_text().startswith("<svg")
+    names = {
+        "value/loss",
+        "kl_coefficient",
+        "reward/kl_penalty",
+        "entropy",
+        "clip_ratio/low_mean",
+        "rewards/letter_a/mean",
+    }
+    assert names <= records[-1].keys()
+
+
+def test_objects_and_names_for_every_model(config, folder, tmp_path):
+    """A reward model's folder as the critic, whose head it brings; an object as the reference."""
+    torch.manual_seed(4)
+    AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(tmp_path / "rm")
+    reference = tiny_model(seed=2)
+    trainer = PPO(
+        tiny_model(),
+        ROWS,
+        high_ids,
+        config(steps=1),
+        tokenizer=tiny_tokenizer(),
+        critic=str(tmp_path / "rm"),
+        reference=reference,
+    )
+    head = load_file(tmp_path / "rm" / "model.safetensors")["score.weight"]
+    torch.testing.assert_close(trainer.critic.head.weight.detach(), head, rtol=0, atol=0)
+    record = trainer.train().run.records()[-1]
+    assert record["kl"] > 0.01  # it starts away from the reference
+    assert not torch.equal(trainer.critic.head.weight.detach(), head)
+    given = {"model": tiny_model(), "dataset": ROWS, "rewards": high_ids, "tokenizer": tiny_tokenizer()}
+    with pytest.raises(InputError, match="its critic did not come from Python"):
+        PPO.resume(trainer.run.directory, **given, critic=tiny_model(), reference=reference)
+
+
+def test_a_critic_of_another_vocabulary_is_refused(config, folder):
+    with pytest.raises(InputError, match="the critic's model reads 50 tokens and the policy 45"):
+        PPO(str(folder), ROWS, high_ids, config(), critic=tiny_model(vocab_size=50))
+
+
+def test_in_the_value_warm_up_the_policy_stays(config, folder):
+    start = load_file(folder / "model.safetensors")
+    for critic in ("copy", "head"):
+        out = config().out.parent / critic
+        trainer = PPO(str(folder), ROWS, high_ids, config(steps=3, value_warmup_steps=2, critic=critic, out=out))
+        for record in trainer.steps():
+            state = trainer.policy.model.state_dict()
+            stays = all(torch.equal(state[name], tensor) for name, tensor in start.items())
+            assert stays == (record["step"] <= 2)
+            assert bool(trainer.critic.head.weight.any())
+            assert (record["learning_rate"] == 0) == stays
+            assert record["value/grad_norm"] > 0
+
+
+def test_a_step_ends_early_where_the_policy_has_moved_far(config, folder):
+    changes = {"steps": 1, "epochs": 6, "learning_rate": 3e-2}
+    records = {}
+    for target in (None, 0.02):
+        out = config().out.parent / str(target)
+        records[target] = PPO(str(folder), ROWS, high_ids, config(**changes, target_kl=target, out=out)).train()
+    free, stopped = (trainer.run.records()[-1] for trainer in records.values())
+    assert free["epochs"] == 6
+    assert 1 < stopped["epochs"] < 6
+    assert stopped["approx_kl"] < free["approx_kl"]
+
+
+def test_the_controller_holds_the_divergence_near_its_target(config, folder):
+    """From a price far too low: the reward pulls away at once, and the price follows until it pulls back."""
+    changes = {"steps": 60, "group_size": 8, "learning_rate": 1e-2, "eval_rows": 0, "epochs": 1}
+    settings = config(**changes, kl_coefficient=0.02, kl_target=2.0, kl_gain=2.0)
+    records = PPO(str(folder), ROWS, letter_a, settings).train().run.records()
+    last = [record["kl_per_completion"] for record in records[-20:]]
+    assert 1.0 < sum(last) / len(last) < 3.5
+    assert records[0]["kl_coefficient"] == 0.02 != records[-1]["kl_coefficient"]
+
+
+def test_scores_are_normalised_by_all_that_came_before(config, folder):
+    """The moments of a run's scores, and what the tokens then earn."""
+    scores = []
+
+    def kept(completion_ids, **kwargs):
+        found = high_ids(completion_ids)
+        scores.extend(found)
+        return found
+
+    changes = {"normalize_rewards": True, "reward_clip": 1.0, "kl_coefficient": 0.0, "eval_rows": 0}
+    trainer = PPO(str(folder), ROWS, kept, config(**changes))
+    seen = []
+    real = trainer._estimate
+    trainer._estimate = lambda *given: seen.append(real(*given)) or seen[-1]
+    trainer.train()
+    every = torch.tensor(scores, dtype=torch.float64)
+    torch.testing.assert_close(trainer.controls.scores.mean, every.mean())
+    torch.testing.assert_close(trainer.controls.scores.variance, every.var(correction=0))
+    expected = ((every[-8:] - every.mean()) / every.std(correction=0)).clamp(-1, 1)
+    torch.testing.assert_close(seen[-1][0].rewards.sum(1).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+# --- resuming
+
+
+@pytest.mark.parametrize("changes", [{}, {"critic": "head", "lora_rank": 2}, {"lora_rank": 2, "minibatches": 2}])
+def test_it_resumes_exactly(config, folder, tmp_path, changes):
+    """Weights of policy and critic, price, moments of the scores, and everything logged."""
+    settings = config(steps=5, save_every=2, kl_target=0.1, normalize_rewards=True, **changes)
+    whole = PPO(str(folder), ROWS, high_ids, settings).train()
+    first = PPO(str(folder), ROWS, high_ids, settings.model_copy(update={"out": tmp_path / "cut"}))
+    steps = first.steps()
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    resumed = PPO.resume(tmp_path / "cut", rewards=high_ids, dataset=ROWS).train()
+    assert [untimed(r) for r in resumed.run.records()] == [untimed(r) for r in whole.run.records()]
+    assert resumed.controls.tensors() == whole.controls.tensors()
+    for name in ("optimizer", "critic"):
+        file = f"checkpoints/step-000005/{name}.safetensors"
+        assert (resumed.run.directory / file).read_bytes() == (whole.run.directory / file).read_bytes()
+
+
+# --- one trunk
+
+
+def bytes_of(*modules):
+    """Memory of all parameters, those that are shared counted once."""
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in modules for p in m.parameters()}
+    return sum(storages.values())
+
+
+def test_under_lora_one_trunk_carries_actor_critic_and_reference(config, folder):
+    settings = config(lora_rank=1, lora_targets=("q_proj",), learning_rate=3e-2, steps=2)
+    trainer = PPO(str(folder), ROWS, high_ids, settings)
+    alone = bytes_of(load_model(str(folder), dtype=torch.float32))
+    critic, policy = trainer.critic, trainer.policy
+    assert bytes_of(policy.model, critic.model, critic.head) < 1.05 * alone
+    trainer.train()
+    state = policy.model.state_dict()
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        own = [n for n in state if n.replace(".base_layer", "").endswith(name) and "lora_" not in n]
+        assert own
+        assert all(torch.equal(state[n], tensor) for n in own)
+    for adapter in ("default", "critic"):
+        weights = [w for _, w in policy.adapter_parameters(adapter)]
+        assert weights
+        assert any(bool(w.any()) for w in weights)
+    ids = torch.tensor([[3, 32, 43, 33, 1, 4]])
+    with torch.no_grad():
+        with policy.adapter("critic") as model:
+            values = model(ids).logits
+        own = policy.model(ids).logits
+        assert not torch.allclose(values, own)
+        loaded = load_model(str(trainer.run.directory / "final"), dtype=torch.float32)
+        torch.testing.assert_close(loaded(ids).logits, own, rtol=0, atol=1e-6)
+    assert not list((trainer.run.directory / "final").glob("critic*"))
+
+
+def test_adapters_of_reward_and_reference_read_the_policys_frozen_weights(config, folder, tmp_path):
+    """Whole models as they are loaded, each with a base of its own; afterwards there is one base."""
+
+    class Judge:
+        __name__ = "judge"
+
+        def __init__(self):
+            base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+            self.model = get_peft_model(base, LoraConfig(r=1, target_modules=["q_proj"], task_type="SEQ_CLS"))
+
+        def __call__(self, completion_ids, **columns):
+            with torch.no_grad():
+                return [float(self.model(torch.tensor([ids])).logits) for ids in completion_ids]
+
+    judge = Judge()
+    other = get_peft_model(tiny_model(), LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    expected = judge(completion_ids=[[5, 9, 1]])
+    settings = config(lora_rank=1, lora_targets=("q_proj",), learning_rate=3e-2, steps=1)
+    trainer = PPO(str(folder), ROWS, judge, settings, reference=other)
+    alone = bytes_of(load_model(str(folder), dtype=torch.float32))
+    assert bytes_of(trainer.policy.model, trainer.critic.head, judge.model, other) < 1.1 * alone
+    trainer.train()
+    assert judge(completion_ids=[[5, 9, 1]]) == expected
+
+
+def test_gradient_checkpointing_changes_nothing_but_rounding(config, folder, tmp_path):
+    for rank in (0, 2):
+        records = []
+        for on in (False, True):
+            settings = config(out=tmp_path / f"{rank}{on}", gradient_checkpointing=on, lora_rank=rank, epochs=1)
+            records.append([untimed(r) for r in PPO(str(folder), ROWS, high_ids, settings).train().run.records()])
+        for without, with_it in zip(*records, strict=True):
+            for name, value in without.items():
+                assert with_it[name] == pytest.approx(value, rel=1e-2, abs=1e-4), name
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"critic": "none", "truncated": "bootstrap"},
+            "truncated is bootstrap, but without a critic there is no value",
+        ),
+        ({"kl_place": "loss"}, "kl_estimator is k1, whose gradient as a loss is 0"),
+        ({"kl_target": 1.0, "kl_coefficient": 0.0}, "kl_target needs a kl_coefficient above 0"),
+        ({"whiten": "group", "group_size": 1}, "whiten is group, but group_size is 1"),
+        ({"environment": "a:b", "rewards": ("last_number",)}, "an environment gives prompts and rewards itself"),
+        ({"critic": "none", "truncated": "mask", "value_warmup_steps": 1}, "value_warmup_steps needs a critic"),
+        ({"minibatches": 5}, "minibatches 5 exceed prompts_per_step 4"),
+    ],
+)
+def test_settings_that_do_not_fit_together(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_rewards_that_never_apply_change_nothing_and_stop_nothing(config, folder):
+    record = PPO(str(folder), ROWS, lambda completions, **_: [None] * len(completions), config(steps=1)).train()
+    assert record.run.records()[-1]["loss"] == 0
+
+
+def test_where_every_completion_is_cut_off_that_is_said(config, folder, capfd):
+    """No score counts then, and nothing but the price of the divergence is learned."""
+    changes = {"truncated": "bootstrap", "max_tokens": 2, "eval_rows": 0, "stop": ()}
+    PPO(str(folder), ROWS, high_ids, config(**changes)).train()
+    said = " ".join(capfd.readouterr().err.split())
+    assert said.count("every completion was cut off at max_tokens 2, so no score counts") == 1
