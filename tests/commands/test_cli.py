@@ -105,7 +105,7 @@ def test_a_config_file_is_overridden_by_options_and_written_back_the_same(tmp_pa
     ("words", "message"),
     [
         (["--stepz", "3"], "--stepz, 3 Perhaps you meant: --steps"),
-        (["--steps", "abc"], "--steps: invalid literal for int() with base 10: 'abc'; see taurl llm grpo --help"),
+        (["--steps", "abc"], "--steps: 'abc' is no whole number, such as 100000; see taurl llm grpo --help"),
         (["--steps"], "Missing value for argument '--steps'"),
         (["--steps", "0"], "steps is 0: Input should be greater than or equal to 1; see taurl llm grpo --help"),
         (["--clip-low", "2"], "clip_low is 2.0: Input should be less than 1"),
@@ -117,7 +117,7 @@ def test_a_config_file_is_overridden_by_options_and_written_back_the_same(tmp_pa
         (["--config"], "--config needs a value"),
         (["--config", "--steps", "3"], "--config needs a value"),
         (["--config", "absent.yaml"], "absent.yaml: cannot read the settings: No such file or directory"),
-        (["word"], "Unrecognized options: word"),
+        (["word"], "'word' stands where an option was expected; did you mean --model word"),
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # tyro frames its errors by it
