@@ -19,7 +19,7 @@ def test_a_run_its_report_and_more_steps(here, words):
     page = (here / "run/report.html").read_text()
     for text in ("Explained variance", "Value loss", "Price of the KL", "KL of a completion", "Clip fraction"):
         assert text in page
-    assert page.count("<figure>") == 2
+    assert page.count('<figure><img src="data:image/svg+xml') == 2
     assert "completion by token" in page
     assert "importance ratios" in page
     assert (here / "run/final/model.safetensors").is_file()
