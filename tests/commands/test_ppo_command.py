@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from taurl.cli import main
 from taurl.llm import PPOConfig
 from taurl.runtime.config import read_yaml, validated
@@ -19,7 +21,7 @@ def test_a_run_its_report_and_more_steps(here, words):
     page = (here / "run/report.html").read_text()
     for text in ("Explained variance", "Value loss", "Price of the KL", "KL of a completion", "Clip fraction"):
         assert text in page
-    assert page.count("<figure>") == 2
+    assert page.count('<figure><img src="data:image/svg+xml') == 2
     assert "completion by token" in page
     assert "importance ratios" in page
     assert (here / "run/final/model.safetensors").is_file()
@@ -39,6 +41,7 @@ def test_what_is_wrong_is_said_in_one_line(here, words, failing):
     assert not (here / "run").exists() or not (here / "run/final").exists()
 
 
-def test_the_example_is_a_valid_configuration():
-    file = EXAMPLES / "ppo_arithmetic.yaml"
-    assert validated(PPOConfig, read_yaml(file), source=str(file)).critic == "copy"
+@pytest.mark.parametrize(("name", "critic"), [("ppo_arithmetic", "copy"), ("ppo_reward_model", "runs/rm/final")])
+def test_the_examples_are_valid_configurations(name, critic):
+    file = EXAMPLES / f"{name}.yaml"
+    assert validated(PPOConfig, read_yaml(file), source=str(file)).critic == critic

@@ -156,7 +156,9 @@ def test_scores_are_normalised_by_all_that_came_before(config, folder):
 # --- resuming
 
 
-@pytest.mark.parametrize("changes", [{}, {"critic": "head", "lora_rank": 2}, {"lora_rank": 2, "minibatches": 2}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"critic": "head", "lora_rank": 2}, {"lora_rank": 2, "minibatches": 2}, {"precision": "bfloat16"}]
+)
 def test_it_resumes_exactly(config, folder, tmp_path, changes):
     """Weights of policy and critic, price, moments of the scores, and everything logged."""
     settings = config(steps=5, save_every=2, kl_target=0.1, normalize_rewards=True, **changes)

@@ -85,8 +85,8 @@ class RewardSet:
     @property
     def models(self) -> list[Any]:
         """The models behind the functions of this process that are objects with one, as their `model`."""
-        functions = [] if self._worker else self._functions
-        return [function.model for function in functions if hasattr(getattr(function, "model", None), "parameters")]
+        found = [] if self._worker else [getattr(function, "model", None) for function in self._functions]
+        return [model for model in found if hasattr(model, "parameters")]
 
     def check_columns(self, available: Iterable[str]) -> None:
         """Refuse, before anything is called, a function that needs a column which the rows lack."""
