@@ -51,6 +51,21 @@ def test_a_missing_file_is_named_and_the_rest_is_read(make_run: MakeRun, name: s
     assert [bool(part) for part in (run.config, run.environment, run.metrics, run.samples.shown)].count(False) == 1
 
 
+@pytest.mark.parametrize(("rows", "missed"), [(0, 0), (5, 1)])
+def test_supervised_training_that_generates_nothing_misses_no_samples(make_run: MakeRun, rows: int, missed: int):
+    run = read_run(make_run(samples_jsonl=None, config_yaml=f"generate_rows: {rows}\n"))
+    assert sum("samples.jsonl is missing" in notice for notice in run.notices) == missed
+
+
+@pytest.mark.parametrize(("patience", "finished"), [(0, False), (2, True), (3, False)])
+def test_a_run_out_of_patience_is_finished(make_run: MakeRun, patience: int, finished: bool):
+    """The lowest loss after the first step is that of step 2."""
+    losses = [{"step": step, "eval/loss": loss} for step, loss in enumerate([1.0, 2.0, 1.5, 1.7, 1.6])]
+    run = make_run(metrics_jsonl=json_lines(losses), config_yaml=f"steps: 9\npatience: {patience}\n")
+    (run / "final").mkdir(exist_ok=True)
+    assert read_run(run).finished == finished
+
+
 @pytest.mark.parametrize(
     ("changes", "word"), [({"config_yaml": "a: [1"}, "config.yaml"), ({"environment_json": "[1]"}, "mapping")]
 )

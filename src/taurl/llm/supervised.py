@@ -56,8 +56,15 @@ class RowPart:
             predicting += [start + place - 1 for place in places]
             targets += [tokens[place] for place in places]
         shaped = ids[None] if packed else ids.view(len(rows), longest)
-        tensors = (shaped, torch.tensor(predicting), torch.tensor(targets))
-        return cls(list(rows), lengths, starts, *(tensor.to(device) for tensor in tensors), packed)
+        return cls(
+            rows=list(rows),
+            lengths=lengths,
+            starts=starts,
+            ids=shaped.to(device),
+            predicting=torch.tensor(predicting, device=device),
+            targets=torch.tensor(targets, device=device),
+            packed=packed,
+        )
 
 
 def input_length(row: TokenRow) -> int:

@@ -156,5 +156,13 @@ SECTIONS_BY_PREFIX = {
 }
 CONTROL_SECTIONS_BY_PREFIX = {"train": "Optimisation", "rollout": "Return", "eval": "Return", "time": "Speed"}
 
-# The clocks, and what is drawn as the band of another metric or says no more than that.
-NOT_DRAWN = ("seconds", "time/step", "eval/std_reward", "eval/reward_p*", "eval/reward_std", "eval/rewards/*/std")
+# The clocks, passes over the data among them, and what is drawn as the band of another metric or says no more than it.
+NOT_DRAWN = (
+    "seconds",
+    "time/step",
+    "epoch",
+    "eval/std_reward",
+    "eval/reward_p*",
+    "eval/reward_std",
+    "eval/rewards/*/std",
+)

@@ -85,14 +85,15 @@ def read_run(run_directory: Path) -> RunRecord:
     run = RunRecord(run_directory.resolve().name, finished=False)
     run.config = _read_mapping(run_directory / "config.yaml", run.notices)
     for name in RUN_FILES:
-        sampled = name != "samples.jsonl" or not run.acts  # who acts in an environment samples no text
-        if sampled and not (run_directory / name).is_file():
+        # Who acts in an environment samples no text, nor does supervised training that generates nothing.
+        samples = not run.acts and run.config.get("generate_rows") != 0
+        if (samples or name != "samples.jsonl") and not (run_directory / name).is_file():
             run.notices.append(f"{name} is missing, so the parts of this page that come from it are left out.")
     run.environment = _read_mapping(run_directory / "environment.json", run.notices)
     run.metrics = _read_metrics(run_directory / "metrics.jsonl", run.notices)
     # A run that was given more steps still has the `final/` of the fewer ones.
     steps, last = run.config.get("steps"), max(run.metrics, default=0)
-    done = not isinstance(steps, int) or last >= steps or _reached(run)
+    done = not isinstance(steps, int) or last >= steps or _reached(run) or _out_of_patience(run)
     run.finished = (run_directory / "final").is_dir() and done
     run.samples = read_samples(run_directory / "samples.jsonl", run.notices)
     run.pictures = _read_pictures(run_directory / "artifacts", run.notices)
@@ -103,6 +104,15 @@ def _reached(run: RunRecord) -> bool:
     """Whether the last evaluation came to the return that the run was to stop at."""
     target, points = run.config.get("stop_at"), run.points("eval/mean_reward")
     return isinstance(target, int | float) and bool(points) and points[-1][1] >= target
+
+
+def _out_of_patience(run: RunRecord) -> bool:
+    """Whether the last evaluations brought no lower held-out loss, as many as the run was to wait for."""
+    patience = run.config.get("patience")
+    losses = [loss for step, loss in run.points("eval/loss") if step > 0]
+    if not isinstance(patience, int) or not 0 < patience < len(losses):
+        return False
+    return len(losses) - 1 - losses.index(min(losses)) >= patience
 
 
 def _read_mapping(path: Path, notices: list[str]) -> dict[str, Any]:
