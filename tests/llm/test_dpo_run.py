@@ -348,6 +348,9 @@ def test_bad_data_and_a_reference_of_another_family_are_refused(config, folder, 
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match=r"reference '.*other' has another tokenizer than the model"):
         DPO(str(folder), ROWS, config=config(), reference=str(tmp_path / "other"))
+    model = tiny_model()
+    with pytest.raises(InputError, match="the reference is the very object that is trained"):
+        DPO(model, ROWS, config=config(), reference=model, tokenizer=tiny_tokenizer())
     with pytest.raises(InputError, match="the reference knows 20 tokens"):
         DPO(str(folder), ROWS, config=config(), reference=tiny_model(vocab_size=20))
 

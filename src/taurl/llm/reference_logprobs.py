@@ -62,11 +62,13 @@ class ReferenceCache:
         unknown: list[bool] = self.values[each].isnan().any(1).tolist()
         return [row for row, is_unknown in zip(each, unknown, strict=True) if is_unknown]
 
-    def put(self, rows: Sequence[int], logprobs: Tensor) -> None:
-        """Note log-probabilities [n, K]; written now and then, so that little is lost."""
+    def put(self, rows: Sequence[int], logprobs: Tensor) -> bool:
+        """Take in log-probabilities [n, K]. Now and then all are written, so that little is lost: whether they were."""
         self.values[list(rows)] = logprobs.to("cpu", self.values.dtype)
-        if time.monotonic() - self._saved > SECONDS_BETWEEN_SAVES:
+        due = time.monotonic() - self._saved > SECONDS_BETWEEN_SAVES
+        if due:
             self.save()
+        return due
 
     def save(self) -> None:
         """Write the file, whole. Raises: RunError where it cannot be written."""

@@ -72,11 +72,13 @@ class Reference:
             return
         count = len({row for rows in batches for row in rows})
         note(f"computing the reference's log-probabilities of {count:,} rows once; they are kept in {cache.path}")
+        done = 0
         with self._model() as model:
             for rows in batches:
                 missing = cache.missing(rows)  # a batch before may have had some of them
-                if missing:
-                    cache.put(missing, self.forward(model, answers.take(missing, device)))
+                done += len(missing)
+                if missing and cache.put(missing, self.forward(model, answers.take(missing, device))):
+                    note(f"reference: {done:,} of {count:,} rows")
         cache.save()
         self._loaded = None  # its memory is wanted for training
 
@@ -144,6 +146,8 @@ def _require_same_tokens(name: str, policy: Policy) -> None:
 
 
 def _require_room(model: Any, policy: Policy) -> None:
+    if causal_lm(model) is causal_lm(policy.model):
+        raise InputError("the reference is the very object that is trained; leave it out for the starting weights")
     plain: Any = causal_lm(model)
     size = plain.get_input_embeddings().weight.shape[0]
     if size < len(policy.tokenizer):
