@@ -13,6 +13,8 @@ COMMANDS = {
     "llm sft": ("taurl.commands.llm_training:sft", "train a language model on answers (supervised fine-tuning)"),
     "llm dpo": ("taurl.commands.llm_training:dpo", "train a language model on preferences (DPO, KTO, SimPO, …)"),
     "llm ppo": ("taurl.commands.llm_training:ppo", "train a language model on rewards with a critic (RLHF with PPO)"),
+    "llm reward": ("taurl.commands.llm_training:reward", "train a reward model on preferences, scores or labels"),
+    "llm score": ("taurl.commands.score:main", "score the completions of a file with a reward model"),
     "llm evaluate": ("taurl.commands.evaluate:main", "score a model greedily on a data set"),
     "llm generate": ("taurl.commands.generate:main", "complete the prompts of a file"),
     "llm inspect": ("taurl.commands.inspect:main", "show the rows of a data set as the model sees them"),

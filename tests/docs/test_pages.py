@@ -12,7 +12,7 @@ from taurl import control, llm
 from taurl.functional.kl import KL_GRADIENTS
 from taurl.functional.loss_types import LOSS_TYPES
 from taurl.llm.algorithms.grpo_config import GRPOConfig
-from taurl.llm.inference_config import InspectConfig
+from taurl.llm.inference_config import EvaluateConfig, GenerateConfig, InspectConfig, ScoreConfig
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -72,7 +72,8 @@ def test_the_help_says_which_gradient_each_place_gives():
 def test_every_setting_named_in_the_pages_exists():
     configs = [getattr(control, f"{algorithm}Config") for algorithm in control.ALGORITHMS]
     configs += [getattr(llm, name) for name in llm.__all__ if name.endswith("Config")]
-    settings = {name for config in [*configs, InspectConfig] for name in config.model_fields}
+    configs += [EvaluateConfig, GenerateConfig, InspectConfig, ScoreConfig]
+    settings = {name for config in configs for name in config.model_fields}
     known = {*settings, "config", "resume", "no_preset", "video", "sampled"}
     for page in DOCS.glob("*.md"):
         for option in re.findall(r"`--([a-z0-9-]+)", page.read_text()):

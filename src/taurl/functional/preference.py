@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from taurl.functional._inputs import at_least_float32, require_mask, require_rows, require_same_shape
+from taurl.functional._inputs import (
+    at_least_float32,
+    require_mask,
+    require_positive,
+    require_rows,
+    require_same_shape,
+)
 from taurl.functional.value_losses import huber_value_loss
 
 
@@ -90,6 +96,41 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if not ((labels >= 0) & (labels <= 1)).all():
         raise ValueError(f"labels run from {labels.min()} to {labels.max()}, expected booleans or numbers in [0, 1]")
     return functional.binary_cross_entropy_with_logits(values, labels, reduction="none")
+
+
+def ordinal_loss(rewards: Tensor, labels: Tensor, *, classes: int, spacing: float = 1.0) -> Tensor:
+    """Point-wise classification into ordered classes 0, 1, …, K − 1: the proportional odds model.
+
+        P(y > k) = σ( f(x) − b_k ),   b_k = s · ( k − (K − 2) / 2 ),   k = 0 … K − 2
+        loss = −log [ P(y > label − 1) − P(y > label) ],   P(y > −1) = 1, P(y > K − 1) = 0
+
+    The thresholds b_k are fixed, s apart and about 0, so that f alone is learned: a class asks for a stretch of f, the
+    first and the last for all that lies beyond. Two classes are `classification_loss`.
+
+    Args:
+        rewards: float [N], f(x).
+        labels: int [N], or float [N] of whole numbers.
+        classes: K ≥ 2.
+        spacing: s > 0.
+    Returns: loss, [N]; float32, or float64 for float64.
+    Raises: ValueError if shapes differ, there are fewer than two classes, the spacing is not positive, or a label is
+        none of the classes.
+    Source: McCullagh 1980, "Regression Models for Ordinal Data", Journal of the Royal Statistical Society B 42(2).
+    """
+    require_rows(rewards=rewards, labels=labels)
+    require_positive(spacing=spacing)
+    if classes < 2:
+        raise ValueError(f"classes is {classes}, expected at least 2")
+    classed = labels.long()
+    if not ((classed == labels) & (classed >= 0) & (classed < classes)).all():
+        raise ValueError(f"labels run from {labels.min()} to {labels.max()}, expected whole numbers below {classes}")
+    values = at_least_float32(rewards)
+    above = values - spacing * (classed - 1 - (classes - 2) / 2)  # f − b_{label − 1}
+    below = spacing - above  # b_label − f
+    # σ(a) − σ(−c) = σ(a) σ(c) (1 − e^{−(a + c)}), and a + c is the spacing: nothing cancels.
+    between = functional.logsigmoid(above) + functional.logsigmoid(below) + math.log(-math.expm1(-spacing))
+    likelihood = torch.where(classed == 0, functional.logsigmoid(below), between)
+    return -torch.where(classed == classes - 1, functional.logsigmoid(above), likelihood)
 
 
 def plackett_luce_loss(rewards: Tensor, mask: Tensor | None = None) -> Tensor:

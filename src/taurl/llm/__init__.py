@@ -13,10 +13,23 @@ if TYPE_CHECKING:
     from taurl.llm.algorithms.grpo_config import GRPOConfig
     from taurl.llm.algorithms.ppo import PPO
     from taurl.llm.algorithms.ppo_config import PPOConfig
+    from taurl.llm.algorithms.reward import Reward
+    from taurl.llm.algorithms.reward_config import RewardConfig
     from taurl.llm.algorithms.sft import SFT
     from taurl.llm.algorithms.sft_config import SFTConfig
 
-__all__ = ["DPO", "GRPO", "PPO", "SFT", "DPOConfig", "GRPOConfig", "PPOConfig", "SFTConfig"]
+__all__ = [
+    "DPO",
+    "GRPO",
+    "PPO",
+    "SFT",
+    "DPOConfig",
+    "GRPOConfig",
+    "PPOConfig",
+    "Reward",
+    "RewardConfig",
+    "SFTConfig",
+]
 
 # Imported when first asked for: a config needs no torch.
 LAZY = {
@@ -26,6 +39,8 @@ LAZY = {
     "GRPOConfig": "taurl.llm.algorithms.grpo_config",
     "PPO": "taurl.llm.algorithms.ppo",
     "PPOConfig": "taurl.llm.algorithms.ppo_config",
+    "Reward": "taurl.llm.algorithms.reward",
+    "RewardConfig": "taurl.llm.algorithms.reward_config",
     "SFT": "taurl.llm.algorithms.sft",
     "SFTConfig": "taurl.llm.algorithms.sft_config",
 }

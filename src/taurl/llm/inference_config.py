@@ -66,3 +66,23 @@ class InspectConfig(RowSettings, ModelSettings):
     """reasoning-gym:TASK, a .jsonl, .json, .csv or .parquet file, or a hub name."""
     rows: int = Field(3, ge=1)
     """How many rows are shown, the first ones."""
+
+
+class ScoreConfig(MachineSettings, ModelSettings):
+    """Score completions with a reward model. Rows have a `prompt` and a `completion`, or `chosen` and `rejected`, or a
+    list of `completions`; they come back with `score`, with `score_chosen` and `score_rejected`, or with `scores`."""
+
+    model: str | None = None
+    """Folder of a reward model (runs/NAME/final), or a Hugging Face hub name."""
+    dataset: str | None = None
+    """A .jsonl, .json, .csv or .parquet file, or a hub name."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Columns to rename, for example question=prompt."""
+    out: Path | None = None
+    """Rows with their scores, one JSON object a line. Default: standard output."""
+    normalize: bool = False
+    """Subtract the mean of the model's scores on its training rows, and divide by their deviation."""
+    best: bool = False
+    """Keep of each prompt's rows the one with the highest score (best of N)."""
+    tokens_per_part: int = Field(8192, ge=1)
+    """Tokens, padding included, that go through the model together."""

@@ -22,7 +22,7 @@ def model_card(algorithm: str, config: Any, records: Sequence[dict[str, Any]], *
     base, data = config.model, getattr(config, "dataset", None)
     header: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if algorithm == "reward" else "text-generation",
         "tags": ["taurl", algorithm],
     }
     if base and is_on_hub(base):

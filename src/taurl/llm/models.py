@@ -6,13 +6,15 @@ import difflib
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -24,6 +26,14 @@ from taurl.llm.hub import hub_problem, quiet_transformers
 from taurl.runtime.errors import InputError, one_line
 
 MODEL_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".json")
+Head: TypeAlias = Literal["language", "sequence", "token"]
+"""What a model ends in: logits of the next token, or one score for the sequence or for each token."""
+HEAD_CLASSES: dict[Head, tuple[Any, dict[str, Any]]] = {
+    "language": (AutoModelForCausalLM, {}),
+    "sequence": (AutoModelForSequenceClassification, {"num_labels": 1}),
+    "token": (AutoModelForTokenClassification, {"num_labels": 1}),
+}
+SCORE_HEADS = ("score.", "classifier.")  # how the architectures call a layer that gives scores
 HOW_TO_NAME = f"give a folder, '{embedded.NAME}' or a hub name (owner/name)"
 
 
@@ -99,15 +109,22 @@ def _fetch_from_hub(name: str) -> str:
 
 
 def load_model(
-    name_or_path: str | Path, *, dtype: torch.dtype, device: str | torch.device = "cpu", in_4bit: bool = False
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    in_4bit: bool = False,
+    head: Head = "language",
+    new_head: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal language model in eval mode.
+    """Load a causal language model, or one that gives scores, in eval mode.
 
     For a folder that peft wrote, the base model it names with its adapter on top: a `PeftModel`, which answers to
     everything that is asked of a `PreTrainedModel` here, with the adapter not trainable.
 
     Args:
         in_4bit: keep the linear layers but the output head in 4 bits (NF4); `dtype` is then what they compute in.
+        new_head: a model that has no layer for scores gets one, drawn from torch's generator.
     Raises: InputError if the name resolves to nothing, weights are not safetensors, damaged, or do not fill the whole
     model, or where 4 bits need what is not here.
     """
@@ -116,22 +133,27 @@ def load_model(
     if is_adapter(path):
         if in_4bit:
             raise InputError(f"'{name_or_path}' is an adapter already; load_in_4bit takes a model to put a new one on")
-        return _load_adapter(path, dtype=dtype, device=device)
+        return _load_adapter(path, dtype=dtype, device=device, head=head)
+    auto_class, options = HEAD_CLASSES[head]
     with quiet_transformers():
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class.from_pretrained(
                 path,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
                 **quantization,
+                **options,
             )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise InputError(f"model '{name_or_path}' cannot be loaded: {one_line(error)}") from error
     model, report = loaded
     # transformers fills what is missing with random numbers and a warning; nobody means to train from a random layer.
-    if missing := sorted(report["missing_keys"]):
+    missing = sorted(report["missing_keys"])
+    if head != "language" and new_head:
+        missing = [name for name in missing if not name.startswith(SCORE_HEADS)]
+    if missing:
         raise InputError(
             f"model '{name_or_path}' lacks {len(missing)} weights, {missing[0]} first; "
             "its folder is incomplete or its config.json belongs to another model"
@@ -186,7 +208,7 @@ def _load_adapter(path: str, **options: Any) -> PreTrainedModel:
             f"adapter '{path}' stands on another adapter, '{base_name}'; merge that one into its base model first"
         )
     try:
-        base = load_model(base_name, **options)
+        base = load_model(base_name, **options, new_head=True)  # the adapter brings its own
     except InputError as error:
         raise InputError(f"adapter '{path}' needs its base model: {error}") from error
     try:

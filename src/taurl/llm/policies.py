@@ -45,6 +45,9 @@ class Policy:
         keep_reference: keep the starting weights, for a KL term. With an adapter they are there already.
     """
 
+    adapter_task = "CAUSAL_LM"  # by peft's names
+    adapter_excludes: tuple[str, ...] = ()
+
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -67,7 +70,7 @@ class Policy:
         self.name, self.in_4bit = name or "", load_in_4bit
         if isinstance(model, str):
             dtype = dtype or torch.float32
-            self.model: Any = load_model(model, dtype=dtype, device=device, in_4bit=load_in_4bit)
+            self.model: Any = self._load(model, dtype=dtype, device=device, in_4bit=load_in_4bit)
         elif load_in_4bit:
             raise InputError("load_in_4bit loads a model by its name; this one came as an object, loaded already")
         else:
@@ -82,7 +85,7 @@ class Policy:
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise InputError(f"model {name!r} has no weights to train: all are frozen (an adapter loads frozen)")
         switch_off_dropout(self.model)
-        check_head(self.model)
+        self._check()
         self._reference = None
         if keep_reference and not self.has_adapter:
             self._reference = copy.deepcopy(self.model).requires_grad_(False)
@@ -120,6 +123,14 @@ class Policy:
             gradient_checkpointing=gradient_checkpointing,
         )
 
+    def _load(self, name: str | Path, **options: Any) -> PreTrainedModel:
+        """`load_model`, with the head that this kind of policy has."""
+        return load_model(name, **options)
+
+    def _check(self) -> None:
+        """Refuse a model whose output would be read wrongly."""
+        check_head(self.model)
+
     def optimizer(self, config: TrainingConfig, *, layer_decay: float = 1.0) -> Optimizer:
         """An optimiser of the weights that are trained."""
         factors = layer_factors(self.model, layer_decay)
@@ -132,7 +143,12 @@ class Policy:
             raise InputError("the model has an adapter already; merge it first, or train without lora_rank")
         modules = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
         config = LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, target_modules=modules, use_dora=lora.dora, task_type="CAUSAL_LM"
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            target_modules=modules,
+            exclude_modules=list(self.adapter_excludes) or None,
+            use_dora=lora.dora,
+            task_type=self.adapter_task,
         )
         try:
             self.model = get_peft_model(self.model, config)
@@ -220,7 +236,7 @@ class Policy:
 
         with tempfile.TemporaryDirectory() as folder:  # onto weights that were never rounded to 4 bits
             self.model.save_pretrained(folder, safe_serialization=True)
-            base = load_model(self.name, dtype=self.model.dtype, device="cpu")
+            base = self._load(self.name, dtype=self.model.dtype, device="cpu")
             adapted: Any = PeftModel.from_pretrained(base, folder)
             return cast(PreTrainedModel, adapted.merge_and_unload())
 

@@ -26,7 +26,19 @@ class DataSettings(ModelSettings):
     """Held-out data, of which the first `eval_rows` rows are used; by default they are held out of `dataset`."""
 
 
-class PromptSettings(Settings):
+class ConversationSettings(Settings):
+    """What a prompt becomes."""
+
+    system_prompt: str | None = None
+    """Put before every prompt that has no system message of its own."""
+    prompt_format: Literal["auto", "chat", "text"] = "auto"
+    """What a string prompt becomes: a user's message where the tokenizer has a chat template (auto), always (chat),
+    or raw text (text, TRL's meaning)."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the chat template, for example enable_thinking=False."""
+
+
+class PromptSettings(ConversationSettings):
     """How rows are read, and what a prompt becomes."""
 
     dataset_args: dict[str, Any] = Field(default_factory=dict)
@@ -35,13 +47,14 @@ class PromptSettings(Settings):
     """Columns to rename, for example question=prompt."""
     answer_after: str | None = None
     """Keep of the column `answer` what follows this marker (#### in GSM8K)."""
-    system_prompt: str | None = None
-    """Put before every prompt that has no system message of its own."""
-    prompt_format: Literal["auto", "chat", "text"] = "auto"
-    """What a string prompt becomes: a user's message where the tokenizer has a chat template (auto), always (chat),
-    or raw text (text, TRL's meaning)."""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the chat template, for example enable_thinking=False."""
+
+
+class PreferenceSettings(Settings):
+    """Which judged rows are read."""
+
+    max_length: int | None = Field(None, ge=2)
+    """Rows with more tokens than this, prompt and longest completion together, are left out and counted; by default
+    those beyond the model's context."""
 
 
 class EvaluationSettings(Settings):
@@ -105,7 +118,8 @@ class RewardSettings(Settings):
     """What scores completions."""
 
     rewards: tuple[str, ...] = ()
-    """Reward functions: module:function, file.py:function, or the name of a shipped one (last_number)."""
+    """Reward functions: module:function, file.py:function, the name of a shipped one (last_number), or a reward model:
+    model:runs/NAME/final, or with settings model:runs/NAME/final(normalize=True)."""
     reward_weights: tuple[float, ...] | None = None
     """One weight a reward function; 1 each by default."""
     reward_timeout: float | None = Field(None, gt=0, json_schema_extra=FREE)

@@ -123,6 +123,6 @@ def test_a_module_that_fails_is_named_with_its_line(tmp_path, monkeypatch):
 def test_every_shipped_function_takes_whatever_columns_there_are():
     for name in rewards.SHIPPED:
         function = getattr(rewards, name)
-        if not name.endswith("penalty"):
+        if not name.endswith(("penalty", "_model")):  # those make a function
             kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
             assert inspect.Parameter.VAR_KEYWORD in kinds, name

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from taurl.llm.rewards.model import PREFIX
 from taurl.runtime.config import TrainingConfig
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import choose_device, choose_precision, out_of_memory_names, set_threads
@@ -73,7 +74,10 @@ def with_whole_paths(config: Config) -> Config:
 
 
 def whole_spec(spec: str) -> str:
-    """A reward given as `file.py:function`, with the whole path of its file."""
+    """A reward given as `file.py:function` or `model:FOLDER`, with the whole path of its file or folder."""
+    if spec.startswith(PREFIX):
+        name, bracket, settings = spec.removeprefix(PREFIX).partition("(")
+        return f"{PREFIX}{Path(name).resolve() if Path(name).exists() else name}{bracket}{settings}"
     file, colon, function = spec.partition(".py:")
     return f"{Path(file).resolve()}{colon}{function}" if colon else spec
 

@@ -5,6 +5,7 @@ sync or async, and returns one number or None ("does not apply to this row") for
 """
 
 from taurl.llm.rewards.answers import last_number, math_verify, reasoning_gym
+from taurl.llm.rewards.model import reward_model
 from taurl.llm.rewards.penalties import overlong_penalty, repetition_penalty
 from taurl.llm.rewards.reward_set import RewardSet, Scores
 from taurl.llm.rewards.specs import resolve
@@ -28,6 +29,7 @@ SHIPPED = (
     "strict_format_reward_func",
     "soft_format_reward_func",
     "xmlcount_reward_func",
+    "reward_model",
 )
 """The names that can be written without their module."""
 
@@ -43,6 +45,7 @@ __all__ = [
     "reasoning_gym",
     "repetition_penalty",
     "resolve",
+    "reward_model",
     "soft_format_reward_func",
     "strict_format_reward_func",
     "tagged_answer",

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from taurl.llm.rewards.model import PREFIX, as_factory
 from taurl.runtime.errors import InputError, one_line
 
 SHIPPED_MODULE = "taurl.llm.rewards"
@@ -49,6 +50,8 @@ def resolve(spec: str | Callable[..., Any]) -> tuple[str, Callable[..., Any]]:
 
 def parse(spec: str) -> Spec:
     """Split a written spec. Raises InputError if it has none of the known forms."""
+    if spec.strip().startswith(PREFIX):
+        spec = as_factory(spec)
     match = SPEC.fullmatch(spec.strip())
     if match is None:
         raise InputError(f"reward function {spec!r} not understood: {FORMS} {', '.join(shipped_names())}")

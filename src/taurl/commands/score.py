@@ -1,0 +1,143 @@
+"""`taurl llm score`: the completions of a file with a reward model's scores."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from taurl.commands.answers import require_new
+from taurl.commands.options import parse
+from taurl.llm.inference_config import ScoreConfig
+from taurl.runtime.errors import InputError
+
+ROWS_AT_ONCE = 256  # between two writes
+FORMS = (("completion",), ("chosen", "rejected"), ("completions",))
+
+
+def main(words: Sequence[str]) -> int:
+    config = parse(ScoreConfig, words, prog="taurl llm score")
+    if config.model is None or config.dataset is None:
+        missing = "model" if config.model is None else "dataset"
+        raise InputError(f"no {missing} given: taurl llm score --model runs/NAME/final --dataset FILE")
+    require_new(config.out)
+
+    from taurl.llm.datasets import load_rows
+    from taurl.llm.tasks import named
+    from taurl.runtime.machine import keep_freed_memory, set_threads
+    from taurl.runtime.metrics import append_lines
+
+    with named(config.dataset):
+        rows, columns = readable(load_rows(config.dataset, columns=config.columns))
+
+    from taurl.llm.rewards import reward_model
+
+    keep_freed_memory()
+    set_threads(config.threads)
+    reward = reward_model(
+        config.model,
+        normalize=config.normalize,
+        tokens_per_part=config.tokens_per_part,
+        device=config.device,
+        precision=config.precision,
+    )
+    scored: list[dict[str, Any]] = []
+    for batch in scored_batches(reward, rows, columns):
+        scored += batch
+        if config.out is not None and not config.best:
+            append_lines(config.out, batch)
+    written = best_of_each(scored) if config.best else scored
+    if config.out is None:
+        for row in written:
+            print(json.dumps(row, ensure_ascii=False, default=str))
+    elif config.best:
+        append_lines(config.out, written)
+    show(scored, written, columns)
+    return 0
+
+
+def readable(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """Rows with prompts, and the columns that hold their completions. Raises: InputError by row and column."""
+    from taurl.llm.chat import prompt_problem
+    from taurl.llm.datasets import check_prompts, columns_of
+    from taurl.llm.preference_rows import with_prompt
+
+    available = columns_of(rows)
+    columns = next((form for form in FORMS if set(form) <= set(available)), None)
+    if columns is None:
+        raise InputError(
+            f"no completions; the data has {', '.join(available)}; expected completion, or chosen and rejected, or "
+            "completions: rename one with --columns"
+        )
+    if columns == ("chosen", "rejected"):
+        rows = [with_prompt(row, number) for number, row in enumerate(rows, start=1)]
+    check_prompts(rows)
+    for number, row in enumerate(rows, start=1):
+        if columns == ("completions",) and not isinstance(row["completions"], list):
+            raise InputError(f"row {number} of the data: its completions is no list")
+        for completion in completions_of(row, columns):
+            if completion != "" and (problem := prompt_problem(completion)):  # a sampler may have said nothing
+                raise InputError(f"row {number} of the data: {problem.replace('the prompt', 'a completion')}")
+    return rows, columns
+
+
+def completions_of(row: dict[str, Any], columns: tuple[str, ...]) -> list[Any]:
+    """The completions of a row, in order."""
+    return list(row["completions"]) if columns == ("completions",) else [row[name] for name in columns]
+
+
+def scored_batches(reward: Any, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Iterator[list[dict[str, Any]]]:
+    """Rows with `score`, `score_chosen` and `score_rejected`, or `scores`, as they are done."""
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        batch = rows[start : start + ROWS_AT_ONCE]
+        given = [completions_of(row, columns) for row in batch]
+        prompts = [row["prompt"] for row, completions in zip(batch, given, strict=True) for _ in completions]
+        scores = iter(reward(prompts=prompts, completions=[one for completions in given for one in completions]))
+        found = [[next(scores) for _ in completions] for completions in given]
+        if columns == ("completions",):
+            yield [row | {"scores": values} for row, values in zip(batch, found, strict=True)]
+        else:
+            names = ["score"] if len(columns) == 1 else [f"score_{name}" for name in columns]
+            yield [row | dict(zip(names, values, strict=True)) for row, values in zip(batch, found, strict=True)]
+
+
+def best_of_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the rows of each prompt the one with the highest score, in the order of the prompts."""
+    from taurl.llm.chat import prompt_text
+
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if "score" not in row:
+            raise InputError("best chooses between rows of one completion each; these rows hold several")
+        held = best.setdefault(prompt_text(row["prompt"]), row)
+        if row["score"] is not None and (held["score"] is None or row["score"] > held["score"]):
+            best[prompt_text(row["prompt"])] = row
+    return list(best.values())
+
+
+def show(scored: list[dict[str, Any]], written: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    """What the scores look like together, on standard error."""
+    import numpy as np
+
+    from taurl.llm.reward_figures import wilson_interval
+
+    names = [name for name in ("score", "score_chosen", "score_rejected") if name in scored[0]]
+    groups: dict[str, list[float | None]] = {name: [row[name] for row in scored] for name in names}
+    if not groups:
+        groups["scores"] = [value for row in scored for value in row["scores"]]
+    if len(written) < len(scored):
+        groups["best"] = [row["score"] for row in written]
+    table = Table(title=f"{len(scored)} rows", title_justify="left")
+    for heading in ("", "mean", "deviation", "lowest", "highest"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, values in groups.items():
+        known = np.array([value for value in values if value is not None] or [np.nan])
+        table.add_row(name, *(f"{value:.4g}" for value in (known.mean(), known.std(), known.min(), known.max())))
+    console = Console(stderr=True)
+    console.print(table)
+    if columns == ("chosen", "rejected"):
+        better = np.array([[row["score_chosen"], row["score_rejected"]] for row in scored], dtype=np.float64)
+        right = float(((better[:, 0] > better[:, 1]) + 0.5 * (better[:, 0] == better[:, 1])).sum())
+        low, high = wilson_interval(right, len(scored))
+        console.print(f"accuracy {right / len(scored):.3f} (95% interval {low:.3f} to {high:.3f})", highlight=False)

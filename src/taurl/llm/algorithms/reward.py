@@ -1,0 +1,206 @@
+"""Reward models: scores learned from judged completions (Stiennon et al. 2020, arXiv:2009.01325).
+
+`steps`, `_update` and `unit_losses` are the algorithm; its mathematics is called from `taurl.functional.preference`.
+A unit is what has a loss of its own: a pair, a ranked list, a completion with a score or label, a step of a process.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from taurl.llm.algorithms.reward_config import RewardConfig
+from taurl.llm.algorithms.reward_losses import FORMS, checked_classes, unit_count, unit_losses
+from taurl.llm.algorithms.setup import loading_model, repeat_data
+from taurl.llm.algorithms.trainer import Trainer
+from taurl.llm.chat import prompt_text
+from taurl.llm.datasets import PromptOrder
+from taurl.llm.evaluation import decode
+from taurl.llm.preference_rows import JudgedRow, PreferenceReader, Preferences, train_and_held_out_preferences
+from taurl.llm.reward_figures import figures
+from taurl.llm.reward_folder import RewardNote
+from taurl.llm.reward_model import ProcessRewardModel, RewardModel
+from taurl.llm.reward_pictures import pictures
+from taurl.llm.reward_scores import pad_token_id, part_scores, row_scores, scoring_parts
+from taurl.runtime.errors import InputError
+from taurl.runtime.machine import out_of_memory_names
+from taurl.runtime.optimization import learning_rate
+from taurl.runtime.run import Callback, Record
+
+HEADLINE = {"loss": "loss", "accuracy": "accuracy", "margin": "margin", "tokens/s": "tokens_per_second"}
+ROWS_SHOWN = 16  # held-out rows whose completions are kept with their scores
+STEP_FIGURES = ("accuracy", "margin", "correlation")  # what is said of the rows of a step
+
+
+class Reward(Trainer):
+    """Trains a model that scores completions.
+
+        Reward("smollm2-135m-instruct", pairs, RewardConfig(steps=300)).train()
+
+    Args:
+        model: a name (see `RewardConfig.model`), or a model object for sequence (of a process: token) classification
+            with one label, which is trained in place.
+        dataset: a name, a `datasets.Dataset`, or any sequence of dicts with the columns that `RewardConfig.loss` names.
+        config: settings; what is given here as an object stands in place of its setting there.
+        eval_dataset: held-out data, as `dataset`.
+        tokenizer: by default the model's own.
+        callbacks: called with each step's record.
+    """
+
+    algorithm = "reward"
+    config_class = RewardConfig
+    headline = HEADLINE
+    takes = ("model", "dataset", "eval_dataset", "tokenizer")
+    config: RewardConfig
+    policy: RewardModel
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | None = None,
+        dataset: object = None,
+        config: RewardConfig | None = None,
+        *,
+        eval_dataset: object = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[Callback] = (),
+    ):
+        self.start(config, callbacks, model=model, dataset=dataset, eval_dataset=eval_dataset, tokenizer=tokenizer)
+
+    def set_up(self, dtype: torch.dtype | None) -> None:
+        config, run = self.config, self.run
+        self.form = FORMS[config.loss]
+        with loading_model():
+            self.policy = (ProcessRewardModel if self.form == "process" else RewardModel).of(
+                config,
+                self.given("model"),
+                self.given("tokenizer"),
+                dtype=dtype,
+                device=self.device,
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+            self.optimizer = self.policy.optimizer(config, layer_decay=config.layer_decay)
+        self.train_rows, self.held_out, dropped = train_and_held_out_preferences(
+            PreferenceReader.of(config, self.policy.tokenizer, self.policy.model, self.form),
+            self.given("dataset"),
+            self.given("eval_dataset"),
+            config.eval_rows,
+            config.seed,
+        )
+        if dropped:
+            run.view.note(f"{dropped} training rows left out: their prompts are among the held-out ones")
+        self.classes = checked_classes(self.train_rows.judged + self.held_out.judged, config)
+        repeat_data(run, self.train_rows.fingerprint() + self.held_out.fingerprint())
+        self.order = PromptOrder(len(self.train_rows), config.seed)
+
+    def steps(self) -> Iterator[Record]:
+        """Yields after each update, with its record."""
+        config, run = self.config, self.run
+        with run.begin(optimizer=self.optimizer), out_of_memory_names("tokens_per_part (or max_length, rows_per_step)"):
+            self.evaluate_before()
+            for step in run.steps():
+                indices = self.order.take((step.number - 1) * config.rows_per_step, config.rows_per_step)
+                rows = [self.train_rows.judged[index] for index in indices]
+                with step.phase("update", "updating"):
+                    found = self._update(rows, step.number)
+                self.note_updates(step, found)
+                tokens = sum(len(row.prompt) + sum(map(len, row.completions)) for row in rows)
+                found["tokens_per_second"] = tokens / step.times["time/update"]
+                yield self.finish(step, found)
+
+    def _update(self, rows: Sequence[JudgedRow], step: int) -> Record:
+        """One optimiser update. Losses are divided by the units of all rows, before a part runs (promise 1)."""
+        units = unit_count(rows, self.form)
+        scores: list[list[float]] = [[] for _ in rows]
+        rate = learning_rate(step, self.config)
+        model = self.policy.model
+        parts = scoring_parts(
+            rows,
+            self.config.tokens_per_part,
+            pad=pad_token_id(model),
+            device=self.device,
+            share_prompts=not self.config.gradient_checkpointing,
+        )
+        with self.optimizer.update(rate) as backward:
+            for part in parts:
+                found = part_scores(model, part)
+                members = [rows[place] for place in part.rows]
+                backward(unit_losses(self.config, members, found, self.classes).sum() / units)
+                for place, values in part.by_row(found):
+                    scores[place] = values
+        flat = np.array([value for values in scores for value in values])
+        said = figures(self.form, rows, scores)
+        return {
+            "loss": backward.loss,
+            **{name: said[name] for name in STEP_FIGURES if name in said},
+            "mean_reward": float(flat.mean()),
+            "min_reward": float(flat.min()),
+            "max_reward": float(flat.max()),
+            "grad_norm": backward.grad_norm,
+            "updates_skipped": int(not backward.taken),
+            "learning_rate": rate,
+        }
+
+    def can_evaluate(self) -> bool:
+        """Whether there are held-out rows."""
+        return len(self.held_out) > 0
+
+    def evaluate(self) -> dict[str, float]:
+        """Figures of the held-out rows, by `eval/…` names."""
+        if not self.can_evaluate():
+            raise InputError("there are no held-out rows to evaluate on: eval_rows is 0")
+        return self._figures(self._scores(self.held_out))
+
+    def evaluate_at(self, step: int) -> Record:
+        """The same within the run: scores go to samples.jsonl, and pictures of them to the report."""
+        scores = self._scores(self.held_out)
+        self.run.log_samples(self._samples(scores, step))
+        for name, picture in pictures(self.form, self.held_out.judged, scores).items():
+            self.run.write_artifact(name, picture.encode())
+        return dict(self._figures(scores))
+
+    def _figures(self, scores: Sequence[Sequence[float]]) -> dict[str, float]:
+        rows = self.held_out.judged
+        flat = torch.tensor([value for values in scores for value in values], dtype=torch.float64)
+        loss = float(unit_losses(self.config, rows, flat, self.classes).sum()) / unit_count(rows, self.form)
+        return {f"eval/{name}": value for name, value in {**figures(self.form, rows, scores), "loss": loss}.items()}
+
+    def _scores(self, rows: Preferences) -> list[list[float]]:
+        self.run.view.status(f"scoring {len(rows)} rows")
+        return row_scores(self.policy.model, rows.judged, self.config.tokens_per_part)
+
+    def _samples(self, scores: Sequence[Sequence[float]], step: int) -> list[Record]:
+        """The first held-out rows, one sample a completion, with its score (of a process: its lowest) as the reward."""
+        samples = []
+        for index, (row, judged) in enumerate(zip(self.held_out.rows[:ROWS_SHOWN], self.held_out.judged, strict=False)):
+            values = scores[index] if self.form != "process" else [min(scores[index])]
+            for place, (completion, value) in enumerate(zip(judged.completions, values, strict=True)):
+                name = f"{index} {('chosen', 'rejected')[place]}" if len(values) == 2 else f"{index}.{place}"
+                samples.append(
+                    {
+                        "step": step,
+                        "kind": "evaluation",
+                        "row": name if len(values) > 1 else index,
+                        "prompt": prompt_text(row["prompt"]),
+                        "completion": decode(self.policy.tokenizer, completion),
+                        "tokens": len(completion),
+                        "reward": value,
+                    }
+                )
+        return samples
+
+    def export(self, directory: str | Path) -> None:
+        """Write a folder that `transformers` (with an adapter: `peft`) loads, with the scale of its scores."""
+        config = self.config
+        written: dict[str, Any] = {
+            name: getattr(config, name) for name in RewardNote.model_fields if hasattr(config, name)
+        }
+        if count := min(config.scale_rows, len(self.train_rows)):
+            picked = np.random.default_rng(config.seed).choice(len(self.train_rows), count, replace=False)
+            scores = self._scores(self.train_rows.take(sorted(picked.tolist())))
+            flat = np.array([value for values in scores for value in values])
+            written |= {"mean": float(flat.mean()), "deviation": float(flat.std())}
+        self.policy.note = RewardNote(**written)
+        super().export(directory)

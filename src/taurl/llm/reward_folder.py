@@ -1,0 +1,40 @@
+"""What a reward model's folder says beside the weights: how conversations were written for it, and its scale."""
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import ValidationError
+
+from taurl.llm.settings import ConversationSettings
+from taurl.runtime.config import describe
+from taurl.runtime.errors import InputError, reason
+
+NAME = "taurl_reward.json"
+
+
+class RewardNote(ConversationSettings):
+    """Read by `model:FOLDER` and `taurl llm score`; a folder without it has the defaults."""
+
+    mean: float | None = None
+    """Of the scores of training completions."""
+    deviation: float | None = None
+    """Their standard deviation."""
+
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """The note in a folder. Raises: InputError if it is damaged."""
+        path = folder / NAME
+        if not path.is_file():
+            return cls()
+        try:
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**values)
+        except ValidationError as error:
+            raise InputError(f"{path}: {describe(error, cls)}") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: cannot be read ({reason(error)})") from error
+
+    def write(self, folder: Path) -> None:
+        """Put the note into a folder."""
+        (folder / NAME).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")

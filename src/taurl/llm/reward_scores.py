@@ -1,0 +1,186 @@
+"""Scores of completions under a model with one output: for the whole sequence, or at each step of a process.
+
+A sequence is scored where `transformers` pools it: at its last token that is not the model's pad token. A pad token
+that is the end of sequence too is therefore passed over at the end of a completion.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from taurl.llm.heads import causal_lm, evaluating
+from taurl.llm.likelihood import completion_hidden
+from taurl.llm.models import Head
+from taurl.llm.preference_rows import JudgedRow
+from taurl.runtime.errors import InputError
+
+TOLERANCE = 0.03  # what rounding may do to a bfloat16 score; one that is pooled elsewhere is off by far more
+
+
+@dataclass(frozen=True)
+class ScoringPart:
+    """Rows that go through the model together.
+
+    Attributes:
+        rows: places of the rows in what was cut into parts.
+        prompts: P lists of token ids, one a row.
+        prompt_of: int64 [N], which prompt each completion continues.
+        tokens: int64 [N, L + 1], completions padded on the right, and one column more.
+        at_row, at_token: int64 [M], where the scores stand: after so many tokens of that completion.
+        counts: how many of the M scores each row has, in their order.
+    """
+
+    rows: list[int]
+    prompts: list[list[int]]
+    prompt_of: Tensor
+    tokens: Tensor
+    at_row: Tensor
+    at_token: Tensor
+    counts: list[int]
+
+    def by_row(self, scores: Tensor) -> Iterator[tuple[int, list[float]]]:
+        """Each row's place, and its scores out of the part's [M]."""
+        values = iter(scores.detach().tolist())
+        for place, count in zip(self.rows, self.counts, strict=True):
+            yield place, [next(values) for _ in range(count)]
+
+
+def scoring_parts(
+    rows: Sequence[JudgedRow],
+    tokens_per_part: int,
+    *,
+    pad: int | None,
+    device: torch.device | str = "cpu",
+    share_prompts: bool = True,
+) -> Iterator[ScoringPart]:
+    """Cut rows into parts of at most `tokens_per_part` tokens, padding included (one row at least).
+
+    Rows of similar length stand together; the completions of a row stay together and share its prompt. Where prompts
+    are not shared (gradient checkpointing), each completion counts with a copy of it.
+
+    Args:
+        pad: the model's pad token; None scores at the last token whatever it is, as transformers does without one.
+    """
+    pooled = [row if row.step_ends else pooled_row(row, pad) for row in rows]
+    order = sorted(range(len(rows)), key=lambda place: (pooled[place].longest, place))
+    chosen: list[int] = []
+    completions = prompt_length = length = 0
+    for place in order:
+        row = pooled[place]
+        longest_prompt, longest = max(prompt_length, len(row.prompt)), max(length, *map(len, row.completions))
+        count = completions + len(row.completions)
+        copies = len(chosen) + 1 if share_prompts else count
+        if chosen and copies * longest_prompt + count * longest > tokens_per_part:
+            yield _part(pooled, chosen, device)
+            chosen, completions, prompt_length, length = [], 0, 0, 0
+        chosen.append(place)
+        completions += len(row.completions)
+        prompt_length = max(prompt_length, len(row.prompt))
+        length = max(length, *map(len, row.completions))
+    if chosen:
+        yield _part(pooled, chosen, device)
+
+
+def pooled_row(row: JudgedRow, pad: int | None) -> JudgedRow:
+    """The row up to the tokens that its completions are scored at: what follows them, they do not see."""
+    whole = [row.prompt + completion for completion in row.completions]
+    ends = [max((place for place, token in enumerate(ids, start=1) if token != pad), default=1) for ids in whole]
+    cut = min(len(row.prompt), *ends)  # less than the prompt where a completion holds nothing but padding
+    return JudgedRow(row.prompt[:cut], [ids[cut:end] for ids, end in zip(whole, ends, strict=True)])
+
+
+def _part(rows: Sequence[JudgedRow], chosen: list[int], device: torch.device | str) -> ScoringPart:
+    picked = [rows[place] for place in chosen]
+    completions = [(index, completion) for index, row in enumerate(picked) for completion in row.completions]
+    tokens = torch.zeros(len(completions), 1 + max(len(completion) for _, completion in completions), dtype=torch.long)
+    for line, (_, completion) in enumerate(completions):
+        tokens[line, : len(completion)] = torch.tensor(completion, dtype=torch.long)
+    at = [
+        (line, place)
+        for line, (index, completion) in enumerate(completions)
+        for place in ([end + 1 for end in picked[index].step_ends] or [len(completion)])
+    ]
+    at_row, at_token = (torch.tensor(places, device=device) for places in zip(*at, strict=True))
+    return ScoringPart(
+        rows=chosen,
+        prompts=[row.prompt for row in picked],
+        prompt_of=torch.tensor([index for index, _ in completions], device=device),
+        tokens=tokens.to(device),
+        at_row=at_row,
+        at_token=at_token,
+        counts=[len(row.step_ends) or len(row.completions) for row in picked],
+    )
+
+
+def part_scores(model: PreTrainedModel, part: ScoringPart) -> Tensor:
+    """Scores [M] of a part, with gradient, each prompt forwarded once."""
+    hidden = completion_hidden(model, part.prompts, part.prompt_of, part.tokens)
+    scores: Tensor = score_head(model)(hidden[part.at_row, part.at_token])
+    return scores.squeeze(-1)
+
+
+@torch.inference_mode()
+def row_scores(model: PreTrainedModel, rows: Sequence[JudgedRow], tokens_per_part: int) -> list[list[float]]:
+    """Scores of each row's completions (of a process: of its steps), without gradient."""
+    found: list[list[float]] = [[] for _ in rows]
+    with evaluating(model):
+        for part in scoring_parts(rows, tokens_per_part, pad=pad_token_id(model), device=causal_lm(model).device):
+            for place, values in part.by_row(part_scores(model, part)):
+                found[place] = values
+    return found
+
+
+def score_head(model: PreTrainedModel) -> nn.Module:
+    """The layer [d] → [1] that gives a score, with its adapter if it has one. Raises: InputError if there is none."""
+    plain: Any = causal_lm(model)
+    for name in ("score", "classifier"):
+        if isinstance(head := getattr(plain, name, None), nn.Module):
+            return head
+    raise InputError(f"{type(plain).__name__} has no layer named score or classifier, so it gives no scores")
+
+
+def pad_token_id(model: PreTrainedModel) -> int | None:
+    """The token that the model's own pooling passes over."""
+    found: int | None = causal_lm(model).config.get_text_config().pad_token_id
+    return found
+
+
+def head_kind(model: PreTrainedModel) -> Head:
+    """Whether the model scores sequences or tokens. Raises: InputError if it does neither."""
+    name = type(causal_lm(model)).__name__
+    if name.endswith("ForSequenceClassification"):
+        return "sequence"
+    if name.endswith("ForTokenClassification"):
+        return "token"
+    raise InputError(f"{name} gives no scores; expected a model for sequence or token classification with one label")
+
+
+@torch.inference_mode()
+def check_scores(model: PreTrainedModel) -> None:
+    """Compare scores with the model's own output, on two short sequences of which one is padded.
+
+    Raises: InputError where they disagree: a model that is not causal, pools otherwise, or does more in its head.
+    """
+    plain: Any = causal_lm(model)
+    pad = pad_token_id(model)
+    token, other = [token for token in range(3) if token != pad][:2]
+    steps = [1] if head_kind(model) == "token" else []
+    rows = [
+        JudgedRow([token, other], [completion], step_ends=steps)
+        for completion in ([token, token], [other, token if pad is None else pad])
+    ]
+    with evaluating(plain):
+        ours = torch.tensor(row_scores(model, rows, 1)).flatten()
+        whole = torch.tensor([row.prompt + row.completions[0] for row in rows], device=plain.device)
+        own = [plain(input_ids=ids[None]).logits.float().cpu() for ids in whole]
+    own = [logits[:, -1].flatten() if steps else logits.flatten() for logits in own]
+    differences = (torch.cat(own) - ours).abs().max() if all(len(logits) == 1 for logits in own) else torch.inf
+    if differences > TOLERANCE * max(1.0, float(ours.abs().max())):
+        raise InputError(
+            f"{type(plain).__name__} scores otherwise than taurl knows (one label, a causal model, pooled at the last "
+            "token that is no padding, one linear layer): choose another model"
+        )

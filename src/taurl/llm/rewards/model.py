@@ -1,0 +1,134 @@
+"""A reward model as a reward function: `--rewards model:runs/rm/final`."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from taurl.runtime.errors import InputError
+
+PREFIX = "model:"
+FACTORY = "reward_model"
+TOKENS_PER_PART = 8192
+
+
+def as_factory(spec: str) -> str:
+    """`model:FOLDER` or `model:FOLDER(normalize=True)` as a call of `reward_model`, the way other rewards are written.
+
+    Raises: InputError where no folder or name stands there.
+    """
+    match = re.fullmatch(r"(?P<name>[^()]+)(?:\((?P<settings>.*)\))?", spec.strip().removeprefix(PREFIX), re.DOTALL)
+    if match is None:
+        raise InputError(f"reward {spec!r} not understood: expected {PREFIX}runs/NAME/final, or a hub name after it")
+    settings = f", {match['settings']}" if (match["settings"] or "").strip() else ""
+    return f"{FACTORY}(model={json.dumps(match['name'].strip(), ensure_ascii=False)}{settings})"
+
+
+def reward_model(
+    model: str,
+    normalize: bool = False,
+    tokens_per_part: int = TOKENS_PER_PART,
+    device: str = "auto",
+    precision: str = "auto",
+) -> "ModelReward":
+    """Make a reward function of a reward model.
+
+    Args:
+        model: its folder, or a hub name.
+        normalize: subtract the mean of its scores on its own training rows, and divide by their deviation.
+        tokens_per_part: tokens, padding included, that go through it together.
+        precision: float32, bfloat16, or auto: float32 on a CPU, where measuring which is faster might choose
+            differently when a run is resumed.
+    Raises: InputError if it is no reward model, or does not know its mean.
+    """
+    return ModelReward(model, normalize, tokens_per_part, device, precision)
+
+
+class ModelReward:
+    """Scores completions with a reward model; equal prompts go through it once.
+
+    A conversation is written as in the model's training (system prompt, chat template), with its own tokenizer. A
+    process model gives the lowest score of the completion's steps (its lines).
+    """
+
+    __name__ = FACTORY
+
+    def __init__(self, model: str, normalize: bool, tokens_per_part: int, device: str, precision: str):
+        from taurl.llm.completion_ids import Conversations
+        from taurl.llm.models import load_model, load_tokenizer, resolve_model
+        from taurl.llm.reward_folder import RewardNote
+        from taurl.llm.reward_scores import check_scores, head_kind
+        from taurl.runtime.machine import choose_device, choose_precision
+
+        folder = Path(resolve_model(model))
+        self.name, self.tokens_per_part = model, tokens_per_part
+        note = RewardNote.of(folder)
+        if normalize and not note.deviation:
+            raise InputError(
+                f"reward model '{model}' does not know the mean and deviation of its scores; leave normalize"
+            )
+        self.mean, self.deviation = (note.mean or 0.0, note.deviation or 1.0) if normalize else (0.0, 1.0)
+        place = choose_device(device)
+        if precision == "auto" and place.type == "cpu":
+            precision = "float32"
+        dtype = choose_precision(precision, place)
+        self.model = load_model(model, dtype=dtype, device=place, head=written_head(folder))
+        self.conversations = Conversations.of(note, load_tokenizer(model))
+        self.of_steps = head_kind(self.model) == "token"
+        check_scores(self.model)
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | None]:
+        """One score a completion. None where a process model finds no step in it."""
+        from taurl.llm.preference_rows import JudgedRow
+        from taurl.llm.reward_scores import row_scores
+
+        lines: dict[tuple[int, ...], list[int]] = {}
+        rows: list[JudgedRow] = []
+        for line, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            rows.append(self._row(prompt, completion, f"completion {line + 1} of {len(completions)}"))
+            lines.setdefault(tuple(rows[-1].prompt), []).append(line)
+        if self.of_steps:
+            scores = row_scores(self.model, [row for row in rows if row.step_ends], self.tokens_per_part)
+            least = iter(map(min, scores))
+            return [self._scaled(next(least)) if row.step_ends else None for row in rows]
+        groups = [
+            JudgedRow(list(prompt), [rows[line].completions[0] for line in members])
+            for prompt, members in lines.items()
+        ]
+        found: dict[int, float] = {}
+        for members, scores_of in zip(
+            lines.values(), row_scores(self.model, groups, self.tokens_per_part), strict=True
+        ):
+            found |= {line: self._scaled(score) for line, score in zip(members, scores_of, strict=True)}
+        return [found[line] for line in range(len(rows))]
+
+    def _row(self, prompt: Any, completion: Any, where: str) -> Any:
+        from taurl.llm.preference_rows import STEP_SEPARATOR, JudgedRow
+        from taurl.llm.rewards.text import text_of
+
+        ids = self.conversations.prompt(prompt, where)
+        if not self.of_steps:
+            return JudgedRow(ids, [self.conversations.completion(prompt, completion, ids, where)])
+        steps = text_of(completion).split(STEP_SEPARATOR)
+        tokens, ends = self.conversations.steps(prompt, steps, STEP_SEPARATOR, ids, where)
+        return JudgedRow(ids, [tokens], step_ends=ends)
+
+    def _scaled(self, score: float) -> float:
+        return (score - self.mean) / self.deviation
+
+
+def written_head(folder: Path) -> Any:
+    """Which kind of reward model a folder holds, by its configuration. Raises: InputError if it holds none."""
+    adapter, config = folder / "adapter_config.json", folder / "config.json"
+    try:
+        written = json.loads((adapter if adapter.is_file() else config).read_text(encoding="utf-8"))
+        names = [str(written.get("task_type"))] if adapter.is_file() else list(written.get("architectures") or [])
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"model folder '{folder}': its configuration cannot be read") from error
+    for ending, head in (("ForSequenceClassification", "sequence"), ("ForTokenClassification", "token")):
+        if any(name.endswith(ending) for name in names):
+            return head
+    if names in (["SEQ_CLS"], ["TOKEN_CLS"]):
+        return "sequence" if names == ["SEQ_CLS"] else "token"
+    raise InputError(f"'{folder}' is no reward model (it is {', '.join(names)}); train one with taurl llm reward")

@@ -1,0 +1,304 @@
+"""Reward models from Python: what is learned, resumed, exported, and used as a reward."""
+
+import json
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny_policy import KeepFloat64, save_tiny_policy, tiny_model, tiny_tokenizer
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+
+from taurl.functional.preference import pairwise_loss
+from taurl.llm import GRPO, GRPOConfig, Reward, RewardConfig
+from taurl.llm.rewards import RewardSet, reward_model
+from taurl.runtime.errors import InputError
+
+TIMES = ("seconds", "time/", "tokens_per_second", "memory/")
+# Better is what holds more of the letter a; lengths vary.
+PAIRS = [
+    {
+        "prompt": f"{i}+{i % 7}?",
+        "chosen": "a" * (1 + i % 3) + "b" * (i % 2),
+        "rejected": "bc" * (1 + i % 2) + "d" * (i % 4),
+    }
+    for i in range(40)
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_policy(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(**changes):
+        values = {
+            "out": tmp_path / "run",
+            "steps": 3,
+            "rows_per_step": 4,
+            "eval_rows": 8,
+            "threads": 1,
+            "precision": "float32",
+            "learning_rate": 3e-3,
+        }
+        return RewardConfig(**(values | changes))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """A run that has learned."""
+    out = tmp_path_factory.mktemp("reward") / "run"
+    config = RewardConfig(
+        out=out, steps=40, rows_per_step=8, eval_rows=8, threads=1, precision="float32", learning_rate=3e-3
+    )
+    return Reward(str(folder), PAIRS, config).train()
+
+
+def untimed(record):
+    return {k: v for k, v in record.items() if not any(part in k for part in TIMES)}
+
+
+def test_it_learns_which_of_two_is_better(trained):
+    records = trained.run.records()
+    assert records[-1]["eval/accuracy"] == 1.0
+    assert records[-1]["eval/loss"] < 0.2 < 0.5 < records[0]["eval/loss"]
+    assert records[-1]["loss"] < records[1]["loss"]
+    assert {"accuracy", "margin", "mean_reward", "min_reward", "max_reward"} <= records[1].keys()
+    names = {
+        "auc",
+        "calibration_error",
+        "length_correlation",
+        "longer_preferred",
+        "accuracy_low",
+        "accuracy/margin_quarter_1",
+    }
+    assert {f"eval/{name}" for name in names} <= records[-1].keys()
+    assert {path.name for path in (trained.run.directory / "artifacts").iterdir()} == {"scores.svg", "calibration.svg"}
+    samples = trained.run.samples()
+    assert len(samples) == 2 * 2 * 8
+    assert {sample["row"] for sample in samples} >= {"0 chosen", "0 rejected", "7 chosen"}
+    held_out = {row["prompt"] for row in trained.held_out.rows}
+    assert held_out.isdisjoint(row["prompt"] for row in trained.train_rows.rows)
+
+
+def test_the_first_loss_is_that_of_transformers_own_scores(folder, config):
+    trainer = Reward(str(folder), PAIRS, config(eval_rows=0, steps=1, centering=0.1))
+    model, tokenizer = trainer.policy.model, trainer.policy.tokenizer
+    rows = [trainer.train_rows.rows[index] for index in trainer.order.take(0, 4)]
+    scores = []
+    for row in rows:
+        for name in ("chosen", "rejected"):
+            text = f"<user>{row['prompt']}<end><assistant>{row[name]}<end>"
+            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                scores.append(float(model(input_ids=ids).logits))
+    pairs = torch.tensor(scores).view(-1, 2)
+    expected = float(pairwise_loss(pairs[:, 0], pairs[:, 1], centering=0.1).mean())
+    (record,) = list(trainer.steps())
+    assert record["loss"] == pytest.approx(expected, rel=1e-5)
+    assert record["accuracy"] == float((pairs[:, 0] > pairs[:, 1]).float().mean())
+
+
+@pytest.mark.parametrize("loss", ["bradley_terry", "plackett_luce", "mse", "huber", "bce", "ordinal", "process"])
+def test_parts_leave_the_gradient_unchanged_for_every_loss(loss, config, tmp_path):
+    """One update in float64 with all rows at once, and with parts of one row each."""
+    rows = {
+        "plackett_luce": [{"prompt": "a", "completions": ["b", "cc", "ddd"][: 2 + i % 2]} for i in range(6)],
+        "ordinal": [{"prompt": "a", "completion": "b" * (1 + i), "label": i % 3} for i in range(6)],
+        "mse": [{"prompt": "a", "completion": "b" * (1 + i), "score": i / 2} for i in range(6)],
+        "huber": [{"prompt": "a", "completion": "b" * (1 + i), "score": 2.0 * i} for i in range(6)],
+        "process": [{"prompt": "a", "completions": ["b"] * (1 + i % 3), "labels": [1] * (1 + i % 3)} for i in range(6)],
+    }.get(loss, [row | {"margin": 0.5} for row in PAIRS[:6]])
+
+    def gradient(tokens):
+        with KeepFloat64():
+            kind = AutoModelForTokenClassification if loss == "process" else AutoModelForSequenceClassification
+            settings = tiny_model().config
+            settings.num_labels = 1
+            torch.manual_seed(0)
+            model = kind.from_config(settings).double()
+            changes = {"loss": loss, "tokens_per_part": tokens, "rows_per_step": 6, "steps": 1, "eval_rows": 0}
+            trainer = Reward(
+                model,
+                rows,
+                config(**changes, scale_rows=0, out=tmp_path / str(tokens), precision="auto", max_grad_norm=1e9),
+                tokenizer=tiny_tokenizer(),
+            )
+            norms = []
+            original = trainer.optimizer.adam.step
+
+            def step():
+                norms.append({n: m.grad.clone() for n, m in trainer.optimizer.masters.items()})
+                return original()
+
+            trainer.optimizer.adam.step = step
+            (record,) = list(trainer.steps())
+            return record["loss"], norms[0]
+
+    (whole_loss, whole), (loss_of_parts, parts) = gradient(10_000), gradient(1)
+    assert loss_of_parts == pytest.approx(whole_loss, rel=1e-12)
+    largest = max(float(g.abs().max()) for g in whole.values())
+    assert largest > 0
+    for name, expected in whole.items():
+        assert (parts[name] - expected).abs().max() < 1e-9 * max(float(expected.abs().max()), 1e-3 * largest), name
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_it_resumes_exactly(config, folder, tmp_path, rank):
+    settings = config(steps=4, save_every=2, lora_rank=rank)
+    whole = Reward(str(folder), PAIRS, settings).train().run
+    first = Reward(str(folder), PAIRS, settings.model_copy(update={"out": tmp_path / "cut"}))
+    steps = first.steps()
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    resumed = Reward.resume(tmp_path / "cut", dataset=PAIRS).train().run
+    assert [untimed(r) for r in resumed.records()] == [untimed(r) for r in whole.records()]
+    for name in ("adapter_model.safetensors" if rank else "model.safetensors", "taurl_reward.json"):
+        assert (resumed.directory / "final" / name).read_bytes() == (whole.directory / "final" / name).read_bytes()
+    with pytest.raises(InputError, match="the data is not what the run began with"):
+        Reward.resume(tmp_path / "cut", dataset=PAIRS[:-1])
+
+
+def test_other_tools_load_the_folder_and_score_the_same(trained):
+    final = trained.run.directory / "final"
+    model = AutoModelForSequenceClassification.from_pretrained(final).eval()
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert model.config.num_labels == 1
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    prompts, completions = ["1+1?", "1+1?", "2+5?"], ["aab", "bcd", "a"]
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": p}, {"role": "assistant", "content": c}], tokenize=False
+        )
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+    batch = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+    with torch.no_grad():
+        own = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+    reward = reward_model(str(final))
+    assert reward(prompts=prompts, completions=completions) == pytest.approx(own.tolist(), rel=1e-4, abs=1e-5)
+    messages = [[{"role": "user", "content": p}] for p in prompts]
+    said = [[{"role": "assistant", "content": c}] for c in completions]
+    assert reward(prompts=messages, completions=said) == pytest.approx(own.tolist(), rel=1e-4, abs=1e-5)
+    note = json.loads((final / "taurl_reward.json").read_text())
+    scaled = reward_model(str(final), normalize=True)(prompts=prompts, completions=completions)
+    assert scaled == pytest.approx([(v - note["mean"]) / note["deviation"] for v in own.tolist()], rel=1e-3, abs=1e-4)
+    one_by_one = reward_model(str(final), tokens_per_part=1)
+    assert one_by_one(prompts=prompts, completions=completions) == pytest.approx(own.tolist(), rel=1e-4, abs=1e-5)
+    assert math.isfinite(reward(prompts=["1+1?"], completions=[""])[0])
+
+
+def test_the_scale_is_that_of_the_training_rows(trained):
+    from taurl.llm.reward_scores import row_scores
+
+    scores = [v for values in row_scores(trained.policy.model, trained.train_rows.judged, 999) for v in values]
+    note = trained.policy.note
+    assert note.mean == pytest.approx(sum(scores) / len(scores), rel=1e-4)
+    assert note.deviation == pytest.approx(float(torch.tensor(scores).std(correction=0)), rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["bradley_terry", "process"])
+def test_an_adapter_is_trained_with_the_head_and_used_as_a_reward(config, folder, loss):
+    rows = PAIRS
+    if loss == "process":
+        rows = [{"prompt": f"{i}?", "completions": ["aa", "bb"], "labels": [True, False]} for i in range(12)]
+    settings = config(lora_rank=2, steps=3, learning_rate=3e-2, eval_rows=4, loss=loss)
+    trainer = Reward(str(folder), rows, settings).train()
+    model = trainer.policy.model
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name or "score.modules_to_save" in name for name in trained)
+    assert any("score" in name for name in trained)
+    assert not any("score" in name and "lora" in name for name in trained)
+    final = trainer.run.directory / "final"
+    reward = reward_model(str(final))
+    assert isinstance(reward.model, PeftModel)
+    kind = AutoModelForTokenClassification if loss == "process" else AutoModelForSequenceClassification
+    other = PeftModel.from_pretrained(kind.from_pretrained(folder, num_labels=1), final).eval()
+    ids = torch.tensor([[3, 32, 43, 33, 1, 4, 9, 1]])
+    with torch.no_grad():
+        torch.testing.assert_close(other(input_ids=ids).logits, reward.model(input_ids=ids).logits)
+        torch.testing.assert_close(other(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    if loss == "process":
+        found = reward(prompts=["1?", "1?"], completions=["aa", "  "])
+        assert found[1] is None
+        assert math.isfinite(found[0])
+
+
+def test_training_goes_on_from_a_reward_model(trained, config):
+    again = Reward(str(trained.run.directory / "final"), PAIRS, config(steps=1)).train()
+    before = trained.run.records()[-1]
+    assert again.run.records()[0]["eval/loss"] == pytest.approx(before["eval/loss"], rel=1e-4)
+
+
+def test_point_by_point_on_the_same_pairs(config, folder):
+    trainer = Reward(str(folder), PAIRS, config(loss="bce", steps=40, rows_per_step=8)).train()
+    last = trainer.run.records()[-1]
+    assert last["eval/accuracy"] > 0.9
+    assert last["eval/accuracy_low"] < last["eval/accuracy"]
+    assert last["eval/loss"] < 0.5
+
+
+def test_a_process_model_learns_steps(config, folder):
+    rows = [
+        {"prompt": f"{i}?", "completions": ["aa", "bb"][:: 1 - 2 * (i % 2)], "labels": [i % 2 == 0, i % 2]}
+        for i in range(24)
+    ]
+    trainer = Reward(str(folder), rows, config(loss="process", steps=30, rows_per_step=8, eval_rows=6)).train()
+    assert trainer.run.records()[-1]["eval/accuracy"] == 1.0
+    reward = reward_model(str(trainer.run.directory / "final"))
+    good, bad = reward(prompts=["5?"] * 2, completions=["aa", "aa\nbb"])
+    assert good > 0 > bad
+
+
+def test_grpo_learns_from_a_reward_model_mixed_with_a_function(trained, folder, tmp_path):
+    def short(completions, **kwargs):
+        return [-len(completion) / 100 for completion in completions]
+
+    rows = [{"prompt": f"{i}+{i % 3}?"} for i in range(12)]
+    spec = f"model:{trained.run.directory / 'final'}(normalize=True)"
+    config = GRPOConfig(
+        out=tmp_path / "run", steps=8, prompts_per_step=4, group_size=8, max_tokens=6, eval_rows=3, threads=1,
+        precision="float32", learning_rate=1e-2, kl_coefficient=0.01,
+    )  # fmt: skip
+    records = GRPO(str(folder), rows, [spec, short], config).train().run.records()
+    assert {"rewards/reward_model/mean", "rewards/short/mean", "kl"} <= records[1].keys()
+    assert records[-1]["eval/rewards/reward_model/mean"] > records[0]["eval/rewards/reward_model/mean"] + 0.3
+
+
+def test_a_run_names_its_reward_models_by_their_whole_path(trained, monkeypatch):
+    from taurl.llm.algorithms.setup import whole_spec
+
+    monkeypatch.chdir(trained.run.directory)
+    assert whole_spec("model:final(normalize=True)") == f"model:{trained.run.directory / 'final'}(normalize=True)"
+    assert whole_spec("model:owner/name") == "model:owner/name"
+
+
+def test_what_is_no_reward_model_is_refused(folder, trained, tmp_path, config):
+    with pytest.raises(
+        InputError, match=r"is no reward model \(it is LlamaForCausalLM\); train one with taurl llm reward"
+    ):
+        RewardSet([f"model:{folder}"])
+    with pytest.raises(InputError, match="no such model folder"):
+        RewardSet(["model:./nowhere"])
+    with pytest.raises(InputError, match="not understood: expected model:runs/NAME/final"):
+        RewardSet(["model:"])
+    bare = tmp_path / "bare"
+    trained.policy.export(bare)
+    (bare / "taurl_reward.json").unlink()
+    with pytest.raises(InputError, match="does not know the mean and deviation"):
+        RewardSet([f"model:{bare}(normalize=True)"])
+    with pytest.raises(InputError, match="LlamaForCausalLM gives no scores"):
+        Reward(tiny_model(), PAIRS, config(), tokenizer=tiny_tokenizer())
+    thirds = [{"prompt": str(i), "completion": "a", "label": i % 3} for i in range(20)]
+    with pytest.raises(InputError, match="labels run from 0 to 2; bce expects them between 0 and 1"):
+        Reward(str(folder), thirds, config(loss="bce"))
+    halves = [{"prompt": str(i), "completion": "a", "label": i / 2} for i in range(20)]
+    with pytest.raises(InputError, match=r"a label is 0.5; ordinal expects whole numbers"):
+        Reward(str(folder), halves, config(loss="ordinal"))
+    with pytest.raises(ValueError, match="compares no pairs"):
+        config(loss="mse", centering=0.1)
