@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -74,6 +75,7 @@ class GivenAnswers:
         """The rows at these places."""
         return AnswerBatch.of([self.prompts[row] for row in rows], [self.answers[row] for row in rows], device)
 
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of all token ids."""
         return hashlib.sha256(json.dumps([self.prompts, self.answers]).encode()).hexdigest()

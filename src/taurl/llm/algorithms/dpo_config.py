@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from taurl.llm.algorithms.online_config import SampledConfig
+from taurl.llm.settings import PreferenceSettings
 from taurl.runtime.config import FREE
 
 UNPAIRED_LOSSES = frozenset({"kto", "apo_zero_unpaired"})
@@ -36,7 +37,7 @@ PreferenceLoss = Literal[
 ]
 
 
-class DPOConfig(SampledConfig):
+class DPOConfig(PreferenceSettings, SampledConfig):
     """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290) and its family.
 
     Each step takes `prompts_per_step` rows, each a prompt with a chosen and a rejected answer, and raises the chosen
@@ -50,7 +51,8 @@ class DPOConfig(SampledConfig):
     data set with a column `prompt`, reasoning-gym:TASK too."""
     rewards: tuple[str, ...] = ()
     """Reward functions make the run online: the policy samples `group_size` answers to a prompt, and the best and the
-    worst of them are the pair. module:function, file.py:function, or the name of a shipped one (last_number)."""
+    worst of them are the pair. module:function, file.py:function, the name of a shipped one (last_number), or a reward
+    model: model:runs/NAME/final."""
     reference: str | None = None
     """The model that the policy is measured against: a folder or a name as for `model`. By default the weights that
     training starts from, with lora_rank the model without its adapter."""
@@ -65,9 +67,6 @@ class DPOConfig(SampledConfig):
     """Answers that are sampled to each prompt, with `rewards`."""
     temperature: float = Field(1.0, gt=0)
     """Of sampling, with `rewards`; what is trained are the log-probabilities of temperature 1."""
-    max_length: int | None = Field(None, ge=2)
-    """Rows with more tokens, prompt and longest answer, are left out and counted; by default those that the model's
-    context cannot hold."""
     loss_type: tuple[PreferenceLoss, ...] = ("sigmoid",)
     """One loss, or several whose weighted sum is descended, by TRL's names: sigmoid (DPO), sigmoid_norm (its
     log-ratios per token), robust and exo_pair (noisy labels), hinge (SLiC, RSO), ipo, discopop, nca_pair, bco_pair,

@@ -84,7 +84,7 @@ class Reference:
 
     def cache(self, answers: GivenAnswers) -> ReferenceCache:
         """The cache of a data set; it must be asked for first while the policy has its starting weights."""
-        tokens = answers.fingerprint()
+        tokens = answers.fingerprint
         if tokens not in self.caches:
             if not self._hash:
                 with self._model() as model:
