@@ -86,6 +86,7 @@ def test_objects_and_names_for_every_model(config, folder, tmp_path):
     assert record["kl"] > 0.01  # it starts away from the reference
     assert not torch.equal(trainer.critic.head.weight.detach(), head)
     given = {"model": tiny_model(), "dataset": ROWS, "rewards": high_ids, "tokenizer": tiny_tokenizer()}
+    assert trainer.trained_models() == [trainer.policy.model, trainer.critic.model]
     with pytest.raises(InputError, match="its critic did not come from Python"):
         PPO.resume(trainer.run.directory, **given, critic=tiny_model(), reference=reference)
 
@@ -190,6 +191,7 @@ def test_under_lora_one_trunk_carries_actor_critic_and_reference(config, folder)
     trainer = PPO(str(folder), ROWS, high_ids, settings)
     alone = bytes_of(load_model(str(folder), dtype=torch.float32))
     critic, policy = trainer.critic, trainer.policy
+    assert trainer.trained_models() == [policy.model]
     assert bytes_of(policy.model, critic.model, critic.head) < 1.05 * alone
     trainer.train()
     state = policy.model.state_dict()
