@@ -86,6 +86,7 @@ def test_objects_and_names_for_every_model(config, folder, tmp_path):
     assert record["kl"] > 0.01  # it starts away from the reference
     assert not torch.equal(trainer.critic.head.weight.detach(), head)
     given = {"model": tiny_model(), "dataset": ROWS, "rewards": high_ids, "tokenizer": tiny_tokenizer()}
+    assert trainer.trained_models() == [trainer.policy.model, trainer.critic.model]
     with pytest.raises(InputError, match="its critic did not come from Python"):
         PPO.resume(trainer.run.directory, **given, critic=tiny_model(), reference=reference)
 
@@ -190,6 +191,7 @@ def test_under_lora_one_trunk_carries_actor_critic_and_reference(config, folder)
     trainer = PPO(str(folder), ROWS, high_ids, settings)
     alone = bytes_of(load_model(str(folder), dtype=torch.float32))
     critic, policy = trainer.critic, trainer.policy
+    assert trainer.trained_models() == [policy.model]
     assert bytes_of(policy.model, critic.model, critic.head) < 1.05 * alone
     trainer.train()
     state = policy.model.state_dict()
@@ -212,29 +214,50 @@ def test_under_lora_one_trunk_carries_actor_critic_and_reference(config, folder)
     assert not list((trainer.run.directory / "final").glob("critic*"))
 
 
-def test_adapters_of_reward_and_reference_read_the_policys_frozen_weights(config, folder, tmp_path):
-    """Whole models as they are loaded, each with a base of its own; afterwards there is one base."""
+@pytest.fixture
+def reward_adapter(folder, tmp_path):
+    """A reward model's folder as LoRA training leaves it: an adapter on the policy's base, and a head."""
+    torch.manual_seed(5)
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    config = LoraConfig(r=1, target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "rm")
+    tiny_tokenizer().save_pretrained(tmp_path / "rm")
+    return tmp_path / "rm"
 
-    class Judge:
-        __name__ = "judge"
 
-        def __init__(self):
-            base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
-            self.model = get_peft_model(base, LoraConfig(r=1, target_modules=["q_proj"], task_type="SEQ_CLS"))
-
-        def __call__(self, completion_ids, **columns):
-            with torch.no_grad():
-                return [float(self.model(torch.tensor([ids])).logits) for ids in completion_ids]
-
-    judge = Judge()
-    other = get_peft_model(tiny_model(), LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    expected = judge(completion_ids=[[5, 9, 1]])
-    settings = config(lora_rank=1, lora_targets=("q_proj",), learning_rate=3e-2, steps=1)
-    trainer = PPO(str(folder), ROWS, judge, settings, reference=other)
+def test_reward_model_critic_and_reference_that_are_adapters_read_the_policys_frozen_weights(
+    config, folder, reward_adapter
+):
+    """Four whole models as they are loaded, each with a base of its own; afterwards there is one base."""
+    reference = get_peft_model(tiny_model(), LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    settings = config(lora_rank=1, lora_targets=("q_proj",), learning_rate=3e-2, steps=2)
+    trainer = PPO(
+        str(folder), ROWS, f"model:{reward_adapter}", settings, critic=str(reward_adapter), reference=reference
+    )
+    critic, (judge,) = trainer.critic, trainer.rewards.models
     alone = bytes_of(load_model(str(folder), dtype=torch.float32))
-    assert bytes_of(trainer.policy.model, trainer.critic.head, judge.model, other) < 1.1 * alone
+    head = bytes_of(load_model(str(folder), dtype=torch.float32).lm_head)
+    assert bytes_of(trainer.policy.model, critic.model, critic.head, judge, reference) < 1.1 * alone + head
+    score = load_file(reward_adapter / "adapter_model.safetensors")["base_model.model.score.weight"]
+    torch.testing.assert_close(critic.head.weight.detach(), score, rtol=0, atol=0)
+    started = {name: weight.detach().clone() for name, weight in critic.named_parameters()}
+    ids = torch.tensor([[3, 32, 43, 33, 1, 4]])
+    with torch.no_grad():
+        judged = judge(ids).logits
+        torch.testing.assert_close(critic.model(ids).logits, judged)
+        trainer.train()
+        torch.testing.assert_close(judge(ids).logits, judged, rtol=0, atol=0)
+    for name, weight in critic.named_parameters():
+        assert "lora_" in name or name.startswith("head.")
+        assert not torch.equal(weight, started[name]), name
+
+
+def test_a_whole_policy_merges_a_critics_adapter(config, folder, reward_adapter):
+    trainer = PPO(str(folder), ROWS, high_ids, config(steps=1), critic=str(reward_adapter))
+    names = [name for name, _ in trainer.critic.named_parameters()]
+    assert not any("lora_" in name for name in names)
+    assert len(names) == 2 + len(list(trainer.policy.model.model.named_parameters()))
     trainer.train()
-    assert judge(completion_ids=[[5, 9, 1]]) == expected
 
 
 def test_gradient_checkpointing_changes_nothing_but_rounding(config, folder, tmp_path):

@@ -4,7 +4,6 @@ The value of a token is V of the state in which it was chosen, so it comes from 
 """
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from taurl.llm.heads import body, causal_lm
-from taurl.llm.hub import quiet_transformers
-from taurl.llm.models import load_model, resolve_model
-from taurl.llm.policies import Policy, switch_off_dropout
+from taurl.llm.models import Head, load_model, resolve_model
+from taurl.llm.policies import Policy, share_weights, switch_off_dropout
+from taurl.llm.rewards.model import written_head
 from taurl.runtime.errors import InputError
 
 ADAPTER = "critic"
@@ -64,7 +63,7 @@ class Critic:
 
     def trunk_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Those of them below the head."""
-        return list(self.model.named_parameters())
+        return [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
 
 
 class AdapterCritic(Critic):
@@ -111,34 +110,44 @@ def make_critic(
         return HeadCritic(head, model)
     if kind == "copy" and policy.has_adapter:
         return AdapterCritic(head, policy)
+    trunk: Any
     if kind == "copy":
-        trunk = copy.deepcopy(body(model))
+        trunk = copy.deepcopy(body(model)).requires_grad_(True)
     else:
         start: Any = load_start(kind, dtype=model.dtype) if isinstance(kind, str) else kind
         head = started_head(start, policy, dtype)
-        trunk = body(start)
-    trunk.to(device=model.device, dtype=model.dtype).requires_grad_(True)
+        trunk = started_trunk(start, policy)
+    trunk.to(device=model.device, dtype=model.dtype)
     switch_off_dropout(trunk)
     if gradient_checkpointing:
-        trunk.activation_checkpointing_enable()  # type: ignore[operator]
+        trunk.activation_checkpointing_enable()
+        trunk.enable_input_require_grads()
     trunk.train(gradient_checkpointing)
     return Critic(head, trunk)
 
 
 def load_start(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
     """A reward model with its head where the folder holds one, else a causal language model."""
-    folder = Path(resolve_model(name))
-    configuration = folder / "config.json"
-    kinds = (
-        json.loads(configuration.read_text(encoding="utf-8")).get("architectures") if configuration.is_file() else []
-    )
-    if not any(kind.endswith("ForSequenceClassification") for kind in kinds or []):
-        return load_model(name, dtype=dtype)
-    with quiet_transformers():
-        loaded: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-    return loaded
+    head: Head
+    try:
+        head = written_head(Path(resolve_model(name)))
+    except InputError:  # not a reward model; what it is instead, loading will tell
+        head = "language"
+    return load_model(name, dtype=dtype, head=head)
+
+
+def started_trunk(start: Any, policy: Policy) -> Any:
+    """What is below the head, ready to be trained: all of it, or, beside a policy with an adapter, its adapter alone.
+
+    The adapter's base then is the policy's own where they are equal.
+    """
+    if hasattr(start, "peft_config") and policy.has_adapter:
+        for name, weight in start.named_parameters():
+            weight.requires_grad_("lora_" in name)
+        share_weights(start, policy.model)
+        return start
+    whole = start.merge_and_unload() if hasattr(start, "peft_config") else start
+    return body(whole).requires_grad_(True)
 
 
 def started_head(start: Any, policy: Policy, dtype: torch.dtype) -> ValueHead:
@@ -147,7 +156,9 @@ def started_head(start: Any, policy: Policy, dtype: torch.dtype) -> ValueHead:
     if own != other:
         raise InputError(f"the critic's model reads {other} tokens and the policy {own}; give one of the same family")
     head = ValueHead(hidden_width(start), dtype, policy.model.device)
-    score = getattr(causal_lm(start), "score", None)
+    score: Any = getattr(causal_lm(start), "score", None)
+    if hasattr(score, "modules_to_save"):  # how peft keeps a head that was trained beside an adapter
+        score = score.modules_to_save[start.active_adapter]
     if isinstance(score, nn.Linear) and score.out_features == 1:
         with torch.no_grad():
             head.weight.copy_(score.weight)

@@ -56,9 +56,8 @@ class Collected:
         """Rewards, lengths, and speed by the seconds of the step's phases."""
         totals = torch.from_numpy(self.scores.total)
         alone = self.group_size == 1
-        figures = rollout_figures(
-            self.rollout, totals.reshape(1 if alone else -1, -1 if alone else self.group_size), times
-        )
+        grouped = totals[None] if alone else totals.reshape(-1, self.group_size)
+        figures = rollout_figures(self.rollout, grouped, times)
         if alone:  # no groups whose rewards could agree; reward_std is that of the step
             del figures["frac_reward_zero_std"]
         if self.turns is not None:

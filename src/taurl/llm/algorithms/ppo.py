@@ -140,6 +140,11 @@ class PPO(OnlineTrainer):
         elif self.given("rewards") or self.given("dataset") is not None:
             raise InputError("an environment gives prompts and rewards itself: leave dataset and rewards out")
 
+    def trained_models(self) -> list[Any]:
+        """The policy, and the critic if it is a model of its own."""
+        apart = self.critic is not None and self.critic.model is not self.policy.model
+        return [*super().trained_models(), *([self.critic.model] if self.critic and apart else [])]
+
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""
         run = self.run

@@ -83,7 +83,12 @@ class Trainer(ABC):
         seed_everything(self.config.seed)
         self.set_up(dtype)
         if getattr(self.config, "compile_layers", False):
-            run.view.note(compile_layers(self.policy.model, self.device))
+            for trained in self.trained_models():
+                run.view.note(compile_layers(trained, self.device))
+
+    def trained_models(self) -> list[Any]:
+        """The models that gradients go through: the policy's, and what else an algorithm trains."""
+        return [self.policy.model]
 
     def given(self, name: str) -> Any:
         """The object given from Python, or else the setting of that name (None where there is no such setting)."""
