@@ -54,7 +54,9 @@ PANELS = (
         share=True,
     ),
     Panel("Held-out evaluation", "Held-out reward", ("eval/reward", "eval/rewards/*/mean"), "The same rows each time."),
-    Panel("Held-out evaluation", "Held-out loss", ("eval/loss",), "In SFT the negative log-likelihood of a trained token."),
+    Panel(
+        "Held-out evaluation", "Held-out loss", ("eval/loss",), "In SFT the negative log-likelihood of a trained token."
+    ),
     Panel("Held-out evaluation", "Perplexity", ("eval/perplexity",), "exp of the held-out loss."),
     Panel(
         "Likelihood",
