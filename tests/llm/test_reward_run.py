@@ -229,6 +229,18 @@ def test_an_adapter_is_trained_with_the_head_and_used_as_a_reward(config, folder
         assert math.isfinite(found[0])
 
 
+def test_an_adapter_merged_into_the_weights_scores_the_same(config, folder):
+    settings = config(lora_rank=2, learning_rate=3e-2, merge_adapter=True, eval_rows=0)
+    trainer = Reward(str(folder), PAIRS, settings).train()
+    reward = reward_model(str(trainer.run.directory / "final"))
+    assert not isinstance(reward.model, PeftModel)
+    ids = torch.tensor([[3, 32, 43, 33, 1, 4, 9, 1]])
+    with torch.no_grad():
+        expected = trainer.policy.model(input_ids=ids).logits
+        torch.testing.assert_close(reward.model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert "pipeline_tag: text-classification" in (trainer.run.directory / "final" / "README.md").read_text()
+
+
 def test_training_goes_on_from_a_reward_model(trained, config):
     again = Reward(str(trained.run.directory / "final"), PAIRS, config(steps=1)).train()
     before = trained.run.records()[-1]

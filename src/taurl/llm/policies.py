@@ -222,7 +222,7 @@ class Policy:
             elif self.has_adapter:
                 chosen = {"selected_adapters": [self.model.active_adapter]}  # of several the policy's own
             model.save_pretrained(directory, safe_serialization=True, **chosen)
-            if model.generation_config is not None:
+            if getattr(model, "generation_config", None) is not None:  # a model that gives scores has none
                 model.generation_config.save_pretrained(directory)  # which peft leaves out
             self.tokenizer.save_pretrained(directory)
         if card is not None:
