@@ -84,6 +84,8 @@ def test_margins_rankings_labels_scores():
         [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "c", "label": "False"}]
     )
     assert [row.values for row in labelled.judged] == [[1.0], [0.0]]
+    (silent,) = reader("label").read([{"prompt": "a", "completion": "", "label": 0}]).judged
+    assert texts(silent)[1] == "<end>"
     (scored,) = reader("score").read([{"prompt": "a", "completion": "b", "score": 7}]).judged
     assert scored.values == [7.0]
     (unpaired,) = reader("label").read([PAIR]).judged

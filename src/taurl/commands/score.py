@@ -77,8 +77,10 @@ def readable(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[st
         if columns == ("completions",) and not isinstance(row["completions"], list):
             raise InputError(f"row {number} of the data: its completions is no list")
         for completion in completions_of(row, columns):
-            if completion != "" and (problem := prompt_problem(completion)):  # a sampler may have said nothing
-                raise InputError(f"row {number} of the data: {problem.replace('the prompt', 'a completion')}")
+            if completion != "" and (
+                problem := prompt_problem(completion, "a completion")
+            ):  # a sampler may have said nothing
+                raise InputError(f"row {number} of the data: {problem}")
     return rows, columns
 
 

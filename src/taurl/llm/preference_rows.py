@@ -189,8 +189,9 @@ class PreferenceReader:
         else:
             names, given = ["completion"], [row["completion"]]
         for name, completion in zip(names, given, strict=True):
-            if problem := prompt_problem(completion):
-                raise InputError(f"{where}: {problem.replace('the prompt', f'its {name}')}")
+            silent = names == ["completion"] and completion == ""  # what was sampled may be nothing but its end
+            if not silent and (problem := prompt_problem(completion, f"its {name}")):
+                raise InputError(f"{where}: {problem}")
         completions = [self.conversations.completion(row["prompt"], completion, prompt, where) for completion in given]
         if self.form in ("pairs", "ranking"):
             margin = 0.0 if row.get("margin") is None else _number(row["margin"], "margin", where)
@@ -228,8 +229,8 @@ def with_prompt(row: Row, number: int) -> Row:
     """
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     for name in COLUMNS["pairs"]:
-        if problem := prompt_problem(row[name]):
-            raise InputError(f"row {number} of the data: {problem.replace('the prompt', f'its {name}')}")
+        if problem := prompt_problem(row[name], f"its {name}"):
+            raise InputError(f"row {number} of the data: {problem}")
     whole = not isinstance(chosen, str) and chosen[0]["role"] != "assistant"
     if prompt is not None and not (whole and isinstance(prompt, str)):
         return row
