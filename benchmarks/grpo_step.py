@@ -17,14 +17,13 @@ from taurl.llm.chat import encode_prompt
 from taurl.llm.datasets import PromptOrder
 from taurl.llm.models import load_tokenizer, resolve_model
 
-MODEL = "smollm2-135m-instruct"
 PROMPTS, GROUP, TOKENS = 4, 8, 128
 TARGET = Target({INSTALLED: 5, SAME: 3.5})
 
 
 def main() -> None:
     options = parser(__doc__, steps=3).parse_args()
-    job = common_job(options, resolve_model(MODEL)) | {
+    job = common_job(options, resolve_model(options.model)) | {
         "kind": "grpo",
         "rows_per_step": PROMPTS * GROUP,
         "rows_per_part": 8,
@@ -36,7 +35,7 @@ def main() -> None:
     }
     rows = [{"prompt": user(row["question"])} for row in read(options.data, "train.jsonl", PROMPTS * job["steps"])]
     found = in_turn(options, job | {"rows": rows, "order": PromptOrder(len(rows), 0).take(0, len(rows))})
-    ours, tokenizer = found[OURS], load_tokenizer(MODEL)
+    ours, tokenizer = found[OURS], load_tokenizer(options.model)
     prompt = statistics.mean(len(encode_prompt(row["prompt"], tokenizer)) for row in rows)
     completions = PROMPTS * GROUP * statistics.mean(run["mean_length"] for run in ours)
     sampling, updating = (statistics.mean(run[phase] for run in ours) for phase in ("sampling", "updating"))
@@ -47,8 +46,9 @@ def main() -> None:
         job,
         found,
         TARGET,
-        f"Tokens a completion: {', '.join(lengths)}. Of taurl's step {sampling:.1f} s are sampling, {updating:.1f} s the update.",
-        "The update alone: " + share_of_peak(job, pass_flops(ours[0], PROMPTS * prompt + completions, completions), found),
+        f"Tokens a completion: {', '.join(lengths)}.",
+        f"Of taurl's step {sampling:.1f} s are sampling and {updating:.1f} s the update.",
+        share_of_peak(job, pass_flops(ours[0], PROMPTS * prompt + completions, completions), found),
     )
 
 

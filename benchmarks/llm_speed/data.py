@@ -34,3 +34,27 @@ def conversation(tokenizer: Any, question: str, answer: str) -> tuple[list[int],
     before = tokenizer.apply_chat_template(user(question), tokenize=False, add_generation_prompt=True)
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, answer)]
     return encoded[0], [*encoded[1], tokenizer.eos_token_id]
+
+
+def pair_row(tokenizer: Any, pair: Row) -> Row:
+    """A pair as conversations, and as token ids."""
+    said = {name: [{"role": "assistant", "content": pair[name]}] for name in ("chosen", "rejected")}
+    prompt, chosen = conversation(tokenizer, pair["prompt"], pair["chosen"])
+    _, rejected = conversation(tokenizer, pair["prompt"], pair["rejected"])
+    ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+    return {"prompt": user(pair["prompt"]), **said, **ids}
+
+
+def words(pair: Row) -> Row:
+    """The columns that taurl reads."""
+    return {name: pair[name] for name in ("prompt", "chosen", "rejected")}
+
+
+def pair_ids(pair: Row) -> Row:
+    """The columns that TRL's DPOTrainer makes of them."""
+    return {name: pair[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+
+
+def whole_ids(pair: Row) -> Row:
+    """The columns that TRL's RewardTrainer makes of them."""
+    return {name: pair["prompt_ids"] + pair[name] for name in ("chosen_ids", "rejected_ids")}

@@ -6,7 +6,8 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ def peak_memory_gb(device: str) -> float:
 
 
 class Laps:
-    """Seconds from one update's end to the next; the first `warm_up` updates are not among them.
+    """A clock of the updates: started before the first, called after each, stopped while something else goes on.
 
     Attributes:
+        ends: seconds on the clock at the start, and after each update.
         over: the job's minutes have passed (they began with the process), and one update at least is measured.
     """
 
@@ -46,23 +48,51 @@ class Laps:
         self.warm_up, self.device = job["warm_up"], job["device"]
         self.until = time.perf_counter() + 60 * job["minutes"]
         self.ends: list[float] = []
-
-    @property
-    def over(self) -> bool:
-        return len(self.ends) > self.warm_up and time.perf_counter() > self.until
+        self._stopped = 0.0
 
     def __call__(self) -> None:
         if self.device.startswith("cuda"):
             torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
+        self.ends.append(time.perf_counter() - self._stopped)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._stopped += time.perf_counter() - start
+
+    @property
+    def over(self) -> bool:
+        return len(self.ends) > self.warm_up + 1 and time.perf_counter() > self.until
 
     def seconds(self) -> list[float]:
-        measured = self.ends[self.warm_up - 1 :]
+        """Of each update, but for those that warm up."""
+        measured = self.ends[self.warm_up :]
         return [after - before for before, after in itertools.pairwise(measured)]
 
 
+class Curve:
+    """The accuracy on held-out questions over the training's own time, until a goal is reached.
+
+    Attributes:
+        points: updates, seconds on the clock, accuracy.
+    """
+
+    def __init__(self, job: dict[str, Any], laps: Laps, accuracy: Callable[[], float]):
+        self.every, self.goal, self.laps, self.accuracy = job["every"], job["goal"], laps, accuracy
+        self.points: list[tuple[int, float, float]] = []
+
+    def reached(self) -> bool:
+        """To be called after each update, and before the first."""
+        updates = len(self.laps.ends) - 1
+        if updates % self.every == 0:
+            with self.laps.stopped():
+                self.points.append((updates, self.laps.ends[-1] - self.laps.ends[0], self.accuracy()))
+        return self.points[-1][2] >= self.goal
+
+
 def parameters(model: Any) -> dict[str, int]:
-    """Parameters that every token goes through, and those of the output head; an embedding is looked up, not computed."""
+    """Parameters that every token goes through, and those of the output head. (An embedding is looked up.)"""
     head = model.get_output_embeddings()
     embeddings = {id(part.weight): part.weight for part in (model.get_input_embeddings(), head) if part is not None}
     inside = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in embeddings)
@@ -81,6 +111,31 @@ def held_out_nll(model: torch.nn.Module, rows: Iterable[dict[str, list[int]]]) -
         losses = torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum")
         total, targets = total + losses.item(), targets + int((labels[0, 1:] != -100).sum())
     return total / targets
+
+
+@torch.no_grad()
+def pair_accuracy(score: Callable[[list[int], list[int]], float], pairs: list[dict[str, list[int]]]) -> float:
+    """The share of pairs whose chosen answer scores higher; `score` is of prompt and answer, as token ids."""
+    scores = [[score(pair["prompt_ids"], pair[name]) for name in ("chosen_ids", "rejected_ids")] for pair in pairs]
+    return sum(chosen > rejected for chosen, rejected in scores) / max(1, len(scores))
+
+
+def reward_of(model: Any) -> Callable[[list[int], list[int]], float]:
+    """What a model with a scalar head gives."""
+    model.eval()
+    return lambda prompt, answer: float(model(torch.tensor([prompt + answer], device=model.device)).logits)
+
+
+def implicit_reward_of(model: Any, reference: Any) -> Callable[[list[int], list[int]], float]:
+    """DPO's: log π(answer | prompt) − log π_ref(answer | prompt)."""
+    model.eval()
+    return lambda prompt, answer: log_likelihood(model, prompt, answer) - log_likelihood(reference, prompt, answer)
+
+
+def log_likelihood(model: Any, prompt: list[int], answer: list[int]) -> float:
+    ids = torch.tensor([prompt + answer], device=model.device)
+    logprobs = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    return float(logprobs.gather(1, ids[0, len(prompt) :, None]).sum())
 
 
 def report(job: dict[str, Any], laps: Laps, **figures: Any) -> None:

@@ -4,10 +4,25 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from measure import Laps, parameters, read_job, report
+from data import words
+from measure import (
+    Curve,
+    Laps,
+    held_out_nll,
+    implicit_reward_of,
+    pair_accuracy,
+    parameters,
+    peak_memory_gb,
+    read_job,
+    report,
+    reward_of,
+)
 from rewards import REWARDS
 
 from taurl import llm
+from taurl.llm.chat import encode_prompt
+from taurl.llm.generation import Sampling
+from taurl.llm.models import load_model
 from taurl.runtime.machine import keep_freed_memory
 
 
@@ -38,26 +53,71 @@ def grpo(job: dict[str, Any], laps: Laps) -> None:
         slots=job["rows_per_step"],
     )
     trainer = llm.GRPO(None, job["rows"], REWARDS[job["reward"]], config)
-    records = run(trainer, laps)
+    curve = Curve(job, laps, lambda: accuracy(trainer, job)) if "goal" in job else None
+    records = run(trainer, laps, curve)
     report(
         job,
         laps,
-        mean_length=mean(records, "completions/mean_length"),
-        sampling=mean(records, "time/sample"),
-        updating=mean(records, "time/update"),
+        mean_length=mean(records[laps.warm_up :], "completions/mean_length"),
+        sampling=mean(records[laps.warm_up :], "time/sample"),
+        updating=mean(records[laps.warm_up :], "time/update"),
+        curve=curve and curve.points,
         **parameters(trainer.policy.model),
     )
 
 
-def run(trainer: Any, laps: Laps) -> list[dict[str, Any]]:
-    """The records of the measured updates."""
+def accuracy(trainer: Any, job: dict[str, Any]) -> float:
+    """Mean reward of greedy answers to the held-out questions."""
+    tokenizer, greedy = trainer.policy.tokenizer, Sampling(job["max_tokens"], temperature=0)
+    prompts = [encode_prompt(row["prompt"], tokenizer) for row in job["held_out"]]
+    groups = trainer.generator.generate(prompts, 1, greedy)
+    texts = [tokenizer.decode(group[0].tokens, skip_special_tokens=True) for group in groups]
+    return statistics.mean(REWARDS[job["reward"]](completions=texts, answer=[row["answer"] for row in job["held_out"]]))
+
+
+def sft(job: dict[str, Any], laps: Laps) -> None:
+    trainer = llm.SFT(None, job["rows"], llm.SFTConfig(**settings(job), rows_per_step=job["rows_per_step"]))
+    records = run(trainer, laps)
+    model, peak = trainer.policy.model, peak_memory_gb(job["device"])
+    nll = held_out_nll(model, job["held_out"])
+    report(job, laps, peak_gb=peak, losses=losses(records), held_out_nll=nll, **parameters(model))
+
+
+def dpo(job: dict[str, Any], laps: Laps) -> None:
+    config = llm.DPOConfig(**settings(job), rows_per_step=job["rows_per_step"], beta=job["beta"])
+    trainer = llm.DPO(None, [words(row) for row in job["rows"]], config)
+    records = run(trainer, laps)
+    model, peak = trainer.policy.model, peak_memory_gb(job["device"])
+    reference = load_model(job["model"], dtype=model.dtype, device=job["device"])
+    score = pair_accuracy(implicit_reward_of(model, reference), job["held_out"])
+    report(job, laps, peak_gb=peak, losses=losses(records), accuracy=score, **parameters(model))
+
+
+def reward(job: dict[str, Any], laps: Laps) -> None:
+    config = llm.RewardConfig(**settings(job), rows_per_step=job["rows_per_step"])
+    trainer = llm.Reward(None, [words(row) for row in job["rows"]], config)
+    records = run(trainer, laps)
+    model, peak = trainer.policy.model, peak_memory_gb(job["device"])
+    score = pair_accuracy(reward_of(model), job["held_out"])
+    report(job, laps, peak_gb=peak, losses=losses(records), accuracy=score, **parameters(model))
+
+
+def run(trainer: Any, laps: Laps, curve: Curve | None = None) -> list[dict[str, Any]]:
+    """The records of all updates, until the minutes are over or the goal of the curve is reached."""
+    laps()
+    if curve:
+        curve.reached()
     records = []
     for record in trainer.steps():
         laps()
         records.append(record)
-        if laps.over:
+        if (curve and curve.reached()) or laps.over:
             break
-    return records[laps.warm_up :]
+    return records
+
+
+def losses(records: list[dict[str, Any]]) -> list[float]:
+    return [record["loss"] for record in records]
 
 
 def mean(records: list[dict[str, Any]], name: str) -> float:
@@ -67,4 +127,4 @@ def mean(records: list[dict[str, Any]], name: str) -> float:
 if __name__ == "__main__":
     keep_freed_memory()  # as the command line does
     job = read_job()
-    {"grpo": grpo}[job["kind"]](job, Laps(job))
+    {"sft": sft, "grpo": grpo, "dpo": dpo, "reward": reward}[job["kind"]](job, Laps(job))

@@ -31,6 +31,7 @@ Found = dict[str, Any]
 def parser(about: str, *, steps: int, warm_up: int = 1) -> argparse.ArgumentParser:
     """The options that every one of these benchmarks has."""
     options = argparse.ArgumentParser(description=about)
+    options.add_argument("--model", default="smollm2-135m-instruct")
     options.add_argument("--rounds", type=int, default=1, help="times that the sides run in turn, each afresh")
     options.add_argument("--steps", type=int, default=steps, help="updates measured in each run")
     options.add_argument("--warm-up", type=int, default=warm_up, help="updates before them")
@@ -121,4 +122,3 @@ def median_seconds(found: list[Found]) -> float:
 
 def peak_gb(found: list[Found]) -> float:
     return max(one["peak_gb"] for one in found)
-

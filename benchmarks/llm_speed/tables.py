@@ -4,15 +4,19 @@ import datetime
 import platform
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from llm_speed.sides import INSTALLED, OURS, Found, Job, median_seconds, peak_gb
-from shared import HERE, write_section
+from shared import HERE, PACKAGES, write_section
+
 from taurl.runtime.machine import describe_machine, matrix_product_seconds
 
-PEAK_SIZE = 2048
+BLUE, GRAY = "#2563eb", "#94a3b8"
+PEAK_SIZE = 2048  # rows and columns of the product that the peak is measured with
 PASS_FLOPS = 6  # of a parameter and a token: two forwards, four backwards (a product and its two gradients)
 
 
@@ -31,19 +35,18 @@ class Target:
 
 def table(found: dict[str, list[Found]], target: Target) -> str:
     """Seconds and memory of each side, what taurl gains, what was asked for."""
-    lines = ["| | s a step | of | peak GB | taurl's speed | asked | taurl's memory | asked |", "|---|---|---|---|---|---|---|---|"]
-    ours = found[OURS]
+    heads = ["", "s a step", "steps", "peak GB", "taurl's speed", "asked", "taurl's memory", "asked"]
+    lines, ours = [heads, ["---"] * len(heads)], found[OURS]
     for name, runs in found.items():
         count = sum(len(run["seconds"]) for run in runs)
-        cells = [name, f"{median_seconds(runs):.1f}", str(count), f"{peak_gb(runs):.1f}"]
+        cells = [name, f"{median_seconds(runs):.1f}", str(count), f"{peak_gb(runs):.1f}", *[""] * 4]
         if name != OURS:
-            faster, smaller = median_seconds(runs) / median_seconds(ours), peak_gb(ours) / peak_gb(runs)
-            cells += [f"{faster:.2f} ×", f"≥ {target.speed[name]:g} ×" if name in target.speed else ""]
-            cells += [f"{smaller:.2f} ×", f"≤ {target.memory:.2g} ×" if name == INSTALLED else ""]
-        else:
-            cells += [""] * 4
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            cells[4] = f"{median_seconds(runs) / median_seconds(ours):.2f} ×"
+            cells[5] = f"≥ {target.speed[name]:g} ×"
+            cells[6] = f"{peak_gb(ours) / peak_gb(runs):.2f} ×"
+            cells[7] = f"≤ {target.memory:.2g} ×" if name == INSTALLED else ""
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def missed(found: dict[str, list[Found]], target: Target) -> list[str]:
@@ -65,13 +68,14 @@ def pass_flops(run: Found, tokens: float, targets: float) -> float:
 def share_of_peak(job: Job, flops: float, found: dict[str, list[Found]]) -> str:
     """How near taurl's step is to the machine's matrix products, and what that leaves to gain on the peers."""
     least = flops / matrix_product_peak(job)
-    bounds = [f"{median_seconds(runs) / least:.1f} times the speed of {name}" for name, runs in found.items() if name != OURS]
-    return (
-        f"Its matrix products are {flops / 1e12:.2f} TFLOP a step, the body at every token and the head at the targets. At "
-        f"{flops / least / 1e12:.2f} TFLOP/s, what a product of {PEAK_SIZE}³ reaches here in {job['precision']}, they take "
-        f"{least:.1f} s, {least / median_seconds(found[OURS]):.0%} of taurl's step."
-        + (f" A step of nothing else would have {' and '.join(bounds)}." if bounds else "")
+    said = (
+        f"An update's matrix products, the body at every token and the head at the targets, are {flops / 1e12:.2f} "
+        f"TFLOP. At {flops / least / 1e12:.2f} TFLOP/s, what a product of {PEAK_SIZE}³ reaches here in "
+        f"{job['precision']}, they take {least:.1f} s, {least / median_seconds(found[OURS]):.0%} of taurl's step."
     )
+    peers = {name: median_seconds(runs) / least for name, runs in found.items() if name != OURS}
+    bounds = " and ".join(f"{ratio:.1f} times the speed of {name}" for name, ratio in peers.items())
+    return f"{said} A step of nothing else would have {bounds}." if bounds else said
 
 
 def matrix_product_peak(job: Job) -> float:
@@ -87,9 +91,10 @@ def about(job: Job) -> str:
     machine = describe_machine()
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     where = machine["gpu"] if job["device"] == "cuda" else f"{machine['cpu']}, {job['threads']} threads"
+    peer = next(package for package in PACKAGES if package.startswith("trl")).replace("==", " ")
     command = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     return (
-        f"`{command}`, {datetime.date.today()}; trl 1.16.0, {packages}, Python {platform.python_version()}; {where}; "
+        f"`{command}`, {datetime.date.today()}; {peer}, {packages}, Python {platform.python_version()}; {where}; "
         f"{job['precision']}."
     )
 
@@ -97,35 +102,58 @@ def about(job: Job) -> str:
 def finish(
     options: Namespace, title: str, job: Job, found: dict[str, list[Found]], target: Target, *notes: str
 ) -> None:
-    """Print the result, with what was missed; with --write it becomes a section of RESULTS.md, and a picture."""
-    text = [about(job), table(found, target)]
-    if said := missed(found, target):
-        text.append(f"Missed: {'; '.join(said)}.")
-    text += [note for note in notes if note]
-    if options.write and len(found) > 1:
-        picture = f"{Path(sys.argv[0]).stem}.svg"
-        bars(HERE / picture, title, found)
-        text.insert(1, f"![{title}]({picture})")
-        write_section(title, "\n\n".join(text))
+    """The result of a comparison of steps: table, what was missed, notes, and bars as the picture."""
+    said = missed(found, target)
+    text = [table(found, target), f"Missed: {'; '.join(said)}." if said else "", *notes]
+    publish(options, title, job, text, lambda axes: bars(axes, found), panels=2)
+
+
+def publish(
+    options: Namespace, title: str, job: Job, text: list[str], draw: Callable[[Any], None], panels: int = 1
+) -> None:
+    """Print a result; with --write, and a peer beside taurl, it becomes a section of RESULTS.md with its picture."""
+    text = [about(job), *filter(None, text)]
     print(f"## {title}", *text, sep="\n\n")
+    if options.write and not options.alone:
+        name = f"{title.lower().replace(' ', '_').replace(chr(39), '')}.svg"
+        picture(HERE / name, title, draw, panels)
+        write_section(title, "\n\n".join([*text, f"![{title}]({name})"]))
 
 
-def bars(path: Path, title: str, found: dict[str, list[Found]]) -> None:
-    """Seconds a step and peak memory of each side, as bars."""
+def picture(path: Path, title: str, draw: Callable[[Any], None], panels: int) -> None:
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "taurl"})
-    figure, axes = plt.subplots(1, 2, figsize=(8, 0.6 + 0.5 * len(found)), sharey=True)
-    names = list(found)[::-1]
-    for axis, measure, label in zip(axes, (median_seconds, peak_gb), ("seconds a step", "peak memory, GB"), strict=True):
-        drawn = axis.barh(names, [measure(found[name]) for name in names], color=["#94a3b8"] * (len(names) - 1) + ["#2563eb"])
-        axis.bar_label(drawn, fmt="%.1f", padding=3)
-        axis.set_xlabel(label)
-        axis.margins(x=0.15)
+    figure, axes = plt.subplots(1, panels, figsize=(8, 2.4 if panels > 1 else 3.6), sharey=True)
+    draw(axes)
+    for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
+
+
+def bars(axes: Any, found: dict[str, list[Found]]) -> None:
+    """Seconds a step and peak memory of each side."""
+    names = list(found)[::-1]
+    colors = [BLUE if name == OURS else GRAY for name in names]
+    for axis, measure, label in zip(axes, (median_seconds, peak_gb), ("seconds a step", "peak GB"), strict=True):
+        drawn = axis.barh(names, [measure(found[name]) for name in names], color=colors)
+        axis.bar_label(drawn, fmt="%.1f", padding=3)
+        axis.set_xlabel(label)
+        axis.margins(x=0.15)
+
+
+def largest_difference(found: dict[str, list[Found]]) -> float:
+    """The most that the losses of taurl and of a peer differ on the same batch."""
+    pairs = [
+        (ours, theirs)
+        for name, runs in found.items()
+        if name != OURS
+        for run in runs
+        for ours, theirs in zip(found[OURS][0]["losses"], run["losses"], strict=False)
+    ]
+    return max(abs(ours - theirs) for ours, theirs in pairs)

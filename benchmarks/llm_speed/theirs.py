@@ -5,22 +5,50 @@ bfloat16 is its autocast, with float32 weights, which are the masters then.
 """
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from data import Row, pair_ids, whole_ids
 from datasets import Dataset
-from measure import Laps, held_out_nll, peak_memory_gb, read_job, report
+from measure import (
+    Curve,
+    Laps,
+    held_out_nll,
+    implicit_reward_of,
+    pair_accuracy,
+    peak_memory_gb,
+    read_job,
+    report,
+    reward_of,
+)
 from rewards import REWARDS
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 
 class Clock(TrainerCallback):
     def __init__(self, laps: Laps):
         self.laps = laps
 
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.laps()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.laps()
         control.should_training_stop |= self.laps.over
+
+
+class Until(TrainerCallback):
+    """Stops where the curve reaches its goal; stands after the clock."""
+
+    def __init__(self, curve: Curve):
+        self.curve = curve
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.curve.reached()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop |= self.curve.reached()
 
 
 def arguments(job: dict[str, Any]) -> dict[str, Any]:
@@ -52,9 +80,9 @@ def load(job: dict[str, Any]) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(job["model"])
 
 
-def in_order(job: dict[str, Any]) -> Dataset:
+def in_order(job: dict[str, Any], columns: Callable[[Row], Row] = dict) -> Dataset:
     """The rows in the order in which taurl takes them."""
-    return Dataset.from_list([job["rows"][index] for index in job["order"]])
+    return Dataset.from_list([columns(job["rows"][index]) for index in job["order"]])
 
 
 def losses(trainer: Any) -> list[float]:
@@ -96,11 +124,70 @@ def grpo(job: dict[str, Any], laps: Laps) -> None:
         processing_class=tokenizer,
         callbacks=[Clock(laps)],
     )
+    if "goal" in job:
+        curve = Curve(job, laps, lambda: accuracy(model, tokenizer, job))
+        trainer.add_callback(Until(curve))
     trainer.train()
     lengths = [entry["completions/mean_length"] for entry in trainer.state.log_history if "reward" in entry]
-    report(job, laps, mean_length=statistics.mean(lengths[laps.warm_up :]))
+    report(
+        job, laps, mean_length=statistics.mean(lengths[laps.warm_up :]), curve=curve.points if "goal" in job else None
+    )
+
+
+@torch.no_grad()
+def accuracy(model: Any, tokenizer: Any, job: dict[str, Any], size: int = 50) -> float:
+    """Mean reward of greedy answers to the held-out questions."""
+    model.eval()
+    rewards: list[float] = []
+    for start in range(0, len(job["held_out"]), size):
+        rows = job["held_out"][start : start + size]
+        inputs = tokenizer.apply_chat_template(
+            [row["prompt"] for row in rows],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
+            tokenizer_kwargs={"padding_side": "left"},
+        ).to(model.device)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=job["max_tokens"])
+        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        rewards += REWARDS[job["reward"]](completions=texts, answer=[row["answer"] for row in rows])
+    model.train()
+    return statistics.mean(rewards)
+
+
+def dpo(job: dict[str, Any], laps: Laps) -> None:
+    from trl import DPOConfig, DPOTrainer
+
+    class Tokenized(DPOTrainer):
+        """Takes rows that are token ids already, as its other trainers do by themselves."""
+
+        def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+            return dataset
+
+    model, tokenizer = load(job)
+    config = DPOConfig(**arguments(job), max_length=None, beta=job["beta"])
+    given = {"train_dataset": in_order(job, pair_ids), "processing_class": tokenizer, "callbacks": [Clock(laps)]}
+    trainer = Tokenized(model, args=config, **given)
+    trainer.train()
+    peak = peak_memory_gb(job["device"])
+    accuracy = pair_accuracy(implicit_reward_of(trainer.model, load(job)[0]), job["held_out"])
+    report(job, laps, peak_gb=peak, losses=losses(trainer), accuracy=accuracy)
+
+
+def reward(job: dict[str, Any], laps: Laps) -> None:
+    from trl import RewardConfig, RewardTrainer
+
+    model = AutoModelForSequenceClassification.from_pretrained(job["model"], dtype=torch.float32)
+    config = RewardConfig(**arguments(job), max_length=None)
+    given = {"train_dataset": in_order(job, whole_ids), "callbacks": [Clock(laps)]}
+    trainer = RewardTrainer(model, config, processing_class=AutoTokenizer.from_pretrained(job["model"]), **given)
+    trainer.train()
+    peak = peak_memory_gb(job["device"])
+    accuracy = pair_accuracy(reward_of(trainer.model), job["held_out"])
+    report(job, laps, peak_gb=peak, losses=losses(trainer), accuracy=accuracy)
 
 
 if __name__ == "__main__":
     job = read_job()
-    {"sft": sft, "grpo": grpo}[job["kind"]](job, Laps(job))
+    {"sft": sft, "grpo": grpo, "dpo": dpo, "reward": reward}[job["kind"]](job, Laps(job))
