@@ -11,11 +11,10 @@ import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from llm_speed.data import pair_row, read
+from llm_speed.heads import with_scalar_head
 from llm_speed.sides import INSTALLED, OURS, SAME, Found, Job, common_job, in_turn, parser
 from llm_speed.tables import Target, finish, largest_difference, pass_flops, share_of_peak
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from taurl.llm.datasets import PromptOrder
 from taurl.llm.models import load_tokenizer, resolve_model
@@ -43,16 +42,6 @@ def main() -> None:
             model = job["model"] if kind == "dpo" else with_scalar_head(job["model"], tokenizer, Path(folder))
             found = in_turn(options, job | {"kind": kind, "model": model})
         finish(options, TITLES[kind], job, found, TARGETS[kind], *notes(kind, job, found))
-
-
-def with_scalar_head(model: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
-    """A folder with the same trunk and a random scalar head, which both sides start from."""
-    torch.manual_seed(0)
-    made = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
-    made.config.pad_token_id = tokenizer.pad_token_id
-    made.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def notes(kind: str, job: Job, found: dict[str, list[Found]]) -> list[str]:

@@ -45,22 +45,32 @@ def settings(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def grpo(job: dict[str, Any], laps: Laps) -> None:
-    config = llm.GRPOConfig(
+    online(job, laps, llm.GRPO, llm.GRPOConfig)
+
+
+def ppo(job: dict[str, Any], laps: Laps) -> None:
+    online(job, laps, llm.PPO, llm.PPOConfig)
+
+
+def online(job: dict[str, Any], laps: Laps, trainer_class: Any, config_class: Any) -> None:
+    config = config_class(
         **settings(job),
         prompts_per_step=job["rows_per_step"] // job["group_size"],
         group_size=job["group_size"],
         max_tokens=job["max_tokens"],
         slots=job["rows_per_step"],
+        **job.get("settings", {}),
     )
-    trainer = llm.GRPO(None, job["rows"], REWARDS[job["reward"]], config)
+    trainer = trainer_class(None, job["rows"], REWARDS.get(job["reward"], job["reward"]), config)
     curve = Curve(job, laps, lambda: accuracy(trainer, job)) if "goal" in job else None
     records = run(trainer, laps, curve)
+    measured = records[laps.warm_up :]
     report(
         job,
         laps,
-        mean_length=mean(records[laps.warm_up :], "completions/mean_length"),
-        sampling=mean(records[laps.warm_up :], "time/sample"),
-        updating=mean(records[laps.warm_up :], "time/update"),
+        mean_length=mean(measured, "completions/mean_length"),
+        sampling=mean(measured, "time/sample"),
+        updating=mean(measured, "time/update"),
         curve=curve and curve.points,
         **parameters(trainer.policy.model),
     )
@@ -84,7 +94,9 @@ def sft(job: dict[str, Any], laps: Laps) -> None:
 
 
 def dpo(job: dict[str, Any], laps: Laps) -> None:
-    config = llm.DPOConfig(**settings(job), rows_per_step=job["rows_per_step"], beta=job["beta"])
+    config = llm.DPOConfig(
+        **settings(job), prompts_per_step=job["rows_per_step"], beta=job["beta"], cache_reference=False
+    )
     trainer = llm.DPO(None, [words(row) for row in job["rows"]], config)
     records = run(trainer, laps)
     model, peak = trainer.policy.model, peak_memory_gb(job["device"])
@@ -127,4 +139,4 @@ def mean(records: list[dict[str, Any]], name: str) -> float:
 if __name__ == "__main__":
     keep_freed_memory()  # as the command line does
     job = read_job()
-    {"sft": sft, "grpo": grpo, "dpo": dpo, "reward": reward}[job["kind"]](job, Laps(job))
+    {"sft": sft, "grpo": grpo, "dpo": dpo, "reward": reward, "ppo": ppo}[job["kind"]](job, Laps(job))

@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +68,21 @@ class Side:
         script: of this folder.
         python: that runs it.
         allocator: whether the job sets the allocator (taurl always does).
+        own: what its job says beside what all say.
     """
 
     name: str
     script: str
     python: Path
     allocator: bool = False
+    own: Job = field(default_factory=dict)
 
     def run(self, job: Job) -> Found:
         """Run the job in a process of its own. Raises: SystemExit with what it said if it fails."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "job.json"
             mallopt = KEEP_FREED_MEMORY if self.allocator else ()
-            path.write_text(json.dumps({**job, "folder": folder, "mallopt": mallopt}))
+            path.write_text(json.dumps({**job, **self.own, "folder": folder, "mallopt": mallopt}))
             variables = {**os.environ, **QUIET, "PYTHONPATH": str(HERE.parents[1] / "src")}
             if self.allocator:
                 variables["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = KERNELS_KEPT
@@ -103,9 +105,9 @@ def sides(options: argparse.Namespace) -> list[Side]:
     return found
 
 
-def in_turn(options: argparse.Namespace, job: Job) -> dict[str, list[Found]]:
-    """What each side printed in each round; each of them has the same share of the minutes."""
-    among, rounds = sides(options), options.rounds
+def in_turn(options: argparse.Namespace, job: Job, among: list[Side] | None = None) -> dict[str, list[Found]]:
+    """What each side printed in each round, taurl and TRL by default; each has the same share of the minutes."""
+    among, rounds = among or sides(options), options.rounds
     job = {**job, "minutes": options.minutes / len(among) / rounds}
     found: dict[str, list[Found]] = {side.name: [] for side in among}
     for number in range(rounds):
