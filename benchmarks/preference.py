@@ -37,6 +37,7 @@ def main() -> None:
     order = PromptOrder(len(pairs), 0).take(0, count)
     job |= {"rows_per_step": PAIRS, "rows_per_part": PAIRS, "tokens_per_part": 4096, "learning_rate": 1e-6, "beta": 0.1}
     job |= {"rows": pairs, "held_out": held_out, "order": order}
+    options.minutes /= len(options.only)
     for kind in options.only:
         with TemporaryDirectory() as folder:
             model = job["model"] if kind == "dpo" else with_scalar_head(job["model"], tokenizer, Path(folder))

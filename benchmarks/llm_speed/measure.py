@@ -41,11 +41,13 @@ class Laps:
 
     Attributes:
         ends: seconds on the clock at the start, and after each update.
-        over: the job's minutes have passed (they began with the process), and one update at least is measured.
+        over: the job's minutes have passed; they began with the process.
+        first: the update that measuring begins with, counted from 0. The updates before it warm up, where the minutes
+            did not end among them.
     """
 
     def __init__(self, job: dict[str, Any]):
-        self.warm_up, self.device = job["warm_up"], job["device"]
+        self._warm_up, self.device = job["warm_up"], job["device"]
         self.until = time.perf_counter() + 60 * job["minutes"]
         self.ends: list[float] = []
         self._stopped = 0.0
@@ -63,12 +65,15 @@ class Laps:
 
     @property
     def over(self) -> bool:
-        return len(self.ends) > self.warm_up + 1 and time.perf_counter() > self.until
+        return time.perf_counter() > self.until
+
+    @property
+    def first(self) -> int:
+        return max(0, min(self._warm_up, len(self.ends) - 2))
 
     def seconds(self) -> list[float]:
-        """Of each update, but for those that warm up."""
-        measured = self.ends[self.warm_up :]
-        return [after - before for before, after in itertools.pairwise(measured)]
+        """Of each measured update."""
+        return [after - before for before, after in itertools.pairwise(self.ends[self.first :])]
 
 
 class Curve:

@@ -64,7 +64,7 @@ def online(job: dict[str, Any], laps: Laps, trainer_class: Any, config_class: An
     trainer = trainer_class(None, job["rows"], REWARDS.get(job["reward"], job["reward"]), config)
     curve = Curve(job, laps, lambda: accuracy(trainer, job)) if "goal" in job else None
     records = run(trainer, laps, curve)
-    measured = records[laps.warm_up :]
+    measured = records[laps.first :]
     report(
         job,
         laps,

@@ -35,7 +35,12 @@ def parser(about: str, *, steps: int, warm_up: int = 1) -> argparse.ArgumentPars
     options.add_argument("--rounds", type=int, default=1, help="times that the sides run in turn, each afresh")
     options.add_argument("--steps", type=int, default=steps, help="updates measured in each run")
     options.add_argument("--warm-up", type=int, default=warm_up, help="updates before them")
-    options.add_argument("--minutes", type=float, default=60, help="in all; fewer updates are measured where they end")
+    options.add_argument(
+        "--minutes",
+        type=float,
+        default=60,
+        help="in all; where they end the update under way is the last, and the first may count",
+    )
     options.add_argument("--device", default="auto", help="auto, cpu or cuda")
     options.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
     options.add_argument("--peers", type=Path, default=Path.home() / ".cache" / "taurl" / "peers")

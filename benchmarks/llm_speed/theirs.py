@@ -129,9 +129,7 @@ def grpo(job: dict[str, Any], laps: Laps) -> None:
         trainer.add_callback(Until(curve))
     trainer.train()
     lengths = [entry["completions/mean_length"] for entry in trainer.state.log_history if "reward" in entry]
-    report(
-        job, laps, mean_length=statistics.mean(lengths[laps.warm_up :]), curve=curve.points if "goal" in job else None
-    )
+    report(job, laps, mean_length=statistics.mean(lengths[laps.first :]), curve=curve.points if "goal" in job else None)
 
 
 @torch.no_grad()
