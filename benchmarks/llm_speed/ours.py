@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import torch
 from data import words
 from measure import (
     Curve,
@@ -20,9 +21,9 @@ from measure import (
 from rewards import REWARDS
 
 from taurl import llm
-from taurl.llm.chat import encode_prompt
-from taurl.llm.generation import Sampling
-from taurl.llm.models import load_model
+from taurl.llm.chat import encode_prompt, stop_token_ids
+from taurl.llm.generation import Sampling, SlotSampler
+from taurl.llm.models import load_model, load_tokenizer
 from taurl.runtime.machine import keep_freed_memory
 
 
@@ -74,6 +75,19 @@ def online(job: dict[str, Any], laps: Laps, trainer_class: Any, config_class: An
         curve=curve and curve.points,
         **parameters(trainer.policy.model),
     )
+
+
+def sample(job: dict[str, Any], laps: Laps) -> None:
+    model = load_model(job["model"], dtype=getattr(torch, job["precision"]), device=job["device"])
+    stops = stop_token_ids(model, load_tokenizer(job["model"]))
+    sampler = SlotSampler(model, stop_token_ids=stops, slots=len(job["prompts"]) * job["group_size"])
+    tokens: list[int] = []
+    laps()
+    while len(tokens) < job["steps"] and not (tokens and laps.over):
+        groups = sampler.generate(job["prompts"], job["group_size"], Sampling(job["max_tokens"]), key=(0, len(tokens)))
+        laps()
+        tokens.append(sum(len(completion.tokens) for group in groups for completion in group))
+    report(job, laps, tokens=tokens[laps.first :])
 
 
 def accuracy(trainer: Any, job: dict[str, Any]) -> float:
@@ -139,4 +153,4 @@ def mean(records: list[dict[str, Any]], name: str) -> float:
 if __name__ == "__main__":
     keep_freed_memory()  # as the command line does
     job = read_job()
-    {"sft": sft, "grpo": grpo, "dpo": dpo, "reward": reward, "ppo": ppo}[job["kind"]](job, Laps(job))
+    {"sft": sft, "grpo": grpo, "dpo": dpo, "reward": reward, "ppo": ppo, "sample": sample}[job["kind"]](job, Laps(job))
