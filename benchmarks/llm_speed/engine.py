@@ -14,7 +14,7 @@ if __name__ == "__main__":  # the engine's own process imports this file again
         "OMP_NUM_THREADS": str(job["threads"]),
         "VLLM_CPU_KVCACHE_SPACE": "2",
     }
-    os.environ.update(given)  # read when vllm is imported
+    os.environ.update(given, VLLM_CPU_KVCACHE_SPACE="2")  # GB; read when vllm is imported
     from vllm import LLM, SamplingParams
 
     rows = len(job["prompts"]) * job["group_size"]
