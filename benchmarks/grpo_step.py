@@ -34,7 +34,8 @@ def main() -> None:
         "reward": "digits",
     }
     rows = [{"prompt": user(row["question"])} for row in read(options.data, "train.jsonl", PROMPTS * job["steps"])]
-    found = in_turn(options, job | {"rows": rows, "order": PromptOrder(len(rows), 0).take(0, len(rows))})
+    job |= {"rows": rows, "order": PromptOrder(len(rows), 0).take(0, len(rows))}
+    found = in_turn(options, job)
     ours, tokenizer = found[OURS], load_tokenizer(options.model)
     prompt = statistics.mean(len(encode_prompt(row["prompt"], tokenizer)) for row in rows)
     completions = PROMPTS * GROUP * statistics.mean(run["mean_length"] for run in ours)

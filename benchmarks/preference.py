@@ -20,7 +20,7 @@ from taurl.llm.datasets import PromptOrder
 from taurl.llm.models import load_tokenizer, resolve_model
 
 PAIRS = 8
-TITLES = {"dpo": "DPO step", "reward": "Reward model's step"}
+TITLES = {"dpo": "DPO step", "reward": "Reward model step"}
 TARGETS = {"dpo": Target({INSTALLED: 5, SAME: 3.5}), "reward": Target({INSTALLED: 3, SAME: 2.5})}
 
 
@@ -41,8 +41,9 @@ def main() -> None:
     for kind in options.only:
         with TemporaryDirectory() as folder:
             model = job["model"] if kind == "dpo" else with_scalar_head(job["model"], tokenizer, Path(folder))
-            found = in_turn(options, job | {"kind": kind, "model": model})
-        finish(options, TITLES[kind], job, found, TARGETS[kind], *notes(kind, job, found))
+            asked = job | {"kind": kind, "model": model}
+            found = in_turn(options, asked)
+            finish(options, TITLES[kind], asked, found, TARGETS[kind], *notes(kind, asked, found))
 
 
 def notes(kind: str, job: Job, found: dict[str, list[Found]]) -> list[str]:

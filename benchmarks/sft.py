@@ -33,7 +33,8 @@ def main() -> None:
         for name, count in (("train.jsonl", ROWS * job["steps"]), ("test.jsonl", HELD_OUT))
     )
     order = PromptOrder(len(train), 0).take(0, len(train))
-    found = in_turn(options, job | {"rows": train, "held_out": test, "order": order})
+    job |= {"rows": train, "held_out": test, "order": order}
+    found = in_turn(options, job)
     measured = [train[index] for index in order[ROWS * job["warm_up"] :]]
     steps = len(measured) / ROWS
     tokens = sum(len(row["input_ids"]) for row in measured) / steps

@@ -146,4 +146,6 @@ def log_likelihood(model: Any, prompt: list[int], answer: list[int]) -> float:
 def report(job: dict[str, Any], laps: Laps, **figures: Any) -> None:
     """The last line of the output, which the driver reads."""
     found = {"seconds": laps.seconds(), "peak_gb": peak_memory_gb(job["device"]), **figures}
+    if "operators" in job:
+        found["operators"] = job["operators"]
     print(json.dumps(found), flush=True)

@@ -1,6 +1,7 @@
 """One measurement of taurl: `python ours.py JOB`; prints figures as JSON, as theirs.py does."""
 
 import statistics
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from taurl.llm.chat import encode_prompt, stop_token_ids
 from taurl.llm.generation import Sampling, SlotSampler
 from taurl.llm.models import load_model, load_tokenizer
 from taurl.runtime.machine import keep_freed_memory
+
+OPERATORS = 8  # of the profile that are named
 
 
 def settings(job: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +67,7 @@ def online(job: dict[str, Any], laps: Laps, trainer_class: Any, config_class: An
     )
     trainer = trainer_class(None, job["rows"], REWARDS.get(job["reward"], job["reward"]), config)
     curve = Curve(job, laps, lambda: accuracy(trainer, job)) if "goal" in job else None
-    records = run(trainer, laps, curve)
+    records = run(job, trainer, laps, curve)
     measured = records[laps.first :]
     report(
         job,
@@ -100,8 +103,8 @@ def accuracy(trainer: Any, job: dict[str, Any]) -> float:
 
 
 def sft(job: dict[str, Any], laps: Laps) -> None:
-    trainer = llm.SFT(None, job["rows"], llm.SFTConfig(**settings(job), rows_per_step=job["rows_per_step"]))
-    records = run(trainer, laps)
+    trainer = llm.SFT(None, job["rows"], config=llm.SFTConfig(**settings(job), rows_per_step=job["rows_per_step"]))
+    records = run(job, trainer, laps)
     model, peak = trainer.policy.model, peak_memory_gb(job["device"])
     nll = held_out_nll(model, job["held_out"])
     report(job, laps, peak_gb=peak, losses=losses(records), held_out_nll=nll, **parameters(model))
@@ -111,8 +114,8 @@ def dpo(job: dict[str, Any], laps: Laps) -> None:
     config = llm.DPOConfig(
         **settings(job), prompts_per_step=job["rows_per_step"], beta=job["beta"], cache_reference=False
     )
-    trainer = llm.DPO(None, [words(row) for row in job["rows"]], config)
-    records = run(trainer, laps)
+    trainer = llm.DPO(None, [words(row) for row in job["rows"]], config=config)
+    records = run(job, trainer, laps)
     model, peak = trainer.policy.model, peak_memory_gb(job["device"])
     reference = load_model(job["model"], dtype=model.dtype, device=job["device"])
     score = pair_accuracy(implicit_reward_of(model, reference), job["held_out"])
@@ -121,25 +124,35 @@ def dpo(job: dict[str, Any], laps: Laps) -> None:
 
 def reward(job: dict[str, Any], laps: Laps) -> None:
     config = llm.RewardConfig(**settings(job), rows_per_step=job["rows_per_step"])
-    trainer = llm.Reward(None, [words(row) for row in job["rows"]], config)
-    records = run(trainer, laps)
+    trainer = llm.Reward(None, [words(row) for row in job["rows"]], config=config)
+    records = run(job, trainer, laps)
     model, peak = trainer.policy.model, peak_memory_gb(job["device"])
     score = pair_accuracy(reward_of(model), job["held_out"])
     report(job, laps, peak_gb=peak, losses=losses(records), accuracy=score, **parameters(model))
 
 
-def run(trainer: Any, laps: Laps, curve: Curve | None = None) -> list[dict[str, Any]]:
+def run(job: dict[str, Any], trainer: Any, laps: Laps, curve: Curve | None = None) -> list[dict[str, Any]]:
     """The records of all updates, until the minutes are over or the goal of the curve is reached."""
     laps()
     if curve:
         curve.reached()
     records = []
-    for record in trainer.steps():
-        laps()
-        records.append(record)
-        if (curve and curve.reached()) or laps.over:
-            break
+    with torch.profiler.profile() if job.get("profile") else nullcontext() as profile:
+        for record in trainer.steps():
+            laps()
+            records.append(record)
+            if (curve and curve.reached()) or laps.over:
+                break
+    if profile:
+        job["operators"] = shares(profile)
     return records
+
+
+def shares(profile: torch.profiler.profile) -> list[tuple[str, float]]:
+    """The operators that took most time themselves, and their share of all of it."""
+    events = sorted(profile.key_averages(), key=lambda event: event.self_cpu_time_total, reverse=True)
+    whole = sum(event.self_cpu_time_total for event in events)
+    return [(event.key, event.self_cpu_time_total / whole) for event in events[:OPERATORS]]
 
 
 def losses(records: list[dict[str, Any]]) -> list[float]:

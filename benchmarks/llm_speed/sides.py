@@ -41,6 +41,7 @@ def parser(about: str, *, steps: int, warm_up: int = 1) -> argparse.ArgumentPars
         default=60,
         help="in all; where they end the update under way is the last, and the first may count",
     )
+    options.add_argument("--threads", type=int, help="of each side; by default the cores that it may use")
     options.add_argument("--device", default="auto", help="auto, cpu or cuda")
     options.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
     options.add_argument("--peers", type=Path, default=Path.home() / ".cache" / "taurl" / "peers")
@@ -57,7 +58,7 @@ def common_job(options: argparse.Namespace, model: str) -> Job:
     return {
         "device": device.type,
         "precision": precision,
-        "threads": set_threads(None),
+        "threads": set_threads(options.threads),
         "model": model,
         "warm_up": options.warm_up,
         "steps": options.warm_up + options.steps,

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llm_speed.sides import INSTALLED, OURS, Found, Job, median_seconds, peak_gb
+from llm_speed.sides import INSTALLED, OURS, Found, Job, Side, median_seconds, peak_gb
 from shared import HERE, PACKAGES, write_section
 
 from taurl.runtime.machine import describe_machine, matrix_product_seconds
@@ -87,6 +87,14 @@ def matrix_product_peak(job: Job) -> float:
     return 2 * PEAK_SIZE**3 / seconds
 
 
+def profile(job: Job) -> str:
+    """Where the time of one of taurl's steps goes, by operator."""
+    once = job | {"profile": True, "steps": 1, "warm_up": 0, "minutes": 60}
+    operators = Side(OURS, "ours.py", Path(sys.executable)).run(once)["operators"]
+    listed = ", ".join(f"`{name}` {share:.0%}" for name, share in operators)
+    return f"Profile of one of taurl's steps, share of the time by operator: {listed}."
+
+
 def about(job: Job) -> str:
     """The command, the day, the versions and the machine, in one line."""
     machine = describe_machine()
@@ -103,9 +111,11 @@ def about(job: Job) -> str:
 def finish(
     options: Namespace, title: str, job: Job, found: dict[str, list[Found]], target: Target, *notes: str
 ) -> None:
-    """The result of a comparison of steps: table, what was missed, notes, and bars as the picture."""
+    """The result of a comparison of steps: table, what was missed, with a profile, notes, and bars as the picture."""
     said = missed(found, target)
     text = [table(found, target), f"Missed: {'; '.join(said)}." if said else "", *notes]
+    if said and job["device"] == "cpu":
+        text.append(profile(job))
     publish(options, title, job, text, lambda axes: bars(axes, found), panels=2)
 
 
