@@ -4,17 +4,19 @@ Left to itself the engine keeps one core for its scheduler; on a machine of few 
 """
 
 import os
+import sys
+from pathlib import Path
 
 from measure import Laps, read_job, report
 
 if __name__ == "__main__":  # the engine's own process imports this file again
     job = read_job()
-    given = {
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(job["threads"]),
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-    }
+    given = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(job["threads"])}
     os.environ.update(given, VLLM_CPU_KVCACHE_SPACE="2")  # GB; read when vllm is imported
+    if (openmp := Path(sys.prefix, "lib", "libiomp5.so")).exists():
+        os.environ["LD_PRELOAD"] = str(openmp)  # in its worker, as its manual asks for it
+            openmp
+        )  # of its worker processes: its manual asks for Intel's, which came with it
     from vllm import LLM, SamplingParams
 
     rows = len(job["prompts"]) * job["group_size"]
