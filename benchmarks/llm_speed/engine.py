@@ -15,8 +15,6 @@ if __name__ == "__main__":  # the engine's own process imports this file again
     os.environ.update(given, VLLM_CPU_KVCACHE_SPACE="2")  # GB; read when vllm is imported
     if (openmp := Path(sys.prefix, "lib", "libiomp5.so")).exists():
         os.environ["LD_PRELOAD"] = str(openmp)  # in its worker, as its manual asks for it
-            openmp
-        )  # of its worker processes: its manual asks for Intel's, which came with it
     from vllm import LLM, SamplingParams
 
     rows = len(job["prompts"]) * job["group_size"]

@@ -1,0 +1,25 @@
+"""Runs a benchmark that prints its table, and puts what it prints into RESULTS.md under a title.
+
+python benchmarks/record.py TITLE SCRIPT.py [ITS OPTIONS …]
+"""
+
+import datetime
+import subprocess
+import sys
+
+from shared import HERE, PACKAGES, write_section
+
+
+def main() -> None:
+    title, script, *options = sys.argv[1:]
+    done = subprocess.run([sys.executable, HERE / script, *options], stdout=subprocess.PIPE, encoding="utf-8")
+    print(done.stdout)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    command = " ".join(["python", f"benchmarks/{script}", *options])
+    peers = ", ".join(package.replace("==", " ") for package in PACKAGES)
+    write_section(title, f"`{command}`, {datetime.date.today()}; the peers' environment: {peers}.\n\n{done.stdout}")
+
+
+if __name__ == "__main__":
+    main()
