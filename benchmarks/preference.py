@@ -35,7 +35,7 @@ def main() -> None:
     pairs = [pair_row(tokenizer, row) for row in read(options.data, "preferences-train.jsonl", count)]
     held_out = [pair_row(tokenizer, row) for row in read(options.data, "preferences-test.jsonl", options.held_out)]
     order = PromptOrder(len(pairs), 0).take(0, count)
-    job |= {"rows_per_step": PAIRS, "rows_per_part": PAIRS, "tokens_per_part": 4096, "learning_rate": 1e-6, "beta": 0.1}
+    job |= {"rows_per_step": PAIRS, "rows_per_part": PAIRS, "tokens_per_part": 2048, "learning_rate": 1e-6, "beta": 0.1}
     job |= {"rows": pairs, "held_out": held_out, "order": order}
     options.minutes /= len(options.only)
     for kind in options.only:
