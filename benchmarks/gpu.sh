@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 peers=${PEERS:-$HOME/.cache/taurl/peers}
 common=(--device "${DEVICE:-cuda}" --model "${MODEL:-smollm2-135m-instruct}")
-$python benchmarks/gpu_correctness.py "${common[@]}"
+$python benchmarks/record.py "The same numbers on a GPU" gpu_correctness.py "${common[@]}"
 common+=(--peers "$peers" --write)
 if ! PYTHONPATH=benchmarks $python -c 'import sys, pathlib, shared; shared.environment(pathlib.Path(sys.argv[1]))' "$peers"; then
   common+=(--alone)

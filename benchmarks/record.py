@@ -9,6 +9,8 @@ import sys
 
 from shared import HERE, PACKAGES, write_section
 
+from taurl.runtime.machine import describe_machine
+
 
 def main() -> None:
     title, script, *options = sys.argv[1:]
@@ -17,8 +19,10 @@ def main() -> None:
     if done.returncode:
         raise SystemExit(done.returncode)
     command = " ".join(["python", f"benchmarks/{script}", *options])
+    machine = ", ".join(value for name, value in describe_machine().items() if name != "platform")
     peers = ", ".join(package.replace("==", " ") for package in PACKAGES)
-    write_section(title, f"`{command}`, {datetime.date.today()}; the peers' environment: {peers}.\n\n{done.stdout}")
+    about = f"`{command}`, {datetime.date.today()}; Python, processor: {machine}; versions of the peers: {peers}."
+    write_section(title, f"{about}\n\n{done.stdout}")
 
 
 if __name__ == "__main__":

@@ -122,11 +122,11 @@ def finish(
 def publish(
     options: Namespace, title: str, job: Job, text: list[str], draw: Callable[[Any], None], panels: int = 1
 ) -> None:
-    """Print a result; with --write, and a peer beside taurl, it becomes a section of RESULTS.md with its picture."""
+    """Print a result; with --write it becomes a section of RESULTS.md with its picture."""
     title = title if job["device"] == "cpu" else f"{title}, on a GPU"
     text = [about(job), *filter(None, text)]
     print(f"## {title}", *text, sep="\n\n")
-    if options.write and not options.alone:
+    if options.write:
         name = re.sub(r"[^a-z0-9.]+", "_", title.lower()) + ".svg"
         picture(HERE / name, title, draw, panels)
         write_section(title, "\n\n".join([*text, f"![{title}]({name})"]))
