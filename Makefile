@@ -1,10 +1,10 @@
-# taurl: make demo | test | lint | docs | bench | scores | clean
+# taurl: make demo | test | lint | docs | bench | bench-long | scores | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint docs bench scores clean
+.PHONY: install demo test lint docs bench bench-long scores clean
 
 install: $(INSTALLED)
 
@@ -32,10 +32,20 @@ docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps jupyter-server-mathjax
 	$(BIN)/mkdocs build --strict
 
+# The short set, under half an hour: where the minutes end before five updates are measured, the table says how many.
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/functional_agreement.py
-	$(BIN)/python benchmarks/sampling.py --rows 32x64 64x64
-	$(BIN)/python benchmarks/control_speed.py
+	$(BIN)/python benchmarks/functional_agreement.py --write
+	$(BIN)/python benchmarks/record.py "Sampling" sampling.py --rows 32x64 64x64 --rounds 3
+	$(BIN)/python benchmarks/sft.py --steps 5 --minutes 4 --write
+	$(BIN)/python benchmarks/grpo_step.py --steps 5 --minutes 7 --write
+	$(BIN)/python benchmarks/preference.py --steps 5 --minutes 7 --write
+	$(BIN)/python benchmarks/record.py "Control: steps a second, one round" control_speed.py --rounds 1
+
+# What takes hours: PPO beside GRPO, the demo's task on both sides, and the control wing's medians of five.
+bench-long: $(INSTALLED)
+	$(BIN)/python benchmarks/ppo.py --steps 5 --write
+	$(BIN)/python benchmarks/demo_task.py --minutes 180 --write
+	$(BIN)/python benchmarks/record.py "Control: steps a second" control_speed.py
 
 # Every preset of the control wing, three seeds each: more than an hour.
 scores: $(INSTALLED)

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from functional_agreement import environment
+from shared import environment
 
 HERE = Path(__file__).resolve().parent / "speed"
 ROWS = ["ppo-cartpole", "ppo-halfcheetah", "trpo-cartpole", "dqn-cartpole", "dqn-cartpole-8"]

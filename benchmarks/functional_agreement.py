@@ -10,35 +10,14 @@ The exit status is 1 if any row comes out otherwise than expected.
 import argparse
 import datetime
 import os
-import re
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
+from shared import PACKAGES, environment, write_section
+
 HERE = Path(__file__).resolve().parent
-PACKAGES = [
-    "torch==2.13.0",
-    "trl==1.16.0",
-    "stable-baselines3==2.9.2",
-    "sb3-contrib==2.9.2",
-    "sbx-rl==0.28.0",
-    "mujoco",
-    "imageio",
-]
 TITLE = "Agreement of the mathematics with TRL and Stable-Baselines3"
-
-
-def environment(folder: Path) -> Path:
-    """The Python of an environment that holds the peers, made if need be; half an installation is taken up again."""
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    complete = folder / "peers-installed.txt"
-    if not complete.exists() or complete.read_text().split() != PACKAGES:
-        venv.create(folder, with_pip=True)
-        constraints = HERE.parent / "constraints.txt"
-        subprocess.run([python, "-m", "pip", "install", "-qq", *PACKAGES, "-c", constraints], check=True)
-        complete.write_text("\n".join(PACKAGES))
-    return python
 
 
 def table(python: Path) -> tuple[str, bool]:
@@ -56,21 +35,9 @@ def table(python: Path) -> tuple[str, bool]:
 def section(text: str) -> str:
     versions = ", ".join(package.replace("==", " ") for package in PACKAGES)
     return (
-        f"## {TITLE}\n\n`python benchmarks/functional_agreement.py --write`, {datetime.date.today()}; {versions}, "
-        f"Python {sys.version.split()[0]}, on the CPU.\n\n{text.strip()}\n"
+        f"`python benchmarks/functional_agreement.py --write`, {datetime.date.today()}; {versions}, "
+        f"Python {sys.version.split()[0]}, on the CPU.\n\n{text}"
     )
-
-
-def write(path: Path, text: str) -> None:
-    """Replace the section of that title, or append it."""
-    before = path.read_text(encoding="utf-8") if path.exists() else "# Results of the benchmarks\n"
-    old = re.search(rf"^## {re.escape(TITLE)}\n.*?(?=^## |\Z)", before, re.DOTALL | re.MULTILINE)
-    if old:
-        after = before[old.end() :]
-        text = before[: old.start()] + text + ("\n" + after if after else "")
-    else:
-        text = before.rstrip() + "\n\n" + text
-    path.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -81,7 +48,7 @@ def main() -> None:
     text, as_expected = table(environment(options.peers))
     print(text)
     if options.write and as_expected:
-        write(HERE / "RESULTS.md", section(text))
+        write_section(TITLE, section(text))
     raise SystemExit(0 if as_expected else 1)
 
 

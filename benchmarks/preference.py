@@ -1,0 +1,75 @@
+"""One step on 8 pairs of GSM8K solutions: taurl's reward model and DPO against TRL's trainers of both.
+
+    python benchmarks/preference.py [--only dpo] [--rounds 5] [--steps 3] [--minutes 15] [--write]
+
+Both sides get the same token ids in the same batches, with the same weights (the reward model's head included),
+learning rate and β; losses are compared step by step. With --held-out N both score N held-out pairs at the end; for the
+figures of one epoch, --steps is the number of pairs over 8.
+"""
+
+import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from llm_speed.data import pair_row, read
+from llm_speed.heads import with_scalar_head
+from llm_speed.sides import INSTALLED, OURS, SAME, Found, Job, common_job, in_turn, parser
+from llm_speed.tables import Target, finish, largest_difference, pass_flops, share_of_peak
+
+from taurl.llm.datasets import PromptOrder
+from taurl.llm.models import load_tokenizer, resolve_model
+
+PAIRS = 8
+TITLES = {"dpo": "DPO step", "reward": "Reward model step"}
+TARGETS = {"dpo": Target({INSTALLED: 5, SAME: 3.5}), "reward": Target({INSTALLED: 3, SAME: 2.5})}
+
+
+def main() -> None:
+    options = parser(__doc__, steps=3)
+    options.add_argument("--only", nargs="*", default=list(TITLES), choices=list(TITLES))
+    options.add_argument("--held-out", type=int, default=0, help="pairs scored at the end")
+    options = options.parse_args()
+    tokenizer = load_tokenizer(options.model)
+    job = common_job(options, resolve_model(options.model))
+    count = PAIRS * job["steps"]
+    pairs = [pair_row(tokenizer, row) for row in read(options.data, "preferences-train.jsonl", count)]
+    held_out = [pair_row(tokenizer, row) for row in read(options.data, "preferences-test.jsonl", options.held_out)]
+    order = PromptOrder(len(pairs), 0).take(0, count)
+    job |= {"rows_per_step": PAIRS, "rows_per_part": PAIRS, "tokens_per_part": 2048, "learning_rate": 1e-6, "beta": 0.1}
+    job |= {"rows": pairs, "held_out": held_out, "order": order}
+    options.minutes /= len(options.only)
+    for kind in options.only:
+        with TemporaryDirectory() as folder:
+            model = job["model"] if kind == "dpo" else with_scalar_head(job["model"], tokenizer, Path(folder))
+            asked = job | {"kind": kind, "model": model}
+            found = in_turn(options, asked)
+            finish(options, TITLES[kind], asked, found, TARGETS[kind], *notes(kind, asked, found))
+
+
+def notes(kind: str, job: Job, found: dict[str, list[Found]]) -> list[str]:
+    measured = [job["rows"][index] for index in job["order"][PAIRS * job["warm_up"] :]]
+    steps = len(measured) / PAIRS
+    answers = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in measured) / steps
+    prompts = sum(len(row["prompt_ids"]) for row in measured) / steps
+    # A prompt needs to go through the model once, whatever follows it; DPO's reference sees everything, forwards only.
+    passes = pass_flops(found[OURS][0], prompts + answers, answers) * (4 / 3 if kind == "dpo" else 1)
+    said = [share_of_peak(job, passes, found)]
+    if len(found) > 1:
+        said.append(f"Losses step by step: largest difference {largest_difference(found):.0e}.")
+    if job["held_out"] and all(len(run["losses"]) == job["steps"] for runs in found.values() for run in runs):
+        count = len(job["held_out"])
+        shares = ", ".join(f"{name} {interval(runs[0]['accuracy'], count)}" for name, runs in found.items())
+        said.append(f"Accuracy on {count} held-out pairs after {job['steps']} steps, with its 95% interval: {shares}.")
+    return said
+
+
+def interval(share: float, count: int) -> str:
+    """A share with its 95% interval (Wilson)."""
+    z = 1.96
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return f"{share:.3f} ({middle - half:.3f} to {middle + half:.3f})"
+
+
+if __name__ == "__main__":
+    main()
