@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from taurl.commands.control_play import figures
-from taurl.commands.options import RESUMING, parse, refuse_bare, take_option
+from taurl.commands.options import RESUMING, parse, take_option
 from taurl.control import ALGORITHMS
 from taurl.control.presets import preset
 from taurl.control.settings import ControlConfig
@@ -24,7 +24,6 @@ def train(name: str, words: Sequence[str]) -> int:
     module = ALGORITHMS[name]
     config_class = getattr(importlib.import_module(f"taurl.control.algorithms.{module}_config"), f"{name}Config")
     command = module.replace("_", "-")
-    refuse_bare(words, "--env")
     resume, words = take_option(words, "--resume")
     no_preset, words = "--no-preset" in words, [word for word in words if word != "--no-preset"]
     default = stored(Path(resume), command, config_class) if resume else None

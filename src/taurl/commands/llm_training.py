@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from taurl.commands.options import RESUMING, parse, refuse_bare, take_option
+from taurl.commands.options import RESUMING, parse, take_option
 from taurl.llm import LAZY
 from taurl.runtime.config import read_config
 
@@ -15,7 +15,6 @@ from taurl.runtime.config import read_config
 def train(name: str, words: Sequence[str]) -> int:
     """Train with the algorithm of that class name; its command is the name in small letters."""
     config_class = _named(f"{name}Config")
-    refuse_bare(words, "--model")
     resume, words = take_option(words, "--resume")
     stored = _stored(Path(resume), name, config_class) if resume else None
     config = parse(config_class, words, prog=f"taurl llm {name.lower()}", default=stored, more=RESUMING)

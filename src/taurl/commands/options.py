@@ -70,6 +70,7 @@ def parse(
 
     Raises: InputError in one line for options that do not fit; SystemExit(0) after --help.
     """
+    refuse_bare(words, config)
     file, words = take_option(words, "--config")
     if file is not None:
         below = default.model_dump() if default is not None else {}
@@ -136,7 +137,8 @@ def plainer(text: str) -> str:
     return text
 
 
-def refuse_bare(words: Sequence[str], option: str) -> None:
+def refuse_bare(words: Sequence[str], config: type[BaseModel]) -> None:
     """Raises: InputError when the words begin with one that is no option, naming the option it may be meant for."""
     if words and not words[0].startswith("-"):
+        option = "--env" if "env" in config.model_fields else "--model"
         raise InputError(f"{words[0]!r} stands where an option was expected; did you mean {option} {words[0]}?")

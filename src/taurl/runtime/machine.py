@@ -123,8 +123,15 @@ def describe_machine() -> dict[str, str]:
     return facts
 
 
-# What allocators say, where torch has no error class for it: the CPU's, C++'s, and cuBLAS's for its workspace.
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+# What allocators say, where torch has no error class for it: the CPU's, C++'s, cuBLAS's for its workspace, and
+# oneDNN's, which gives no reason.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "could not create a primitive",
+)
 
 
 @contextmanager
