@@ -3,7 +3,7 @@
     python benchmarks/ppo.py [--rounds 5] [--steps 1] [--epochs 1] [--minutes 15] [--write]
 
 PPO with a critic of the policy's size; with a reference and a reward model of that size as well; and, LoRA against
-LoRA, with adapters on one frozen trunk. TRL has no PPO any more: taurl is compared with itself.
+LoRA, with all four as adapters on one frozen trunk. TRL has no PPO any more: taurl is compared with itself.
 """
 
 import sys
@@ -24,7 +24,7 @@ GRPO, LORA = "GRPO", "GRPO, LoRA"
 ROWS = {
     "PPO, critic": (GRPO, 1.8, None),
     "PPO, critic, reference, reward model": (GRPO, 2.2, None),
-    "PPO, LoRA, critic, reference": (LORA, None, 1.3),
+    "PPO, LoRA, critic, reference, reward model": (LORA, None, 1.3),
 }
 
 
@@ -43,13 +43,16 @@ def main() -> None:
     rows = read(options.data, "train.jsonl", PROMPTS * job["steps"])
     job["rows"] = [{"prompt": user(row["question"])} for row in rows]
     with TemporaryDirectory() as folder:
-        judge = with_scalar_head(job["model"], load_tokenizer(options.model), Path(folder))
-        found = in_turn(options, job, variants(options.epochs, judge))
+        tokenizer = load_tokenizer(options.model)
+        whole, adapter = (
+            with_scalar_head(job["model"], tokenizer, Path(folder, str(rank)), rank) for rank in (0, RANK)
+        )
+        found = in_turn(options, job, variants(options.epochs, whole, adapter))
     publish(options, "PPO step", job, [table(found)], lambda axes: bars(axes, found), panels=2)
 
 
-def variants(epochs: int, judge: str) -> list[Side]:
-    """GRPO and PPO, with the models that each row names."""
+def variants(epochs: int, whole: str, adapter: str) -> list[Side]:
+    """GRPO and PPO, with the models that each row names; the reward model is a whole one, or an adapter."""
     lora = {"lora_rank": RANK, "epochs": epochs}
     alone: Job = {"critic": "copy", "kl_coefficient": 0.0, "epochs": epochs}
     jobs: dict[str, Job] = {
@@ -58,10 +61,14 @@ def variants(epochs: int, judge: str) -> list[Side]:
         "PPO, critic, reference, reward model": {
             "kind": "ppo",
             "settings": alone | {"kl_coefficient": 0.05},
-            "reward": f"model:{judge}",
+            "reward": f"model:{whole}",
         },
         LORA: {"kind": "grpo", "settings": lora},
-        "PPO, LoRA, critic, reference": {"kind": "ppo", "settings": alone | lora | {"kl_coefficient": 0.05}},
+        "PPO, LoRA, critic, reference, reward model": {
+            "kind": "ppo",
+            "settings": alone | lora | {"kl_coefficient": 0.05},
+            "reward": f"model:{adapter}",
+        },
     }
     return [Side(name, "ours.py", Path(sys.executable), own=own) for name, own in jobs.items()]
 
