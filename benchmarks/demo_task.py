@@ -14,9 +14,9 @@ from llm_speed.data import ROOT, user
 from llm_speed.sides import INSTALLED, OURS, SAME, Found, common_job, in_turn, parser
 from llm_speed.tables import publish
 
-from taurl.llm.datasets import PromptOrder, split
-from taurl.llm.models import resolve_model
-from taurl.llm.reasoning_tasks import reasoning_rows
+from taurl.llm.data.datasets import PromptOrder, split
+from taurl.llm.data.reasoning_tasks import reasoning_rows
+from taurl.llm.models.loading import resolve_model
 
 EXAMPLE = ROOT / "examples" / "grpo_arithmetic.yaml"
 ASKED = {INSTALLED: 5, SAME: 3.5}  # times as long as taurl

@@ -11,10 +11,10 @@ import argparse
 import torch
 from torch import Tensor
 
-from taurl.llm.chat import encode_prompt
+from taurl.llm.data.chat import encode_prompt
 from taurl.llm.generation import Sampling, SlotSampler
-from taurl.llm.likelihood import completion_logprobs
-from taurl.llm.models import load_model, load_tokenizer
+from taurl.llm.models.loading import load_model, load_tokenizer
+from taurl.llm.scoring.likelihood import completion_logprobs
 from taurl.runtime.machine import choose_device
 
 QUESTIONS = ["What is 12 + 30?", "Tom has three boxes of nine pens. He gives four pens away. How many are left?"]

@@ -13,9 +13,9 @@ from llm_speed.data import read, user
 from llm_speed.sides import INSTALLED, OURS, SAME, common_job, in_turn, parser
 from llm_speed.tables import Target, finish, pass_flops, share_of_peak
 
-from taurl.llm.chat import encode_prompt
-from taurl.llm.datasets import PromptOrder
-from taurl.llm.models import load_tokenizer, resolve_model
+from taurl.llm.data.chat import encode_prompt
+from taurl.llm.data.datasets import PromptOrder
+from taurl.llm.models.loading import load_tokenizer, resolve_model
 
 PROMPTS, GROUP, TOKENS = 4, 8, 128
 TARGET = Target({INSTALLED: 5, SAME: 3.5})

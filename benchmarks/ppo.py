@@ -16,7 +16,7 @@ from llm_speed.heads import with_scalar_head
 from llm_speed.sides import Found, Job, Side, common_job, in_turn, median_seconds, parser, peak_gb
 from llm_speed.tables import bars, publish
 
-from taurl.llm.models import load_tokenizer, resolve_model
+from taurl.llm.models.loading import load_tokenizer, resolve_model
 
 PROMPTS, GROUP, TOKENS, RANK = 4, 8, 128, 16
 GRPO, LORA = "GRPO", "GRPO, LoRA"

@@ -16,8 +16,8 @@ from llm_speed.heads import with_scalar_head
 from llm_speed.sides import INSTALLED, OURS, SAME, Found, Job, common_job, in_turn, parser
 from llm_speed.tables import Target, finish, largest_difference, pass_flops, share_of_peak
 
-from taurl.llm.datasets import PromptOrder
-from taurl.llm.models import load_tokenizer, resolve_model
+from taurl.llm.data.datasets import PromptOrder
+from taurl.llm.models.loading import load_tokenizer, resolve_model
 
 PAIRS = 8
 TITLES = {"dpo": "DPO step", "reward": "Reward model step"}

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import transformers
 
-from taurl.llm.chat import encode_prompt, stop_token_ids
+from taurl.llm.data.chat import encode_prompt, stop_token_ids
 from taurl.llm.generation import Sampling, SlotSampler
-from taurl.llm.likelihood import pad_left
-from taurl.llm.models import load_model, load_tokenizer
+from taurl.llm.models.loading import load_model, load_tokenizer
+from taurl.llm.scoring.likelihood import pad_left
 from taurl.runtime.machine import choose_precision, describe_machine, keep_freed_memory, peak_memory_gb, set_threads
 
 MODEL = "smollm2-135m-instruct"

@@ -17,7 +17,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 from taurl.llm.generation import Sampling, SlotSampler
-from taurl.llm.models import load_model
+from taurl.llm.models.loading import load_model
 from taurl.runtime.machine import choose_precision, describe_machine, keep_freed_memory, set_threads
 
 MODEL = "smollm2-135m-instruct"

@@ -10,8 +10,8 @@ from llm_speed.data import completion_row, read
 from llm_speed.sides import INSTALLED, OURS, SAME, Found, Job, common_job, in_turn, median_seconds, parser
 from llm_speed.tables import Target, finish, largest_difference, pass_flops, share_of_peak
 
-from taurl.llm.datasets import PromptOrder
-from taurl.llm.models import load_tokenizer, resolve_model
+from taurl.llm.data.datasets import PromptOrder
+from taurl.llm.models.loading import load_tokenizer, resolve_model
 
 ROWS, HELD_OUT = 8, 32
 TARGET = Target({INSTALLED: 5, SAME: 3.5})

@@ -16,8 +16,8 @@ from llm_speed.data import read, user
 from llm_speed.sides import OURS, Found, Side, common_job, in_turn, parser
 from llm_speed.tables import publish
 
-from taurl.llm.chat import encode_prompt
-from taurl.llm.models import load_tokenizer, resolve_model
+from taurl.llm.data.chat import encode_prompt
+from taurl.llm.models.loading import load_tokenizer, resolve_model
 
 VLLM = "vLLM"
 ROWS = {"32 prompts, 64 tokens": (32, 1, 64), "64 prompts, 64 tokens": (64, 1, 64), "8 prompts × 8": (8, 8, 256)}

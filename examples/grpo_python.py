@@ -4,7 +4,7 @@ import torch
 from datasets import Dataset
 
 from taurl.llm import GRPO, GRPOConfig
-from taurl.llm.models import load_model
+from taurl.llm.models.loading import load_model
 
 model = load_model("smollm2-135m-instruct", dtype=torch.float32)
 questions = Dataset.from_list([{"prompt": f"What is {a} + {b}?", "total": a + b} for a in range(20) for b in range(20)])

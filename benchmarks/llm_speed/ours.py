@@ -22,9 +22,9 @@ from measure import (
 from rewards import REWARDS
 
 from taurl import llm
-from taurl.llm.chat import encode_prompt, stop_token_ids
+from taurl.llm.data.chat import encode_prompt, stop_token_ids
 from taurl.llm.generation import Sampling, SlotSampler
-from taurl.llm.models import load_model, load_tokenizer
+from taurl.llm.models.loading import load_model, load_tokenizer
 from taurl.runtime.machine import keep_freed_memory
 
 OPERATORS = 8  # of the profile that are named

@@ -9,7 +9,7 @@ what SFT alone can do; runs/xml-grpo/report.html shows each reward's curve from 
 import re
 
 from taurl.llm import GRPO, SFT, GRPOConfig, SFTConfig
-from taurl.llm.reasoning_tasks import reasoning_rows
+from taurl.llm.data.reasoning_tasks import reasoning_rows
 from taurl.report import write_report
 from taurl.runtime.machine import keep_freed_memory
 

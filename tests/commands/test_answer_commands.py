@@ -12,7 +12,7 @@ from taurl.cli import main
 from taurl.commands import chat
 from taurl.llm import inference
 from taurl.llm.generation import Sampling, SlotSampler
-from taurl.llm.models import load_model
+from taurl.llm.models.loading import load_model
 
 SETTINGS = ["--model", "model", "--threads", "1", "--precision", "float32", "--max-tokens", "6"]
 

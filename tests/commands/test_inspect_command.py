@@ -8,7 +8,7 @@ from tiny_policy import tiny_tokenizer
 
 from taurl.cli import main
 from taurl.commands.inspect import painted
-from taurl.llm.token_rows import TokenRow
+from taurl.llm.data.token_rows import TokenRow
 
 ROWS = [
     {"prompt": "1+1?", "completion": "2"},

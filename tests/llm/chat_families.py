@@ -6,7 +6,7 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from taurl.llm.chat_templates import CHATML_TEXT
+from taurl.llm.data.chat_templates import CHATML_TEXT
 
 SPECIAL = (
     "<pad>",

@@ -9,8 +9,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from taurl.llm.chat import as_completion, encode_prompt, prompt_problem, prompt_text, stop_token_ids
-from taurl.llm.models import load_tokenizer
+from taurl.llm.data.chat import as_completion, encode_prompt, prompt_problem, prompt_text, stop_token_ids
+from taurl.llm.models.loading import load_tokenizer
 from taurl.runtime.errors import InputError
 
 SPECIAL = ["<s>", "</s>", "<unk>", "<turn>", "<end>"]
@@ -137,7 +137,8 @@ def test_completions_stop_at_every_token_that_ends_them():
 
 
 def test_the_module_imports_nothing_heavy():
-    code = "import sys, taurl.llm.chat; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    heavy = ("torch", "transformers", "datasets")
+    code = f"import sys, taurl.llm.data.chat; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

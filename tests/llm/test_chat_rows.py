@@ -5,11 +5,11 @@ from itertools import groupby
 import pytest
 from chat_families import CHATML_MARKED, FAMILIES, GEMMA3, LLAMA3, MISTRAL_LAST, QWEN3, character_tokenizer
 
-from taurl.llm.chat import encode_prompt, stop_token_ids
-from taurl.llm.chat_rows import RowEncoder
-from taurl.llm.chat_templates import CHATML_TEXT
-from taurl.llm.models import load_tokenizer
-from taurl.llm.row_forms import Chat, Text
+from taurl.llm.data.chat import encode_prompt, stop_token_ids
+from taurl.llm.data.chat_rows import RowEncoder
+from taurl.llm.data.chat_templates import CHATML_TEXT
+from taurl.llm.data.row_forms import Chat, Text
+from taurl.llm.models.loading import load_tokenizer
 from taurl.runtime.errors import InputError
 
 

@@ -9,9 +9,9 @@ from test_heads import lora
 from test_likelihood import COMPLETIONS, PROMPT_OF, PROMPTS, assert_close, assert_same_gradients, gradients, padded
 from tiny_models import tiny_model
 
-from taurl.llm import compiled
-from taurl.llm.compiled import compile_layers, parts_beside_attention
-from taurl.llm.likelihood import completion_logprobs
+from taurl.llm.models import compiled
+from taurl.llm.models.compiled import compile_layers, parts_beside_attention
+from taurl.llm.scoring.likelihood import completion_logprobs
 from taurl.runtime.errors import InputError
 
 CPU = torch.device("cpu")

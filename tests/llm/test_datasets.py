@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from taurl.llm.datasets import PromptOrder, as_rows, check_prompts, distinct_from, load_rows, prepare_rows, split
+from taurl.llm.data.datasets import PromptOrder, as_rows, check_prompts, distinct_from, load_rows, prepare_rows, split
 from taurl.runtime.errors import InputError
 
 
@@ -269,7 +269,6 @@ def test_the_order_is_a_function_of_seed_and_position():
 
 
 def test_the_module_imports_nothing_heavy():
-    code = (
-        "import sys, taurl.llm.datasets; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
-    )
+    heavy = ("torch", "transformers", "datasets")
+    code = f"import sys, taurl.llm.data.datasets; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -12,8 +12,8 @@ from tiny_policy import letter_a, save_tiny_policy, tiny_model, tiny_tokenizer
 from taurl.llm import DPO, DPOConfig
 from taurl.llm.algorithms.dpo import best_and_worst
 from taurl.llm.algorithms.dpo_figures import STEPS_OF_A_FALL, FallWatch
-from taurl.llm.models import load_model
-from taurl.llm.reference_logprobs import ReferenceCache
+from taurl.llm.models.loading import load_model
+from taurl.llm.scoring.reference_logprobs import ReferenceCache
 from taurl.runtime.errors import InputError
 
 ROWS = [{"prompt": f"{i}+{i % 3}?", "chosen": f"{i + i % 3}", "rejected": f"no {i}"} for i in range(12)]

@@ -7,7 +7,7 @@ from test_ppo_run import config, folder  # noqa: F401
 from tiny_policy import tiny_tokenizer
 
 from taurl.llm import PPO
-from taurl.llm.chat import following_ids
+from taurl.llm.data.chat import following_ids
 from taurl.llm.episodes import Stage
 from taurl.llm.generation import Completion, Sampling
 from taurl.runtime.errors import InputError

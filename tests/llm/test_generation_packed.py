@@ -11,8 +11,8 @@ from torch import nn
 from taurl.llm.generation import Sampling, SlotSampler
 from taurl.llm.generation.attention import NAME, one_query_attention
 from taurl.llm.generation.packed import PackedLinears, can_pack
-from taurl.llm.likelihood import completion_logprobs
-from taurl.llm.rollouts import Rollout
+from taurl.llm.scoring.likelihood import completion_logprobs
+from taurl.llm.scoring.rollouts import Rollout
 
 IDS = torch.tensor([[5, 17, 99, 3, 42]])
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(dtype)]

@@ -12,7 +12,7 @@ from taurl.llm.generation import Sampling, SlotSampler, TransformersSampler
 from taurl.llm.generation.cache import SlotCache
 from taurl.llm.generation.slot_model import SlotModel
 from taurl.llm.generation.slots import Batch
-from taurl.llm.models import load_model, load_tokenizer
+from taurl.llm.models.loading import load_model, load_tokenizer
 from taurl.runtime.errors import InputError, RunError
 from taurl.runtime.machine import free_memory_gb
 

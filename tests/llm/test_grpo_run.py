@@ -13,7 +13,7 @@ from tiny_policy import letter_a, save_tiny_policy, tiny_model, tiny_tokenizer
 
 from taurl.llm import GRPO, GRPOConfig
 from taurl.llm.algorithms import setup
-from taurl.llm.models import load_model, load_tokenizer
+from taurl.llm.models.loading import load_model, load_tokenizer
 from taurl.runtime.errors import InputError, RunError
 
 ROWS = [{"prompt": f"{i}+{i % 3}?", "answer": str(i + i % 3)} for i in range(12)]

@@ -3,7 +3,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_models import ARCHITECTURES, prompts_of, tiny_model
 
-from taurl.llm.heads import body, causal_lm, check_head, evaluating, output_head
+from taurl.llm.models.heads import body, causal_lm, check_head, evaluating, output_head
 from taurl.runtime.errors import InputError
 
 IDS = torch.tensor(prompts_of([9, 9]))

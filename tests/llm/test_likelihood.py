@@ -6,7 +6,7 @@ from test_heads import lora
 from tiny_models import ARCHITECTURES, checkpoint_activations, in_double, logits_one_by_one, prompts_of, tiny_model
 from transformers import AutoModelForCausalLM, MambaConfig, OpenAIGPTConfig
 
-from taurl.llm.likelihood import checkpoints_activations, completion_logprobs
+from taurl.llm.scoring.likelihood import checkpoints_activations, completion_logprobs
 from taurl.runtime.errors import InputError
 
 PROMPTS = prompts_of([5, 13, 2])

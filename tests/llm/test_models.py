@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from taurl.llm import embedded
-from taurl.llm.chat import encode_prompt
-from taurl.llm.models import load_model, load_tokenizer, resolve_model, set_pad_token
+from taurl.llm.data.chat import encode_prompt
+from taurl.llm.models import embedded
+from taurl.llm.models.loading import load_model, load_tokenizer, resolve_model, set_pad_token
 from taurl.runtime.errors import InputError, RunError
 
 IDS = torch.tensor([[3, 1, 4, 1, 5]])

@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_policy import save_tiny_policy, tiny_model, tiny_tokenizer
 
-from taurl.llm.models import load_model
-from taurl.llm.policies import Policy, base_name, switch_off_dropout
+from taurl.llm.models.loading import load_model
+from taurl.llm.models.policies import Policy, base_name, switch_off_dropout
 from taurl.runtime.errors import InputError
 
 IDS = torch.tensor([[3, 32, 43, 33, 1, 4]])

@@ -9,7 +9,7 @@ from tiny_policy import letter_a, save_tiny_policy, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from taurl.llm import PPO, PPOConfig
-from taurl.llm.models import load_model
+from taurl.llm.models.loading import load_model
 from taurl.runtime.errors import InputError
 
 

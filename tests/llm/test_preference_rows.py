@@ -5,8 +5,8 @@ import json
 import pytest
 from tiny_policy import TEMPLATE, tiny_model, tiny_tokenizer
 
-from taurl.llm.completion_ids import Conversations
-from taurl.llm.preference_rows import PreferenceReader, train_and_held_out_preferences
+from taurl.llm.data.completion_ids import Conversations
+from taurl.llm.data.preference_rows import PreferenceReader, train_and_held_out_preferences
 from taurl.runtime.errors import InputError
 
 TOKENIZER = tiny_tokenizer()

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from taurl.llm import reward_figures
-from taurl.llm.preference_rows import JudgedRow
-from taurl.llm.reward_pictures import pictures
+from taurl.llm.data.preference_rows import JudgedRow
+from taurl.llm.pictures import reward_figures
+from taurl.llm.pictures.reward_pictures import pictures
 
 
 def pair(chosen=1, rejected=1, margin=0.0):

@@ -194,7 +194,7 @@ def test_other_tools_load_the_folder_and_score_the_same(trained):
 
 
 def test_the_scale_is_that_of_the_training_rows(trained):
-    from taurl.llm.reward_scores import row_scores
+    from taurl.llm.scoring.reward_scores import row_scores
 
     scores = [v for values in row_scores(trained.policy.model, trained.train_rows.judged, 999) for v in values]
     note = trained.policy.note

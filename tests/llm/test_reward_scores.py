@@ -8,8 +8,8 @@ from tiny_policy import KeepFloat64, tiny_model
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, BertConfig
 
 from taurl.functional.preference import pairwise_loss
-from taurl.llm.preference_rows import JudgedRow
-from taurl.llm.reward_scores import check_scores, part_scores, pooled_row, row_scores, score_head, scoring_parts
+from taurl.llm.data.preference_rows import JudgedRow
+from taurl.llm.scoring.reward_scores import check_scores, part_scores, pooled_row, row_scores, score_head, scoring_parts
 from taurl.runtime.errors import InputError
 
 ROWS = [

@@ -7,8 +7,8 @@ from test_likelihood import assert_same_gradients
 from tiny_models import checkpoint_activations, in_double, prompts_of, tiny_model
 
 from taurl.llm.generation import Completion
-from taurl.llm.likelihood import completion_logprobs
-from taurl.llm.rollouts import Rollout
+from taurl.llm.scoring.likelihood import completion_logprobs
+from taurl.llm.scoring.rollouts import Rollout
 
 
 def rollout_of(prompt_lengths, completion_lengths):

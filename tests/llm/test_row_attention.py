@@ -7,9 +7,9 @@ from tiny_models import ARCHITECTURES, checkpoint_activations, in_double, logits
 from transformers import MambaConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from taurl.llm.row_attention import attend_within_rows, attending_within_rows, knows_rows, varlen
-from taurl.llm.supervised import packed_rows, part_scores, row_parts, sorted_rows, trained_tokens
-from taurl.llm.token_rows import TokenRow
+from taurl.llm.data.token_rows import TokenRow
+from taurl.llm.scoring.row_attention import attend_within_rows, attending_within_rows, knows_rows, varlen
+from taurl.llm.scoring.supervised import packed_rows, part_scores, row_parts, sorted_rows, trained_tokens
 
 # Gemma 2 caps its attention scores, which only its own code does.
 PACKABLE = [name for name in ARCHITECTURES if name != "gemma2"]

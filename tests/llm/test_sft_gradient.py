@@ -9,8 +9,8 @@ from tiny_models import tiny_model as tiny_of
 from tiny_policy import KeepFloat64, tiny_model, tiny_tokenizer
 
 from taurl.llm import SFT, SFTConfig
-from taurl.llm.supervised import embedding_noise, part_scores, row_parts
-from taurl.llm.token_rows import TokenRow
+from taurl.llm.data.token_rows import TokenRow
+from taurl.llm.scoring.supervised import embedding_noise, part_scores, row_parts
 
 ROWS = [{"prompt": f"{'what is ' * (i % 3)}{i}+{i}?", "completion": f"{'it is ' * (i % 2)}{2 * i}."} for i in range(7)]
 

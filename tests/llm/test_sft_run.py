@@ -11,7 +11,7 @@ from tiny_policy import save_tiny_policy, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from taurl.llm import SFT, SFTConfig
-from taurl.llm.models import load_model
+from taurl.llm.models.loading import load_model
 from taurl.runtime.errors import InputError
 
 ROWS = [{"prompt": f"{i}+{i % 3}?", "completion": str(i + i % 3), "answer": str(i + i % 3)} for i in range(14)]

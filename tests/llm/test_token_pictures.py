@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from taurl.llm.token_pictures import MOST_TOKENS, WIDTH, ratio_picture, token_picture
+from taurl.llm.pictures.token_pictures import MOST_TOKENS, WIDTH, ratio_picture, token_picture
 
 SVG = "{http://www.w3.org/2000/svg}"
 

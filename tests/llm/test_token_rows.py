@@ -11,14 +11,14 @@ import torch
 from chat_families import CHATML_MARKED, QWEN3, SPECIAL, character_tokenizer
 from tiny_policy import tiny_model
 
-from taurl.llm.chat import encode_prompt, stop_token_ids
-from taurl.llm.chat_templates import CHATML_TEXT, set_chat_template
-from taurl.llm.datasets import key
-from taurl.llm.row_order import Mixture, RowCycle, RowStream
-from taurl.llm.row_reader import RowReader
+from taurl.llm.data.chat import encode_prompt, stop_token_ids
+from taurl.llm.data.chat_templates import CHATML_TEXT, set_chat_template
+from taurl.llm.data.datasets import key
+from taurl.llm.data.row_order import Mixture, RowCycle, RowStream
+from taurl.llm.data.row_reader import RowReader
+from taurl.llm.data.tasks import train_and_held_out
+from taurl.llm.data.token_rows import TokenRow, fit
 from taurl.llm.settings import RowSettings
-from taurl.llm.tasks import train_and_held_out
-from taurl.llm.token_rows import TokenRow, fit
 from taurl.runtime.errors import InputError
 
 TALK = [

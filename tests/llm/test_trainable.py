@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny_policy import tiny_model, tiny_tokenizer
 
-from taurl.llm.models import load_model
-from taurl.llm.policies import Lora, Policy
+from taurl.llm.models.loading import load_model
+from taurl.llm.models.policies import Lora, Policy
+from taurl.llm.models.trainable import freeze_parameters, layer_factors
 from taurl.llm.settings import LoraSettings
-from taurl.llm.trainable import freeze_parameters, layer_factors
 from taurl.runtime.config import TrainingConfig
 from taurl.runtime.errors import InputError
 

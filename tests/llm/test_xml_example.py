@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-from taurl.llm.reasoning_tasks import reasoning_rows
+from taurl.llm.data.reasoning_tasks import reasoning_rows
 from taurl.llm.rewards.xml_format import (
     correctness_reward_func,
     int_reward_func,

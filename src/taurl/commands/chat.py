@@ -63,7 +63,7 @@ def answer(model: "Model", messages: Messages) -> str:
 
 def encode(model: "Model", messages: Messages) -> list[int]:
     """Token ids of the talk; its oldest turns are left out where they do not fit in the model's context."""
-    from taurl.llm.chat import encode_prompt
+    from taurl.llm.data.chat import encode_prompt
     from taurl.llm.generation.protocol import context_length
 
     config, context = model.config, context_length(model.model)

@@ -28,10 +28,10 @@ def main(words: Sequence[str]) -> int:
         worker_process=config.reward_process,
     )
 
+    from taurl.llm.data.tasks import PromptReader
     from taurl.llm.evaluation import described, evaluate, reward_columns
     from taurl.llm.generation import Completion
     from taurl.llm.inference import Model
-    from taurl.llm.tasks import PromptReader
     from taurl.runtime.metrics import append_lines
 
     model = Model(config)

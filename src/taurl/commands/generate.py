@@ -16,10 +16,10 @@ def main(words: Sequence[str]) -> int:
         raise InputError("no prompts given: name a .jsonl, .json, .csv or .parquet file with --prompts")
     require_new(config.out)
 
-    from taurl.llm.chat import as_completion
+    from taurl.llm.data.chat import as_completion
+    from taurl.llm.data.tasks import PromptReader
     from taurl.llm.evaluation import decode
     from taurl.llm.inference import Model
-    from taurl.llm.tasks import PromptReader
     from taurl.runtime.metrics import append_lines
 
     model = Model(config)

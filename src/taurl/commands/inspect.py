@@ -17,9 +17,9 @@ from taurl.runtime.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from taurl.llm.data_files import Row
-    from taurl.llm.row_reader import RowReader
-    from taurl.llm.token_rows import TokenRow
+    from taurl.llm.data.data_files import Row
+    from taurl.llm.data.row_reader import RowReader
+    from taurl.llm.data.token_rows import TokenRow
 
 CONTEXT, TARGET = "dim", "bold bright_green"
 SPECIAL_CONTEXT, SPECIAL_TARGET = "cyan", "bold bright_yellow"
@@ -31,10 +31,10 @@ def main(words: Sequence[str]) -> int:
     if config.dataset is None:
         raise InputError("no data set given: name one with --dataset (a .jsonl file, for example)")
 
-    from taurl.llm.datasets import iterate_rows
-    from taurl.llm.models import load_outline, load_tokenizer
-    from taurl.llm.row_reader import RowReader
-    from taurl.llm.tasks import named
+    from taurl.llm.data.datasets import iterate_rows
+    from taurl.llm.data.row_reader import RowReader
+    from taurl.llm.data.tasks import named
+    from taurl.llm.models.loading import load_outline, load_tokenizer
 
     reader = RowReader.of(config, load_tokenizer(config.model), load_outline(config.model))
     console, counts = Console(highlight=False), Counter[str]()
@@ -53,8 +53,8 @@ def main(words: Sequence[str]) -> int:
 
 def versions(reader: RowReader, row: Row, number: int, counts: Counter[str]) -> Iterator[tuple[str, TokenRow]]:
     """What a row is trained as, with a title for each: one token row, several, or none if it is dropped."""
-    from taurl.llm.chat import encode_prompt
-    from taurl.llm.token_rows import TokenRow
+    from taurl.llm.data.chat import encode_prompt
+    from taurl.llm.data.token_rows import TokenRow
 
     def has(name: str) -> bool:
         return row.get(name) is not None

@@ -23,8 +23,8 @@ def main(words: Sequence[str]) -> int:
         raise InputError(f"no {missing} given: taurl llm score --model runs/NAME/final --dataset FILE")
     require_new(config.out)
 
-    from taurl.llm.datasets import load_rows
-    from taurl.llm.tasks import named
+    from taurl.llm.data.datasets import load_rows
+    from taurl.llm.data.tasks import named
     from taurl.runtime.machine import keep_freed_memory, set_threads
     from taurl.runtime.metrics import append_lines
 
@@ -59,9 +59,9 @@ def main(words: Sequence[str]) -> int:
 
 def readable(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     """Rows with prompts, and the columns that hold their completions. Raises: InputError by row and column."""
-    from taurl.llm.chat import prompt_problem
-    from taurl.llm.datasets import check_prompts, columns_of
-    from taurl.llm.preference_rows import with_prompt
+    from taurl.llm.data.chat import prompt_problem
+    from taurl.llm.data.datasets import check_prompts, columns_of
+    from taurl.llm.data.preference_rows import with_prompt
 
     available = columns_of(rows)
     columns = next((form for form in FORMS if set(form) <= set(available)), None)
@@ -106,7 +106,7 @@ def scored_batches(reward: Any, rows: list[dict[str, Any]], columns: tuple[str, 
 
 def best_of_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of the rows of each prompt the one with the highest score, in the order of the prompts."""
-    from taurl.llm.chat import prompt_text
+    from taurl.llm.data.chat import prompt_text
 
     best: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -122,7 +122,7 @@ def show(scored: list[dict[str, Any]], written: list[dict[str, Any]], columns: t
     """What the scores look like together, on standard error."""
     import numpy as np
 
-    from taurl.llm.reward_figures import wilson_interval
+    from taurl.llm.pictures.reward_figures import wilson_interval
 
     names = [name for name in ("score", "score_chosen", "score_rejected") if name in scored[0]]
     groups: dict[str, list[float | None]] = {name: [row[name] for row in scored] for name in names}

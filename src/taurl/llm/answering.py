@@ -6,11 +6,11 @@ from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
+from taurl.llm.data.row_forms import question
+from taurl.llm.data.token_rows import TokenRow, TokenRows
 from taurl.llm.evaluation import Evaluation, TrainerState, evaluate, reward_columns
 from taurl.llm.generation import Generator, Sampling
 from taurl.llm.rewards import RewardSet
-from taurl.llm.row_forms import question
-from taurl.llm.token_rows import TokenRow, TokenRows
 from taurl.runtime.errors import InputError
 
 

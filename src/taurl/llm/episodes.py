@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from taurl.llm.chat import Message, following_ids, prompt_problem
+from taurl.llm.data.chat import Message, following_ids, prompt_problem
 from taurl.llm.evaluation import decode
 from taurl.llm.generation import Completion, Generator, Sampling
 from taurl.llm.rewards.specs import explain

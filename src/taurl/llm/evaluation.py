@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from taurl.llm.chat import as_completion, prompt_text
+from taurl.llm.data.chat import as_completion, prompt_text
 from taurl.llm.generation import Completion
 from taurl.llm.rewards import RewardSet, Scores
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from taurl.llm.generation import Completion, Sampling
 from taurl.llm.inference_config import InferenceConfig
-from taurl.llm.models import load_model, load_tokenizer
-from taurl.llm.policies import make_generator
+from taurl.llm.models.loading import load_model, load_tokenizer
+from taurl.llm.models.policies import make_generator
 from taurl.runtime.machine import (
     choose_device,
     choose_precision,

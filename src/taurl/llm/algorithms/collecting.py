@@ -10,15 +10,15 @@ from torch import Tensor
 
 from taurl.llm.algorithms.figures import rollout_figures
 from taurl.llm.algorithms.ppo_config import PPOConfig
-from taurl.llm.chat import encode_prompt
+from taurl.llm.data.chat import encode_prompt
 from taurl.llm.episodes import Episode, MakeEnvironment, Stage
 from taurl.llm.evaluation import Evaluation, TrainerState, reward_metrics, summarized
 from taurl.llm.generation import Sampling
 from taurl.llm.generation.protocol import context_length
-from taurl.llm.policies import Policy
+from taurl.llm.models.policies import Policy
 from taurl.llm.rewards import Scores
 from taurl.llm.rewards.specs import load_callable
-from taurl.llm.rollouts import Rollout
+from taurl.llm.scoring.rollouts import Rollout
 from taurl.runtime.run import Record, Step
 
 if TYPE_CHECKING:

@@ -22,11 +22,11 @@ from taurl.llm.algorithms.dpo_reference import NoReference, Reference
 from taurl.llm.algorithms.figures import Tally, rollout_figures
 from taurl.llm.algorithms.online import MEMORY_SETTINGS, OnlineTrainer, RewardFunction
 from taurl.llm.algorithms.setup import repeat_data
-from taurl.llm.answer_batches import AnswerBatch, AnswerPart, batch_logprobs, part_logprobs
-from taurl.llm.datasets import PromptOrder
+from taurl.llm.data.datasets import PromptOrder
+from taurl.llm.data.given_answers import GivenAnswers
+from taurl.llm.data.preference_rows import Form, PreferenceReader, train_and_held_out_preferences
 from taurl.llm.evaluation import reward_metrics
-from taurl.llm.given_answers import GivenAnswers
-from taurl.llm.preference_rows import Form, PreferenceReader, train_and_held_out_preferences
+from taurl.llm.scoring.answer_batches import AnswerBatch, AnswerPart, batch_logprobs, part_logprobs
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import out_of_memory_names
 from taurl.runtime.optimization import learning_rate

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from taurl.llm.algorithms.setup import loading_model
-from taurl.llm.answer_batches import AnswerBatch
-from taurl.llm.given_answers import GivenAnswers
-from taurl.llm.heads import causal_lm, evaluating
-from taurl.llm.models import load_model, load_tokenizer
-from taurl.llm.policies import Policy
-from taurl.llm.reference_logprobs import ReferenceCache, model_hash
+from taurl.llm.data.given_answers import GivenAnswers
+from taurl.llm.models.heads import causal_lm, evaluating
+from taurl.llm.models.loading import load_model, load_tokenizer
+from taurl.llm.models.policies import Policy
+from taurl.llm.scoring.answer_batches import AnswerBatch
+from taurl.llm.scoring.reference_logprobs import ReferenceCache, model_hash
 from taurl.runtime.errors import InputError
 
 

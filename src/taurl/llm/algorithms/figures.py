@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from taurl.functional.advantages import has_variance
-from taurl.llm.rollouts import Rollout
+from taurl.llm.scoring.rollouts import Rollout
 from taurl.runtime.optimization import Update
 
 

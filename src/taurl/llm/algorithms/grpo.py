@@ -21,7 +21,7 @@ from taurl.llm.algorithms.grpo_config import GRPOConfig
 from taurl.llm.algorithms.online import MEMORY_SETTINGS, OnlineTrainer, RewardFunction
 from taurl.llm.evaluation import reward_metrics
 from taurl.llm.rewards import Scores
-from taurl.llm.rollouts import Part, Rollout
+from taurl.llm.scoring.rollouts import Part, Rollout
 from taurl.runtime.machine import out_of_memory_names
 from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import Callback, Record

@@ -9,14 +9,14 @@ from torch import Tensor
 from taurl.llm.algorithms.online_config import SampledConfig
 from taurl.llm.algorithms.setup import loading_model, repeat_data
 from taurl.llm.algorithms.trainer import Trainer
-from taurl.llm.datasets import PromptOrder
+from taurl.llm.data.datasets import PromptOrder
+from taurl.llm.data.tasks import PromptReader, train_and_held_out
 from taurl.llm.evaluation import Evaluation, TrainerState, describe, evaluate, reward_columns, score
 from taurl.llm.generation import Completion, Sampling, default_kv_memory_gb
-from taurl.llm.likelihood import completion_logprobs
-from taurl.llm.policies import Policy
+from taurl.llm.models.policies import Policy
 from taurl.llm.rewards import RewardSet, Scores
-from taurl.llm.rollouts import Part, Rollout
-from taurl.llm.tasks import PromptReader, train_and_held_out
+from taurl.llm.scoring.likelihood import completion_logprobs
+from taurl.llm.scoring.rollouts import Part, Rollout
 from taurl.runtime.errors import InputError
 from taurl.runtime.run import Record, Step
 

@@ -28,13 +28,13 @@ from taurl.llm.algorithms.ppo_config import PPOConfig
 from taurl.llm.algorithms.ppo_estimates import Estimates, kl_prices, settled_rewards, whitened
 from taurl.llm.algorithms.ppo_state import Controls
 from taurl.llm.algorithms.setup import loading_model
-from taurl.llm.critics import make_critic
 from taurl.llm.episodes import MakeEnvironment
 from taurl.llm.evaluation import Evaluation
-from taurl.llm.likelihood import completion_hidden, hidden_logprobs
-from taurl.llm.policies import share_weights
-from taurl.llm.rollouts import Part, Rollout
-from taurl.llm.token_pictures import ratio_picture, token_picture
+from taurl.llm.models.critics import make_critic
+from taurl.llm.models.policies import share_weights
+from taurl.llm.pictures.token_pictures import ratio_picture, token_picture
+from taurl.llm.scoring.likelihood import completion_hidden, hidden_logprobs
+from taurl.llm.scoring.rollouts import Part, Rollout
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import out_of_memory_names
 from taurl.runtime.optimization import Optimizer, Update, learning_rate

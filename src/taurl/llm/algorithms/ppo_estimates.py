@@ -10,7 +10,7 @@ from taurl.functional.whitening import whiten, whiten_groups
 from taurl.llm.algorithms.collecting import Collected
 from taurl.llm.algorithms.ppo_config import PPOConfig
 from taurl.llm.algorithms.ppo_state import Controls
-from taurl.llm.rollouts import Rollout
+from taurl.llm.scoring.rollouts import Rollout
 from taurl.runtime.run import Record
 
 ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}

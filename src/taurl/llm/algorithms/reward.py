@@ -16,15 +16,15 @@ from taurl.llm.algorithms.reward_config import RewardConfig
 from taurl.llm.algorithms.reward_losses import FORMS, checked_classes, unit_count, unit_losses
 from taurl.llm.algorithms.setup import loading_model, repeat_data
 from taurl.llm.algorithms.trainer import Trainer
-from taurl.llm.chat import prompt_text
-from taurl.llm.datasets import PromptOrder
+from taurl.llm.data.chat import prompt_text
+from taurl.llm.data.datasets import PromptOrder
+from taurl.llm.data.preference_rows import JudgedRow, PreferenceReader, Preferences, train_and_held_out_preferences
 from taurl.llm.evaluation import decode
-from taurl.llm.preference_rows import JudgedRow, PreferenceReader, Preferences, train_and_held_out_preferences
-from taurl.llm.reward_figures import figures
-from taurl.llm.reward_folder import RewardNote
-from taurl.llm.reward_model import ProcessRewardModel, RewardModel
-from taurl.llm.reward_pictures import pictures
-from taurl.llm.reward_scores import pad_token_id, part_scores, row_scores, scoring_parts
+from taurl.llm.models.reward_folder import RewardNote
+from taurl.llm.models.reward_model import ProcessRewardModel, RewardModel
+from taurl.llm.pictures.reward_figures import figures
+from taurl.llm.pictures.reward_pictures import pictures
+from taurl.llm.scoring.reward_scores import pad_token_id, part_scores, row_scores, scoring_parts
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import out_of_memory_names
 from taurl.runtime.optimization import learning_rate

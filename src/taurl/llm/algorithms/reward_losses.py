@@ -13,7 +13,7 @@ from taurl.functional.preference import (
     regression_loss,
 )
 from taurl.llm.algorithms.reward_config import RewardConfig
-from taurl.llm.preference_rows import Form, JudgedRow
+from taurl.llm.data.preference_rows import Form, JudgedRow
 from taurl.runtime.errors import InputError
 
 FORMS: dict[str, Form] = {

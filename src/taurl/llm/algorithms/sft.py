@@ -18,13 +18,13 @@ from taurl.llm.algorithms.setup import loading_model, repeat_data
 from taurl.llm.algorithms.sft_config import SFTConfig
 from taurl.llm.algorithms.trainer import Trainer
 from taurl.llm.answering import Answering
-from taurl.llm.heads import evaluating
-from taurl.llm.policies import Policy
-from taurl.llm.row_attention import attending_within_rows, knows_rows
-from taurl.llm.row_data import RowData, RowPosition
-from taurl.llm.row_reader import RowReader
-from taurl.llm.supervised import RowPart, embedding_noise, part_scores, row_parts, trained_tokens
-from taurl.llm.token_rows import TokenRow
+from taurl.llm.data.row_data import RowData, RowPosition
+from taurl.llm.data.row_reader import RowReader
+from taurl.llm.data.token_rows import TokenRow
+from taurl.llm.models.heads import evaluating
+from taurl.llm.models.policies import Policy
+from taurl.llm.scoring.row_attention import attending_within_rows, knows_rows
+from taurl.llm.scoring.supervised import RowPart, embedding_noise, part_scores, row_parts, trained_tokens
 from taurl.runtime.directory import write_folder
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import out_of_memory_names

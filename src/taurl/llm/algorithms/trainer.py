@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Self
 import torch
 
 from taurl.llm.algorithms.setup import choose_machine, separate, with_whole_paths
-from taurl.llm.compiled import compile_layers
-from taurl.llm.model_card import model_card
-from taurl.llm.policies import Policy
+from taurl.llm.models.compiled import compile_layers
+from taurl.llm.models.model_card import model_card
+from taurl.llm.models.policies import Policy
 from taurl.runtime.config import TrainingConfig, read_config
 from taurl.runtime.directory import require_algorithm, write_folder
 from taurl.runtime.errors import InputError

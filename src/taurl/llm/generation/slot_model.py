@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from taurl.llm.generation.attention import NAME, attending_by_plain_products, pays
 from taurl.llm.generation.cache import SlotCache
 from taurl.llm.generation.packed import PackedLinears
-from taurl.llm.heads import body, causal_lm, check_head, evaluating, output_head
+from taurl.llm.models.heads import body, causal_lm, check_head, evaluating, output_head
 from taurl.runtime.errors import InputError
 
 COLUMN_STEP = 32  # attention sees a multiple of this many columns, so that kernels meet few distinct shapes

@@ -55,10 +55,10 @@ class ModelReward:
     __name__ = FACTORY
 
     def __init__(self, model: str, normalize: bool, tokens_per_part: int, device: str, precision: str):
-        from taurl.llm.completion_ids import Conversations
-        from taurl.llm.models import load_model, load_tokenizer, resolve_model
-        from taurl.llm.reward_folder import RewardNote
-        from taurl.llm.reward_scores import check_scores, head_kind
+        from taurl.llm.data.completion_ids import Conversations
+        from taurl.llm.models.loading import load_model, load_tokenizer, resolve_model
+        from taurl.llm.models.reward_folder import RewardNote
+        from taurl.llm.scoring.reward_scores import check_scores, head_kind
         from taurl.runtime.machine import choose_device, choose_precision
 
         folder = Path(resolve_model(model))
@@ -80,8 +80,8 @@ class ModelReward:
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | None]:
         """One score a completion. None where a process model finds no step in it."""
-        from taurl.llm.preference_rows import JudgedRow
-        from taurl.llm.reward_scores import row_scores
+        from taurl.llm.data.preference_rows import JudgedRow
+        from taurl.llm.scoring.reward_scores import row_scores
 
         lines: dict[tuple[int, ...], list[int]] = {}
         rows: list[JudgedRow] = []
@@ -104,7 +104,7 @@ class ModelReward:
         return [found[line] for line in range(len(rows))]
 
     def _row(self, prompt: Any, completion: Any, where: str) -> Any:
-        from taurl.llm.preference_rows import STEP_SEPARATOR, JudgedRow
+        from taurl.llm.data.preference_rows import STEP_SEPARATOR, JudgedRow
         from taurl.llm.rewards.text import text_of
 
         ids = self.conversations.prompt(prompt, where)

@@ -7,11 +7,11 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from taurl.llm.datasets import key
-from taurl.llm.row_order import RowCycle, RowStream
-from taurl.llm.row_reader import RowReader
-from taurl.llm.tasks import train_and_held_out
-from taurl.llm.token_rows import TokenRows
+from taurl.llm.data.datasets import key
+from taurl.llm.data.row_order import RowCycle, RowStream
+from taurl.llm.data.row_reader import RowReader
+from taurl.llm.data.tasks import train_and_held_out
+from taurl.llm.data.token_rows import TokenRows
 from taurl.runtime.errors import InputError
 
 

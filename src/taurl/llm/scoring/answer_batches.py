@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from taurl.functional.log_ratios import length_desensitized_logprobs, sequence_logprobs
-from taurl.llm.likelihood import completion_logprobs
+from taurl.llm.scoring.likelihood import completion_logprobs
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import Any, Literal, Self, TypeAlias, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taurl.llm.chat import Prompt, prompt_problem
-from taurl.llm.completion_ids import Conversations
-from taurl.llm.data_files import Row
-from taurl.llm.datasets import Rows, check_prompts, columns_of, distinct_rows, is_task, load_rows, prepare_rows
+from taurl.llm.data.chat import Prompt, prompt_problem
+from taurl.llm.data.completion_ids import Conversations
+from taurl.llm.data.data_files import Row
+from taurl.llm.data.datasets import Rows, check_prompts, columns_of, distinct_rows, is_task, load_rows, prepare_rows
+from taurl.llm.data.tasks import Prompts, named, train_and_held_out
 from taurl.llm.generation.protocol import context_length
-from taurl.llm.tasks import Prompts, named, train_and_held_out
 from taurl.runtime.errors import InputError, shorten
 
 Form: TypeAlias = Literal["pairs", "ranking", "label", "score", "process"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from taurl.llm.chat import Message, Prompt, PromptFormat, encode_prompt
+from taurl.llm.data.chat import Message, Prompt, PromptFormat, encode_prompt
 from taurl.runtime.errors import InputError, shorten
 
 if TYPE_CHECKING:

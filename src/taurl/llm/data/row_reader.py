@@ -9,16 +9,16 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taurl.llm.chat import with_system_prompt
-from taurl.llm.chat_rows import RowEncoder
-from taurl.llm.chat_templates import CHATML, set_chat_template, write_stop_tokens
-from taurl.llm.data_files import Row
-from taurl.llm.datasets import Rows, as_rows, columns_of, distinct_rows, is_task, load_rows, prepare_rows
+from taurl.llm.data.chat import with_system_prompt
+from taurl.llm.data.chat_rows import RowEncoder
+from taurl.llm.data.chat_templates import CHATML, set_chat_template, write_stop_tokens
+from taurl.llm.data.data_files import Row
+from taurl.llm.data.datasets import Rows, as_rows, columns_of, distinct_rows, is_task, load_rows, prepare_rows
+from taurl.llm.data.row_forms import Chat, Text, in_row, read_form
+from taurl.llm.data.tasks import named
+from taurl.llm.data.token_rows import TokenRow, TokenRows, fit
 from taurl.llm.generation.protocol import context_length
-from taurl.llm.row_forms import Chat, Text, in_row, read_form
 from taurl.llm.settings import RowSettings
-from taurl.llm.tasks import named
-from taurl.llm.token_rows import TokenRow, TokenRows, fit
 from taurl.runtime.errors import InputError
 
 OUTCOME = {"truncate": "truncated", "split": "split"}

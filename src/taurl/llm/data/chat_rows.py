@@ -15,9 +15,9 @@ from typing import Any, Literal, TypeAlias, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from taurl.llm.chat import Message, encode_prompt, encode_text, template_refusals
-from taurl.llm.row_forms import Chat, Text
-from taurl.llm.token_rows import TokenRow
+from taurl.llm.data.chat import Message, encode_prompt, encode_text, template_refusals
+from taurl.llm.data.row_forms import Chat, Text
+from taurl.llm.data.token_rows import TokenRow
 from taurl.runtime.errors import InputError
 
 Mask: TypeAlias = Literal["auto", "completion", "assistant", "last", "all"]

@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from taurl.llm import embedded
-from taurl.llm.hub import hub_problem, quiet_transformers
+from taurl.llm.models import embedded
+from taurl.llm.models.hub import hub_problem, quiet_transformers
 from taurl.runtime.errors import InputError, one_line
 
 MODEL_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".json")

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from taurl.llm.chat import prompt_problem
-from taurl.llm.data_files import READERS, Row, iterate_file, read_file
-from taurl.llm.hub import hub_cache_only, hub_problem
-from taurl.llm.reasoning_tasks import PREFIX, reasoning_rows
-from taurl.llm.row_forms import question
+from taurl.llm.data.chat import prompt_problem
+from taurl.llm.data.data_files import READERS, Row, iterate_file, read_file
+from taurl.llm.data.reasoning_tasks import PREFIX, reasoning_rows
+from taurl.llm.data.row_forms import question
+from taurl.llm.models.hub import hub_cache_only, hub_problem
 from taurl.runtime.errors import InputError, one_line
 
 Rows = list[Row]

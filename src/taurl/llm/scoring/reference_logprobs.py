@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from taurl.llm.embedded import cache_folder
-from taurl.llm.heads import causal_lm
+from taurl.llm.models.embedded import cache_folder
+from taurl.llm.models.heads import causal_lm
 from taurl.runtime.files import write_whole, writing
 
 SECONDS_BETWEEN_SAVES = 20

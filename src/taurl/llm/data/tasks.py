@@ -9,8 +9,8 @@ from typing import Any, Protocol, Self, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taurl.llm.chat import PromptFormat, encode_prompt
-from taurl.llm.datasets import (
+from taurl.llm.data.chat import PromptFormat, encode_prompt
+from taurl.llm.data.datasets import (
     Rows,
     check_prompts,
     distinct_from,

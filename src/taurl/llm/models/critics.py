@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from taurl.llm.heads import body, causal_lm
-from taurl.llm.models import Head, load_model, resolve_model
-from taurl.llm.policies import Policy, share_weights, switch_off_dropout
+from taurl.llm.models.heads import body, causal_lm
+from taurl.llm.models.loading import Head, load_model, resolve_model
+from taurl.llm.models.policies import Policy, share_weights, switch_off_dropout
 from taurl.llm.rewards.model import written_head
 from taurl.runtime.errors import InputError
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from taurl.llm.heads import causal_lm, evaluating
-from taurl.llm.likelihood import completion_hidden
-from taurl.llm.models import Head
-from taurl.llm.preference_rows import JudgedRow
+from taurl.llm.data.preference_rows import JudgedRow
+from taurl.llm.models.heads import causal_lm, evaluating
+from taurl.llm.models.loading import Head
+from taurl.llm.scoring.likelihood import completion_hidden
 from taurl.runtime.errors import InputError
 
 TOLERANCE = 0.03  # what rounding may do to a bfloat16 score; one that is pooled elsewhere is off by far more

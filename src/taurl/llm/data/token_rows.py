@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
-    from taurl.llm.datasets import Rows
+    from taurl.llm.data.datasets import Rows
 
 Overlong: TypeAlias = Literal["truncate", "drop", "split"]
 

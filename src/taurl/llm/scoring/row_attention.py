@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from taurl.llm.heads import body, causal_lm, evaluating
+from taurl.llm.models.heads import body, causal_lm, evaluating
 from taurl.runtime.errors import InputError
 
 NAME = "taurl_rows"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from taurl.llm.embedded import cache_folder
+from taurl.llm.models.embedded import cache_folder
 from taurl.runtime.errors import InputError
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"

@@ -5,11 +5,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from taurl.llm.heads import causal_lm
-from taurl.llm.models import load_model
-from taurl.llm.policies import Policy
-from taurl.llm.reward_folder import RewardNote
-from taurl.llm.reward_scores import check_scores, head_kind, pad_token_id
+from taurl.llm.models.heads import causal_lm
+from taurl.llm.models.loading import load_model
+from taurl.llm.models.policies import Policy
+from taurl.llm.models.reward_folder import RewardNote
+from taurl.llm.scoring.reward_scores import check_scores, head_kind, pad_token_id
 
 
 class RewardModel(Policy):

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from taurl.functional.logprobs import TokenScores
-from taurl.llm.heads import body, causal_lm, output_head
-from taurl.llm.likelihood import head_scores
-from taurl.llm.token_rows import TokenRow
+from taurl.llm.data.token_rows import TokenRow
+from taurl.llm.models.heads import body, causal_lm, output_head
+from taurl.llm.scoring.likelihood import head_scores
 
 
 @dataclass(frozen=True)

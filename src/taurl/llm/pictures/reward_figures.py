@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from taurl.llm.preference_rows import Form, JudgedRow
+from taurl.llm.data.preference_rows import Form, JudgedRow
 
 BINS = 10
 QUARTERS = 4

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from taurl.llm.data_files import Row
-from taurl.llm.datasets import PromptOrder, iterate_rows, key
-from taurl.llm.row_reader import RowReader
-from taurl.llm.tasks import named
-from taurl.llm.token_rows import TokenRow, TokenRows
+from taurl.llm.data.data_files import Row
+from taurl.llm.data.datasets import PromptOrder, iterate_rows, key
+from taurl.llm.data.row_reader import RowReader
+from taurl.llm.data.tasks import named
+from taurl.llm.data.token_rows import TokenRow, TokenRows
 from taurl.runtime.errors import InputError
 
 BLOCK = 1024  # draws made at once

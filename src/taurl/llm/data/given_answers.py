@@ -10,8 +10,8 @@ from typing import Self
 import torch
 
 from taurl.llm.algorithms.dpo_config import UNPAIRED_LOSSES
-from taurl.llm.answer_batches import AnswerBatch
-from taurl.llm.preference_rows import Preferences
+from taurl.llm.data.preference_rows import Preferences
+from taurl.llm.scoring.answer_batches import AnswerBatch
 from taurl.runtime.errors import InputError
 
 

@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taurl.llm.chat import stop_token_ids
-from taurl.llm.embedded import NAME
-from taurl.llm.models import load_tokenizer
+from taurl.llm.data.chat import stop_token_ids
+from taurl.llm.models.embedded import NAME
+from taurl.llm.models.loading import load_tokenizer
 from taurl.runtime.errors import InputError, reason
 
 CHATML = "chatml"

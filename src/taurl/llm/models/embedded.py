@@ -26,7 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from taurl.llm.hub import quiet_transformers
+from taurl.llm.models.hub import quiet_transformers
 from taurl.runtime.errors import RunError, one_line
 
 NAME = "smollm2-135m-instruct"

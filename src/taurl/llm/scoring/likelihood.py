@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from taurl.functional.logprobs import TokenScores, score_tokens
-from taurl.llm.heads import OutputHead, body, causal_lm, output_head
+from taurl.llm.models.heads import OutputHead, body, causal_lm, output_head
 from taurl.runtime.errors import InputError
 
 

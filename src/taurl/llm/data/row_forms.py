@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from taurl.llm.chat import prompt_problem, prompt_text, shown
-from taurl.llm.data_files import Row
-from taurl.llm.token_rows import TokenRow
+from taurl.llm.data.chat import prompt_problem, prompt_text, shown
+from taurl.llm.data.data_files import Row
+from taurl.llm.data.token_rows import TokenRow
 from taurl.runtime.errors import InputError, one_line
 
 UNTRAINED = -100  # in `labels`: not a target, as PyTorch's cross entropy and transformers have it

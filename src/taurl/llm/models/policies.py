@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taurl.llm.chat import stop_token_ids
+from taurl.llm.data.chat import stop_token_ids
 from taurl.llm.generation import Generator, SlotSampler, TransformersSampler
-from taurl.llm.heads import check_head
-from taurl.llm.hub import quiet_transformers
-from taurl.llm.models import load_model, load_tokenizer
+from taurl.llm.models.heads import check_head
+from taurl.llm.models.hub import quiet_transformers
+from taurl.llm.models.loading import load_model, load_tokenizer
+from taurl.llm.models.trainable import freeze_parameters, layer_factors
 from taurl.llm.settings import LoraSettings
-from taurl.llm.trainable import freeze_parameters, layer_factors
 from taurl.runtime.config import TrainingConfig
 from taurl.runtime.errors import InputError
 from taurl.runtime.optimization import Optimizer

@@ -5,8 +5,8 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-from taurl.llm.preference_rows import Form, JudgedRow
-from taurl.llm.reward_figures import Comparisons, calibration
+from taurl.llm.data.preference_rows import Form, JudgedRow
+from taurl.llm.pictures.reward_figures import Comparisons, calibration
 
 WIDTH, HEIGHT = 460, 300  # pixels
 LEFT, TOP, RIGHT, BOTTOM = 48, 44, 14, 40  # around the axes

@@ -1,0 +1,1 @@
+"""Models: loading them, adapters, heads, critics, reward models, and writing them out."""
