@@ -36,17 +36,22 @@ def answer(out, size, seed):
     return [row | {"label": label} for row, label in zip(rows, labels, strict=True)]
 
 
-def loop(folder, questions=200, reward_steps=100, grpo_steps=40):
+def loop(folder, questions=200, new=50, reward_steps=100, grpo_steps=40, held_out=100):
     folder.mkdir(parents=True)
     labelled = answer(folder / "answers.jsonl", questions, seed=0)
     config = RewardConfig(
-        out=folder / "reward", loss="bce", steps=reward_steps, rows_per_step=16, learning_rate=2e-5, eval_rows=40
+        out=folder / "reward",
+        loss="bce",
+        steps=reward_steps,
+        rows_per_step=16,
+        learning_rate=2e-5,
+        eval_rows=questions // 5,
     )
     Reward(MODEL, labelled, config).train()
     reward = f"model:{folder / 'reward' / 'final'}"
 
     asked = {row["prompt"] for row in labelled}
-    fresh = [row for row in answer(folder / "fresh.jsonl", 50, seed=1_000_000) if row["prompt"] not in asked]
+    fresh = [row for row in answer(folder / "fresh.jsonl", new, seed=1_000_000) if row["prompt"] not in asked]
     (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in fresh))
     scored = f"--model {folder / 'reward' / 'final'} --dataset {folder / 'labelled.jsonl'} --best".split()
     if main(["llm", "score", *scored, "--out", str(folder / "best.jsonl")]):
@@ -57,7 +62,7 @@ def loop(folder, questions=200, reward_steps=100, grpo_steps=40):
 
     settings = GRPOConfig(
         out=folder / "grpo", steps=grpo_steps, prompts_per_step=8, group_size=8, max_tokens=16, learning_rate=1e-5,
-        dataset_args=SUMS, eval_rows=100, kl_coefficient=0.02, reward_weights=(1.0, 0.0), tokens_per_part=1024,
+        dataset_args=SUMS, eval_rows=held_out, kl_coefficient=0.02, reward_weights=(1.0, 0.0), tokens_per_part=1024,
     )  # fmt: skip
     trainer = GRPO(MODEL, TASK, [reward, "last_number"], settings).train()
     for record in trainer.run.records():
