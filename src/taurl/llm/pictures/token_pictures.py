@@ -102,6 +102,9 @@ def ratio_picture(ratios: Tensor, step: int) -> str:
         parts.append(f'<rect {place} fill="#2166ac"/>')
     for exponent in (-1.0, -0.5, 0.0, 0.5, 1.0):
         centre = MARGIN + BINS * BAR * (exponent / edge + 1) / 2
-        parts.append(f'<text x="{centre:.0f}" y="{base + 18}" fill="#444">{2**exponent:.2f}</text>')
+        anchor = {-edge: "start", edge: "end"}.get(exponent, "middle")  # none may stick out
+        parts.append(
+            f'<text x="{centre:.0f}" y="{base + 18}" fill="#444" text-anchor="{anchor}">{2**exponent:.2f}</text>'
+        )
     parts.append(f'<text x="{width // 2}" y="{base + 34}" fill="#444">current / old, tallest bar {highest:.1%}</text>')
     return "\n".join([*parts, "</svg>"])
