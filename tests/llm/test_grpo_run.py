@@ -404,3 +404,8 @@ def test_a_held_out_set_of_its_own_takes_its_prompts_out_of_training(config, fol
     assert ROWS[3]["prompt"] not in [row["prompt"] for row in trainer.prompts.rows]
     assert ROWS[5]["prompt"] in [row["prompt"] for row in trainer.prompts.rows]
     assert "1 training rows left out" in capfd.readouterr().err
+
+
+def test_names_given_from_python_are_checked_with_the_other_settings(config, folder):
+    with pytest.raises(InputError, match="given from Python: 1 reward_weights for 2 rewards"):
+        GRPO(str(folder), ROWS, ["last_number", "math_verify"], config(reward_weights=(1.0,)))

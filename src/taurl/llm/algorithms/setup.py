@@ -7,12 +7,13 @@ from typing import Any, TypeVar
 import torch
 
 from taurl.llm.rewards.model import PREFIX
-from taurl.runtime.config import TrainingConfig
+from taurl.runtime.config import TrainingConfig, validated
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import choose_device, choose_precision, out_of_memory_names, set_threads
 from taurl.runtime.run import Run
 
 Config = TypeVar("Config", bound=TrainingConfig)
+NO_PATHS = ("copy", "head", "none", "chatml")  # words of settings that also take a path
 
 
 def loading_model() -> AbstractContextManager[None]:
@@ -25,6 +26,7 @@ def separate(config: Config, **given: Any) -> tuple[Config, dict[str, Any]]:
 
     Args:
         given: a name, an object, or None for what the config says; rewards may be one or several of either.
+    Raises: InputError for a name that does not fit the other settings.
     """
     names: dict[str, Any] = {}
     objects: dict[str, Any] = {}
@@ -37,7 +39,9 @@ def separate(config: Config, **given: Any) -> tuple[Config, dict[str, Any]]:
             named = isinstance(value, str)
         if value is not None:
             (names if named else objects)[key] = value
-    return config.model_copy(update=names), objects
+    if names:  # checked like those of a file: they may not fit the others
+        config = validated(type(config), config.model_dump() | names, source="given from Python")
+    return config, objects
 
 
 def choose_machine(run: Run, *, keep_dtype: bool) -> tuple[torch.device, torch.dtype | None]:
@@ -62,7 +66,7 @@ def with_whole_paths(config: Config) -> Config:
     whole: dict[str, Any] = {}
     for name in ("model", "dataset", "eval_dataset", "chat_template", "reference", "critic"):
         value = getattr(config, name, None)
-        if value is not None and Path(value).exists():
+        if value is not None and value not in NO_PATHS and Path(value).exists():
             whole[name] = str(Path(value).resolve())
     if mix := getattr(config, "mix", None):
         whole["mix"] = {str(Path(name).resolve()) if Path(name).exists() else name: mix[name] for name in mix}
