@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_policy import save_tiny_policy, tiny_model, tiny_tokenizer
 
 from taurl.llm.models.loading import load_model
-from taurl.llm.models.policies import Policy, base_name, switch_off_dropout
+from taurl.llm.models.policies import Policy, base_name, share_weights, switch_off_dropout
 from taurl.runtime.errors import InputError
 
 IDS = torch.tensor([[3, 32, 43, 33, 1, 4]])
@@ -94,3 +94,11 @@ def test_an_exported_folder_loads_as_the_same_model(tmp_path, capfd):
     for name, tensor in policy.model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
     assert not list(tmp_path.glob("out/*.bin"))
+
+
+def test_equal_frozen_weights_are_shared_a_tied_head_with_them():
+    trunk, other = (tiny_model(tie_word_embeddings=True).requires_grad_(False) for _ in range(2))
+    size = sum(weight.nbytes for weight in other.parameters())
+    assert share_weights(other, trunk) == size
+    assert other.lm_head.weight is other.model.embed_tokens.weight is trunk.lm_head.weight
+    assert share_weights(other, trunk) == 0

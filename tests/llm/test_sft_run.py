@@ -86,6 +86,8 @@ def test_epochs_set_the_steps_where_these_are_not_given(config, folder):
         SFT.resume(trainer.run.directory, trainer.config.model_copy(update={"epochs": 3.0}), dataset=ROWS)
     longer = SFT.resume(trainer.run.directory, trainer.config.model_copy(update={"steps": 9}), dataset=ROWS)
     assert longer.train().run.step == 9
+    again = config(model=str(folder), steps=0, epochs=2, tokens_per_part=64)  # as the user wrote it
+    assert SFT.resume(trainer.run.directory, again, dataset=ROWS).run.config.steps == 9
 
 
 def test_tokens_are_counted_without_padding(config, folder):
@@ -112,6 +114,7 @@ def test_answers_to_held_out_rows_are_scored(config, folder):
     assert [sample["prompt"] for sample in samples[:3]] == [row["prompt"] for row in held_out]
     for row, ids in zip(held_out, trainer.answering.ids, strict=True):
         assert tiny_tokenizer().decode(ids) == f"<user>{row['prompt']}<end><assistant>"
+    assert trainer.run.chosen["kv_memory_gb"] == trainer.answering.generator.kv_memory_gb
     with pytest.raises(InputError, match="no reward function given"):
         SFT(str(folder), ROWS, config(generate_rows=1, out=None))
     with pytest.raises(InputError, match="held-out row 1 has no question before its answer"):
@@ -292,6 +295,8 @@ def test_packing_is_refused_where_attention_is_not_known(config):
         ({"patience": 2}, "patience is 2, which needs eval_every and eval_rows"),
         ({"generate_rows": 9}, "generate_rows 9 exceed eval_rows 4"),
         ({"rewards": ("last_number",)}, "rewards score answers to held-out rows: give generate_rows"),
+        ({"train_rows": 3, "mix": {"other.jsonl": 1.0}}, "train_rows counts the rows of one data set"),
+        ({"separate_turns": True, "mask": "all"}, "mask all trains on whole conversations"),
         ({"use_dora": True}, r"use_dora needs an adapter: give lora_rank"),
     ],
 )

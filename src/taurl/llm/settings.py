@@ -89,6 +89,12 @@ class RowSettings(PromptSettings):
     shuffle_window: int = Field(1000, ge=1)
     """Rows of a stream that are shuffled among themselves."""
 
+    @model_validator(mode="after")
+    def _turns_are_apart(self) -> Self:
+        if self.separate_turns and self.mask == "all":
+            raise ValueError("separate_turns makes a row of each answer, but mask all trains on whole conversations")
+        return self
+
     @field_validator("mix")
     @classmethod
     def _weights_are_positive(cls, mix: dict[str, float]) -> dict[str, float]:

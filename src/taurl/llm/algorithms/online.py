@@ -12,7 +12,7 @@ from taurl.llm.algorithms.trainer import Trainer
 from taurl.llm.data.datasets import PromptOrder
 from taurl.llm.data.tasks import PromptReader, train_and_held_out
 from taurl.llm.evaluation import Evaluation, TrainerState, describe, evaluate, reward_columns, score
-from taurl.llm.generation import Completion, Sampling, default_kv_memory_gb
+from taurl.llm.generation import Completion, Sampling
 from taurl.llm.models.policies import Policy
 from taurl.llm.rewards import RewardSet, Scores
 from taurl.llm.scoring.likelihood import completion_logprobs
@@ -68,8 +68,7 @@ class OnlineTrainer(Trainer):
                 gradient_checkpointing=config.gradient_checkpointing,
             )
             self.optimizer = self.policy.optimizer(config, layer_decay=config.layer_decay)
-        default = self.run.chosen.setdefault("kv_memory_gb", default_kv_memory_gb(self.device))
-        self.generator = self.policy.generator(config.generator, config.slots, config.kv_memory_gb or default)
+        self.generator = self.new_generator()
         self.dtype = torch.promote_types(self.policy.model.dtype, torch.float32)
 
     def load_prompts(self) -> None:

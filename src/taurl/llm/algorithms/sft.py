@@ -5,7 +5,8 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from taurl.llm.models.heads import evaluating
 from taurl.llm.models.policies import Policy
 from taurl.llm.scoring.row_attention import attending_within_rows, knows_rows
 from taurl.llm.scoring.supervised import RowPart, embedding_noise, part_scores, row_parts, trained_tokens
+from taurl.runtime.config import read_config
 from taurl.runtime.directory import write_folder
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import out_of_memory_names
@@ -81,6 +83,13 @@ class SFT(Trainer):
             tokenizer=tokenizer,
         )
 
+    @classmethod
+    def resume(cls, directory: str | Path, config: SFTConfig | None = None, **given: Any) -> Self:  # type: ignore[override]
+        """As `Trainer.resume`; a config that leaves the steps to `epochs` goes on to those of the run."""
+        if config is not None and config.steps == 0:
+            config = config.model_copy(update={"steps": read_config(Path(directory), SFTConfig).steps})
+        return super().resume(directory, config, **given)
+
     def set_up(self, dtype: torch.dtype | None) -> None:
         config, run = self.config, self.run
         with loading_model():
@@ -106,9 +115,8 @@ class SFT(Trainer):
         self.packed = self._packed()
         self.answering = None
         if config.generate_rows:
-            generator = self.policy.generator(config.generator, config.slots)
-            rows = self.data.held_out
-            self.answering = Answering.of(config, self.given("rewards"), rows, generator, self.policy.tokenizer)
+            given, rows = self.given("rewards"), self.data.held_out
+            self.answering = Answering.of(config, given, rows, self.new_generator(), self.policy.tokenizer)
 
     def _steps_of_epochs(self) -> int:
         if self.data.count is None:
@@ -222,7 +230,11 @@ class SFT(Trainer):
             self.run.log_samples(found.samples)
             figures |= found.metrics
         before = [loss for at, loss in self._losses_held_out() if at < step]
-        if self.config.eval_every and step > 0 and figures["eval/loss"] < min(before, default=math.inf):
+        if (
+            self.config.eval_every
+            and step > 0
+            and figures["eval/loss"] < min(filter(math.isfinite, before), default=math.inf)
+        ):
             self.latest = {"step": step, **figures}
             write_folder(self.run.directory / "best", self.export)
             self.latest = {}

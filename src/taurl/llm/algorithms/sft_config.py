@@ -31,6 +31,9 @@ class SFTConfig(
     Each step takes `rows_per_step` rows and descends the mean loss of all their trained tokens.
     """
 
+    dataset: str | None = None
+    """A .jsonl, .json, .csv or .parquet file, or a hub name, with `messages` (or ShareGPT's `conversations`), `prompt`
+    and `completion`, `text`, or `input_ids`."""
     steps: int = Field(0, ge=0, json_schema_extra=FREE)
     """Optimisation steps in all; 0: as many as `epochs` takes. A finished run may be resumed with more."""
     epochs: float = Field(1.0, gt=0)
@@ -57,7 +60,7 @@ class SFTConfig(
     Speed and memory only, the result stays."""
     generate_rows: int = Field(0, ge=0)
     """Held-out rows that the model also answers, greedily, in each evaluation, scored by the reward functions."""
-    patience: int = Field(0, ge=0)
+    patience: int = Field(0, ge=0, json_schema_extra=FREE)
     """Stop after so many evaluations without a lower held-out loss; 0: never. Needs eval_every."""
 
     @model_validator(mode="after")
@@ -70,6 +73,8 @@ class SFTConfig(
             raise ValueError(f"generate_rows {self.generate_rows} exceed eval_rows {self.eval_rows}")
         if self.train_rows and self.streaming:
             raise ValueError("train_rows is for data in memory: steps says how much of a stream is trained on")
+        if self.train_rows and self.mix:
+            raise ValueError("train_rows counts the rows of one data set: with mix, steps says how many are trained on")
         if self.rewards and not self.generate_rows:
             raise ValueError("rewards score answers to held-out rows: give generate_rows")
         return self

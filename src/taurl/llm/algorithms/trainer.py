@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from taurl.llm.algorithms.setup import choose_machine, separate, with_whole_paths
+from taurl.llm.generation import Generator, default_kv_memory_gb
 from taurl.llm.models.compiled import compile_layers
 from taurl.llm.models.model_card import model_card
 from taurl.llm.models.policies import Policy
@@ -101,6 +102,12 @@ class Trainer(ABC):
         Args:
             dtype: of the weights; None leaves a model object's as they are.
         """
+
+    def new_generator(self) -> Generator:
+        """What samples from the policy's current weights, within the memory that was free where the run began."""
+        config = self.config
+        default = self.run.chosen.setdefault("kv_memory_gb", default_kv_memory_gb(self.device))
+        return self.policy.generator(config.generator, config.slots, config.kv_memory_gb or default)
 
     @abstractmethod
     def steps(self) -> Iterator[Record]:

@@ -238,7 +238,9 @@ class Policy:
             self.model.save_pretrained(folder, safe_serialization=True)
             base = self._load(self.name, dtype=self.model.dtype, device="cpu")
             adapted: Any = PeftModel.from_pretrained(base, folder)
-            return cast(PreTrainedModel, adapted.merge_and_unload())
+            merged = cast(PreTrainedModel, adapted.merge_and_unload())
+            merged.generation_config = self.model.generation_config  # with the stop tokens that the run has set
+            return merged
 
 
 def base_name(name: str, loaded_from: str) -> str:
@@ -279,8 +281,9 @@ def share_weights(model: nn.Module, trunk: nn.Module) -> int:
 
     Returns: how many bytes were given back.
     """
-    frozen = {bare_name(name): weight for name, weight in trunk.named_parameters() if not weight.requires_grad}
-    saved = 0
+    named = trunk.named_parameters(remove_duplicate=False)  # a tied head by both its names
+    frozen = {bare_name(name): weight for name, weight in named if not weight.requires_grad}
+    given_back: dict[int, nn.Parameter] = {}  # by address, so that a tied one counts once
     for path, module in model.named_modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             twin = frozen.get(bare_name(f"{path}.{name}"))
@@ -288,8 +291,8 @@ def share_weights(model: nn.Module, trunk: nn.Module) -> int:
                 continue
             if twin.dtype == weight.dtype and twin.device == weight.device and torch.equal(twin, weight):
                 setattr(module, name, twin)
-                saved += weight.numel() * weight.element_size()
-    return saved
+                given_back[weight.data_ptr()] = weight
+    return sum(weight.nbytes for weight in given_back.values())
 
 
 def bare_name(name: str) -> str:

@@ -129,6 +129,8 @@ def knows_rows(model: PreTrainedModel) -> bool:
                     use_cache=False,
                     row_lengths=[3, 3],
                 ).last_hidden_state
+        except torch.OutOfMemoryError:
+            raise
         except (InputError, TypeError, RuntimeError):
             return False  # asked for what is not known here; the lengths did not reach attention; no such kernel
     expected = torch.cat(alone, 1)
