@@ -10,6 +10,7 @@ import pytest
 import torch
 from counting_algorithm import Child
 
+from taurl.runtime import machine
 from taurl.runtime.errors import InputError, RunError
 from taurl.runtime.machine import (
     choose_device,
@@ -144,8 +145,15 @@ def test_only_failed_allocations_are_taken_for_one(error, expected):
     assert (caught.value is error) == ("lower slots" not in str(caught.value))
 
 
-def test_free_memory_is_part_of_what_there_is(monkeypatch):
+def test_free_memory_is_part_of_what_there_is(monkeypatch, tmp_path):
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     assert 0 < free_memory_gb(CPU) <= total
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    assert free_memory_gb(CPU) > 0.1
+    (tmp_path / "memory.max").write_text("3000000\n")
+    assert free_memory_gb(CPU) == 0.002
+    (tmp_path / "memory.max").unlink()
     monkeypatch.setattr("builtins.open", lambda *args: (_ for _ in ()).throw(FileNotFoundError))  # no /proc
     assert free_memory_gb(CPU) == total

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import threadpoolctl
 import torch
@@ -106,9 +107,13 @@ def free_memory_gb(device: torch.device) -> float:
     """Memory that can still be taken, in GB: the GPU's, or the machine's; all of it where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 1e9
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, StopIteration), open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024 / 1e9
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
+    with suppress(OSError, ValueError):  # a container's own limit; "max" where it has none
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, max(0, limit - used))
+    return free / 1e9
 
 
 def describe_machine() -> dict[str, str]:
@@ -122,6 +127,8 @@ def describe_machine() -> dict[str, str]:
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
 
+
+CGROUP = Path("/sys/fs/cgroup")  # version 2
 
 # What allocators say, where torch has no error class for it: the CPU's, C++'s, cuBLAS's for its workspace, and
 # oneDNN's, which gives no reason.
