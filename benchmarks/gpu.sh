@@ -4,15 +4,22 @@
 #   make install && bash benchmarks/gpu.sh
 #
 # TRL is measured beside taurl where its environment can be built (or is named by PEERS), else taurl alone.
-# DEVICE=cpu MODEL=FOLDER tries the script itself.
+# DEVICE=cpu MODEL=FOLDER tries the script itself, and writes nothing into RESULTS.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
+device=${DEVICE:-cuda}
 peers=${PEERS:-$HOME/.cache/taurl/peers}
-common=(--device "${DEVICE:-cuda}" --model "${MODEL:-smollm2-135m-instruct}")
-$python benchmarks/record.py "The same numbers on a GPU" gpu_correctness.py "${common[@]}"
-common+=(--peers "$peers" --write)
-if ! PYTHONPATH=benchmarks $python -c 'import sys, pathlib, shared; shared.environment(pathlib.Path(sys.argv[1]))' "$peers"; then
+common=(--device "$device" --model "${MODEL:-smollm2-135m-instruct}")
+if [ "$device" = cpu ]; then
+  $python benchmarks/gpu_correctness.py "${common[@]}"
+else
+  $python benchmarks/record.py "The same numbers on a GPU" gpu_correctness.py "${common[@]}"
+  common+=(--write)
+fi
+common+=(--peers "$peers")
+build='import pathlib, sys; sys.path.insert(0, "benchmarks"); import shared; shared.environment(pathlib.Path(sys.argv[1]))'
+if ! $python -c "$build" "$peers"; then
   common+=(--alone)
 fi
 $python benchmarks/grpo_step.py "${common[@]}" --minutes 1.5 "$@"

@@ -55,7 +55,7 @@ def likelihoods(found: dict[str, list[Found]], job: Job) -> str:
     if all(len(run["losses"]) == job["steps"] for runs in found.values() for run in runs):
         nll = ", ".join(f"{name} {runs[0]['held_out_nll']:.4f}" for name, runs in found.items())
         said.append(f"Held-out NLL a token after {job['steps']} steps, {HELD_OUT} completions: {nll}.")
-    return " ".join(said)
+    return " ".join(filter(None, said))
 
 
 if __name__ == "__main__":
