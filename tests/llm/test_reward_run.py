@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from taurl.functional.preference import pairwise_loss
 from taurl.llm import GRPO, GRPOConfig, Reward, RewardConfig
+from taurl.llm.models.loading import load_model
 from taurl.llm.rewards import RewardSet, reward_model
 from taurl.runtime.errors import InputError
 
@@ -299,6 +300,8 @@ def test_what_is_no_reward_model_is_refused(folder, trained, tmp_path, config):
         RewardSet(["model:./nowhere"])
     with pytest.raises(InputError, match="not understood: expected model:runs/NAME/final"):
         RewardSet(["model:"])
+    with pytest.raises(InputError, match="gives scores, it is a reward model; give a language model"):
+        load_model(trained.run.directory / "final", dtype=torch.float32)
     bare = tmp_path / "bare"
     trained.policy.export(bare)
     (bare / "taurl_reward.json").unlink()

@@ -55,7 +55,10 @@ PANELS = (
     ),
     Panel("Held-out evaluation", "Held-out reward", ("eval/reward", "eval/rewards/*/mean"), "The same rows each time."),
     Panel(
-        "Held-out evaluation", "Held-out loss", ("eval/loss",), "In SFT the negative log-likelihood of a trained token."
+        "Held-out evaluation",
+        "Held-out loss",
+        ("eval/loss",),
+        "In SFT the negative log-likelihood of a trained token, else the loss that is trained.",
     ),
     Panel("Held-out evaluation", "Perplexity", ("eval/perplexity",), "exp of the held-out loss."),
     Panel(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -56,7 +57,9 @@ def quiet_transformers() -> Iterator[None]:
     notes.set_verbosity(logging.ERROR)
     notes.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of peft's use of it
+            yield
     finally:
         notes.set_verbosity(verbosity)
         if bar:

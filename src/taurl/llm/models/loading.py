@@ -33,6 +33,7 @@ HEAD_CLASSES: dict[Head, tuple[Any, dict[str, Any]]] = {
     "sequence": (AutoModelForSequenceClassification, {"num_labels": 1}),
     "token": (AutoModelForTokenClassification, {"num_labels": 1}),
 }
+SCORE_KINDS = ("ForSequenceClassification", "ForTokenClassification", "SEQ_CLS", "TOKEN_CLS")
 SCORE_HEADS = ("score.", "classifier.")  # how the architectures call a layer that gives scores
 HOW_TO_NAME = f"give a folder, '{embedded.NAME}' or a hub name (owner/name)"
 
@@ -130,6 +131,8 @@ def load_model(
     """
     quantization = _four_bits(dtype, torch.device(device)) if in_4bit else {}
     path = resolve_model(str(name_or_path))
+    if head == "language" and gives_scores(Path(path)):
+        raise InputError(f"model '{name_or_path}' gives scores, it is a reward model; give a language model here")
     if is_adapter(path):
         if in_4bit:
             raise InputError(f"'{name_or_path}' is an adapter already; load_in_4bit takes a model to put a new one on")
@@ -159,6 +162,17 @@ def load_model(
             "its folder is incomplete or its config.json belongs to another model"
         )
     return cast(PreTrainedModel, model.eval() if in_4bit else model.eval().to(device))
+
+
+def gives_scores(folder: Path) -> bool:
+    """Whether a model folder says that what it holds scores sequences or tokens."""
+    file = folder / ("adapter_config.json" if is_adapter(folder) else "config.json")
+    try:
+        written = json.loads(file.read_text(encoding="utf-8"))
+        names = [str(written.get("task_type")), *map(str, written.get("architectures") or [])]
+    except (OSError, ValueError, AttributeError):
+        return False  # who loads it says what is wrong
+    return any(name.endswith(SCORE_KINDS) for name in names)
 
 
 def _four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -212,7 +226,8 @@ def _load_adapter(path: str, **options: Any) -> PreTrainedModel:
     except InputError as error:
         raise InputError(f"adapter '{path}' needs its base model: {error}") from error
     try:
-        return cast(PreTrainedModel, PeftModel.from_pretrained(base, path).eval())
+        with quiet_transformers():
+            return cast(PreTrainedModel, PeftModel.from_pretrained(base, path).eval())
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"adapter '{path}' cannot be put on '{base_name}': {one_line(error)}") from error
 

@@ -151,7 +151,8 @@ class Policy:
             task_type=self.adapter_task,
         )
         try:
-            self.model = get_peft_model(self.model, config)
+            with quiet_transformers():
+                self.model = get_peft_model(self.model, config)
         except ValueError as error:
             raise InputError(f"lora_targets is {lora.targets!r}: {str(error).splitlines()[0]}") from error
         self.has_adapter = True
