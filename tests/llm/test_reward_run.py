@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from taurl.functional.preference import pairwise_loss
 from taurl.llm import GRPO, GRPOConfig, Reward, RewardConfig
 from taurl.llm.rewards import RewardSet, reward_model
+from taurl.llm.scoring.reward_scores import pad_token_id, row_scores
 from taurl.runtime.errors import InputError
 
 TIMES = ("seconds", "time/", "tokens_per_second", "memory/")
@@ -194,8 +195,6 @@ def test_other_tools_load_the_folder_and_score_the_same(trained):
 
 
 def test_the_scale_is_that_of_the_training_rows(trained):
-    from taurl.llm.scoring.reward_scores import row_scores
-
     scores = [v for values in row_scores(trained.policy.model, trained.train_rows.judged, 999) for v in values]
     note = trained.policy.note
     assert note.mean == pytest.approx(sum(scores) / len(scores), rel=1e-4)
@@ -227,6 +226,22 @@ def test_an_adapter_is_trained_with_the_head_and_used_as_a_reward(config, folder
         found = reward(prompts=["1?", "1?"], completions=["aa", "  "])
         assert found[1] is None
         assert math.isfinite(found[0])
+
+
+def test_an_adapter_is_pooled_as_in_training_where_its_base_has_no_pad_token(config, tmp_path):
+    base = tmp_path / "base"
+    tiny_model(pad_token_id=None).save_pretrained(base)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = "<end>"
+    tokenizer.save_pretrained(base)
+    trainer = Reward(str(base), PAIRS, config(lora_rank=2, learning_rate=3e-2, eval_rows=0)).train()
+    assert pad_token_id(trainer.policy.model) == 1
+    rows = trainer.train_rows
+    expected = [value for values in row_scores(trainer.policy.model, rows.judged, 999) for value in values]
+    reward = reward_model(str(trainer.run.directory / "final"))
+    prompts = [row["prompt"] for row in rows.rows for _ in range(2)]
+    completions = [row[name] for row in rows.rows for name in ("chosen", "rejected")]
+    assert reward(prompts=prompts, completions=completions) == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_an_adapter_merged_into_the_weights_scores_the_same(config, folder):

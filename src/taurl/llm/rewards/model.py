@@ -56,6 +56,7 @@ class ModelReward:
 
     def __init__(self, model: str, normalize: bool, tokens_per_part: int, device: str, precision: str):
         from taurl.llm.data.completion_ids import Conversations
+        from taurl.llm.models.heads import causal_lm
         from taurl.llm.models.loading import load_model, load_tokenizer, resolve_model
         from taurl.llm.models.reward_folder import RewardNote
         from taurl.llm.scoring.reward_scores import check_scores, head_kind
@@ -74,6 +75,8 @@ class ModelReward:
             precision = "float32"
         dtype = choose_precision(precision, place)
         self.model = load_model(model, dtype=dtype, device=place, head=written_head(folder))
+        if note.pad_token_id is not None:
+            causal_lm(self.model).config.get_text_config().pad_token_id = note.pad_token_id
         self.conversations = Conversations.of(note, load_tokenizer(model))
         self.of_steps = head_kind(self.model) == "token"
         check_scores(self.model)
