@@ -310,6 +310,7 @@ def test_a_cache_that_belongs_to_other_shapes_is_not_taken():
         ({"target_margin": 2.0}, "target_margin is 2.0, but sigmoid does not read it"),
         ({"loss_type": "exo_pair"}, "loss_type exo_pair: label_smoothing is 0.0, expected"),
         ({"loss_type": "simpo", "reference": "other"}, "a reference is given, but simpo needs none"),
+        ({"excess_weight": 0.5, "loss_type": "kto"}, "excess_weight is 0.5, but kto does not read it"),
         ({"reward_shift": "running"}, "reward_shift is 'running', but sigmoid does not read it"),
     ],
 )
