@@ -166,6 +166,14 @@ def test_a_template_that_renders_the_prompt_otherwise_in_a_whole_conversation_is
         reader(tokenizer=tokenizer).read([PAIR])
 
 
+def test_steps_that_a_template_rewrites_are_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("message['content']", "message['content'] | replace('b', '')")
+    row = {"prompt": "a", "completions": ["ab", "c"], "labels": [1, 0]}
+    with pytest.raises(InputError, match=r"row 1 of the data: the chat template renders the completion as 'a\\nc<end>'"):
+        reader("process", tokenizer=tokenizer).read([row])
+
+
 def test_messages_after_raw_text_are_refused():
     with pytest.raises(InputError, match="its prompt is raw text and its completion messages"):
         reader(prompt_format="text").read([{**PAIR, "chosen": [assistant("2")]}])
