@@ -278,6 +278,8 @@ def test_a_process_model_learns_steps(config, folder):
     trainer = Reward(str(folder), rows, config(loss="process", steps=30, rows_per_step=8, eval_rows=6)).train()
     assert trainer.run.records()[-1]["eval/accuracy"] == 1.0
     reward = reward_model(str(trainer.run.directory / "final"))
+    scores = row_scores(trainer.policy.model, trainer.train_rows.judged, 999)
+    assert trainer.policy.note.mean == pytest.approx(sum(map(min, scores)) / len(scores), rel=1e-4)
     good, bad = reward(prompts=["5?"] * 2, completions=["aa", "aa\nbb"])
     assert good > 0 > bad
 

@@ -200,6 +200,8 @@ class Reward(Trainer):
         if count := min(config.scale_rows, len(self.train_rows)):
             picked = np.random.default_rng(config.seed).choice(len(self.train_rows), count, replace=False)
             scores = self._scores(self.train_rows.take(sorted(picked.tolist())))
+            if self.form == "process":
+                scores = [[min(values)] for values in scores]  # which is the reward of a completion
             flat = np.array([value for values in scores for value in values])
             written |= {"mean": float(flat.mean()), "deviation": float(flat.std())}
         self.policy.note = RewardNote(**written)
