@@ -147,6 +147,7 @@ def test_a_file_with_renamed_columns(tmp_path):
         ("pairs", {"chosen": "ab", "rejected": [user("a"), assistant("b")]}, "one of chosen and rejected is text"),
         ("ranking", {"prompt": "a", "completions": ["b"]}, "its completions is .*; expected a list of 2 or more"),
         ("ranking", {"prompt": "a", "completions": ["b", ""]}, r"its completions\[1\] is an empty string"),
+        ("label", {"prompt": "a", "completion": None, "label": 1}, r"row 1 of the data: its completion is None"),
         ("label", {"prompt": "a", "completion": "b"}, "no column 'label'"),
         ("score", {"prompt": "a", "completion": "b", "score": float("nan")}, "its score is nan"),
         ("process", {"prompt": "a", "completions": ["b"], "labels": [1, 0]}, "2 labels for 1 completions"),

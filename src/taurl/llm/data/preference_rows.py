@@ -179,11 +179,10 @@ class PreferenceReader:
         prompt = self.conversations.prompt(row["prompt"], where)
         if self.form == "process":
             return self._process(row, prompt, where)
-        names = [name for name in ("completion", "chosen", "rejected") if row.get(name) is not None]
         if self.form == "ranking":
             given = _listed(row, "completions", where, at_least=2)
             names = [f"completions[{place}]" for place in range(len(given))]
-        elif self.form == "pairs" or "completion" not in names:
+        elif self.form == "pairs" or "completion" not in row:
             names = ["chosen", "rejected"]
             given = [row[name] for name in names]
         else:
