@@ -262,6 +262,13 @@ def test_training_goes_on_from_a_reward_model(trained, config):
     assert again.run.records()[0]["eval/loss"] == pytest.approx(before["eval/loss"], rel=1e-4)
 
 
+def test_rows_that_are_too_long_are_left_out_and_counted(config, folder, capsys):
+    rows = [*PAIRS, {"prompt": "long?", "chosen": "a" * 60, "rejected": "b"}]
+    trainer = Reward(str(folder), rows, config(max_length=40))
+    assert "1 rows left out: longer than max_length" in capsys.readouterr().err
+    assert len(trainer.train_rows) + len(trainer.held_out) == len(PAIRS)
+
+
 def test_point_by_point_on_the_same_pairs(config, folder):
     trainer = Reward(str(folder), PAIRS, config(loss="bce", steps=40, rows_per_step=8)).train()
     last = trainer.run.records()[-1]

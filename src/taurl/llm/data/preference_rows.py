@@ -7,7 +7,7 @@ through the end of the assistant's turn.
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, TypeAlias, cast
 
@@ -213,11 +213,26 @@ class PreferenceReader:
 
 
 def train_and_held_out_preferences(
-    reader: PreferenceReader, dataset: object, eval_dataset: object, eval_rows: int, seed: int
-) -> tuple[Preferences, Preferences, int]:
-    """`tasks.train_and_held_out` of judged rows: no prompt is in both, and held-out prompts are distinct."""
+    reader: PreferenceReader,
+    dataset: object,
+    eval_dataset: object,
+    eval_rows: int,
+    seed: int,
+    note: Callable[[str], None],
+) -> tuple[Preferences, Preferences]:
+    """`tasks.train_and_held_out` of judged rows: no prompt is in both, and held-out prompts are distinct.
+
+    Args:
+        note: told how many rows were left out, and why.
+    """
     found = train_and_held_out(cast(Any, reader), dataset, eval_dataset, eval_rows, seed)
-    return cast(tuple[Preferences, Preferences, int], found)
+    train, held_out, dropped = cast(tuple[Preferences, Preferences, int], found)
+    if dropped:
+        note(f"{dropped} training rows left out: their prompts are among the held-out ones")
+    # Taken out of one data set, both know of all its rows.
+    if too_long := train.too_long + (0 if eval_dataset is None else held_out.too_long):
+        note(f"{too_long} rows left out: longer than max_length or than the model's context")
+    return train, held_out
 
 
 def with_prompt(row: Row, number: int) -> Row:
