@@ -314,6 +314,13 @@ def test_a_run_names_its_reward_models_by_their_whole_path(trained, monkeypatch)
     assert whole_spec("model:owner/name") == "model:owner/name"
 
 
+def test_a_judge_refuses_what_is_longer_than_its_context(trained):
+    reward = reward_model(str(trained.run.directory / "final"))
+    message = "completion 2 of 2: 7 tokens of its prompt and 131 of its own are more than the 128 that reward model"
+    with pytest.raises(InputError, match=message):
+        reward(prompts=["1+1?"] * 2, completions=["a", "a" * 130])
+
+
 def test_what_is_no_reward_model_is_refused(folder, trained, tmp_path, config):
     with pytest.raises(
         InputError, match=r"is no reward model \(it is LlamaForCausalLM\); train one with taurl llm reward"
