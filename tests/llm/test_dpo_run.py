@@ -337,8 +337,8 @@ def test_settings_that_do_not_fit_together(changes, message):
 def test_bad_data_and_a_reference_of_another_family_are_refused(config, folder, tmp_path):
     with pytest.raises(InputError, match="rewards make pairs, but kto takes single answers"):
         DPO(str(folder), ROWS, letter_a, config(loss_type="kto"))
-    with pytest.raises(InputError, match=r"label is 0\.5; expected true or false"):
-        DPO(str(folder), [{**SINGLE[0], "label": 0.5}, *SINGLE[2:]], config=config(loss_type="kto", eval_rows=0))
+    with pytest.raises(InputError, match=r"row 11 of the data: its label is 0\.5; expected true or false"):
+        DPO(str(folder), [*SINGLE[2:], {**SINGLE[0], "label": 0.5}], config=config(loss_type="kto", eval_rows=4))
     with pytest.raises(InputError, match="all 2 rows have one prompt; kto compares"):
         DPO(str(folder), SINGLE[:2], config=config(loss_type="kto", eval_rows=0))
     with pytest.raises(InputError, match="no column 'chosen'"):

@@ -259,7 +259,7 @@ class DPO(OnlineTrainer):
         config, run = self.config, self.run
         form: Form = "label" if config.unpaired else "pairs"
         train, held_out = train_and_held_out_preferences(
-            PreferenceReader.of(config, self.policy.tokenizer, self.policy.model, form),
+            PreferenceReader.of(config, self.policy.tokenizer, self.policy.model, form, two_labels=config.unpaired),
             self.given("dataset"),
             self.given("eval_dataset"),
             config.eval_rows,

@@ -43,18 +43,16 @@ class GivenAnswers:
 
     @classmethod
     def single(cls, rows: Preferences, *, mismatched: bool) -> Self:
-        """Answers with a label; of a pair the chosen one is liked and the rejected one is not.
+        """Answers with a label, 0 or 1; of a pair the chosen one is liked and the rejected one is not.
 
         Args:
             mismatched: add to each the answer of the next row that has another prompt, for KTO's reference point. It
                 is chosen once, and not in each batch, so that the reference has to judge it once.
-        Raises: InputError for a label that is neither 0 nor 1, or where all prompts are one.
+        Raises: InputError where all prompts are one.
         """
         prompts, answers, desirable = [], [], []
-        for number, row in enumerate(rows.judged, start=1):
+        for row in rows.judged:
             for completion, label in zip(row.completions, row.values, strict=True):
-                if label not in (0, 1):
-                    raise InputError(f"row {number} of the data: its label is {label:g}; expected true or false")
                 prompts.append(row.prompt)
                 answers.append([completion])
                 desirable.append(label == 1)

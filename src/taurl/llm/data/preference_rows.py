@@ -106,10 +106,23 @@ class PreferenceReader:
     arguments: Mapping[str, Any]
     columns: Mapping[str, str]
     answer_after: str | None
+    two_labels: bool = False
 
     @classmethod
-    def of(cls, settings: Any, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, form: Form) -> Self:
-        """A reader with the settings of a config that has PromptSettings and a `max_length`."""
+    def of(
+        cls,
+        settings: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        form: Form,
+        *,
+        two_labels: bool = False,
+    ) -> Self:
+        """A reader with the settings of a config that has PromptSettings and a `max_length`.
+
+        Args:
+            two_labels: refuse labels that are neither 0 nor 1.
+        """
         limits = [limit for limit in (settings.max_length, context_length(model)) if limit is not None]
         return cls(
             form=form,
@@ -118,6 +131,7 @@ class PreferenceReader:
             arguments=settings.dataset_args,
             columns=settings.columns,
             answer_after=settings.answer_after,
+            two_labels=two_labels,
         )
 
     def read(self, source: object, limit: int | None = None, *, distinct: bool = False) -> Preferences:
@@ -196,6 +210,8 @@ class PreferenceReader:
             margin = 0.0 if row.get("margin") is None else _number(row["margin"], "margin", where)
             return JudgedRow(prompt, completions, margin)
         values = [1.0, 0.0] if len(names) == 2 else [_number(row[self.form], self.form, where)]
+        if self.two_labels and values[0] not in (0, 1):
+            raise InputError(f"{where}: its label is {values[0]:g}; expected true or false")
         return JudgedRow(prompt, completions, values=values)
 
     def _process(self, row: Row, prompt: list[int], where: str) -> JudgedRow:
