@@ -183,6 +183,9 @@ def test_another_model_as_the_reference_by_folder_and_as_an_object(config, folde
     for run in runs[1:]:
         for one, record in zip(untimed(run), first, strict=True):
             assert one == pytest.approx(record, rel=1e-5, abs=1e-6)
+    again = DPO(str(folder), ROWS, config=config(out=tmp_path / "again"), reference=str(tmp_path / "other"))
+    again.evaluate()  # all of it is known
+    assert again.reference._loaded is None
     with pytest.raises(InputError, match="its reference came from Python as an object"):
         DPO.resume(tmp_path / "run1", dataset=ROWS)
     assert DPO.resume(tmp_path / "run1", dataset=ROWS, reference=other)
