@@ -12,6 +12,7 @@ from tiny_policy import letter_a, save_tiny_policy, tiny_model, tiny_tokenizer
 from taurl.llm import DPO, DPOConfig
 from taurl.llm.algorithms.dpo import best_and_worst
 from taurl.llm.algorithms.dpo_figures import STEPS_OF_A_FALL, FallWatch
+from taurl.llm.data.given_answers import _of_another_prompt
 from taurl.llm.models.loading import load_model
 from taurl.llm.scoring.reference_logprobs import ReferenceCache
 from taurl.runtime.errors import InputError
@@ -92,6 +93,15 @@ def test_it_learns_from_single_answers_and_takes_pairs_for_two_of_them(config, l
         assert records[-1]["loss"] < records[1]["loss"]
         assert records[-1]["kl"] >= 0
     assert records[-1]["eval/rewards/chosen"] > records[-1]["eval/rewards/rejected"]
+
+
+def test_the_mismatched_answers_of_pairs_are_of_both_kinds(config, folder):
+    answers = DPO(str(folder), ROWS, config=config(loss_type="kto", eval_rows=0)).train_answers
+    assert [answers.answers[i][1] for i in range(24)] == [answers.answers[(i + 2) % 24][0] for i in range(24)]
+
+
+def test_of_rows_with_one_prompt_each_has_an_answer_to_another():
+    assert _of_another_prompt([[1], [1], [1], [2], [3], [3], [1]]) == [3, 3, 3, 4, 6, 6, 3]
 
 
 def test_online_it_learns_a_letter_from_its_own_answers(config, folder):
