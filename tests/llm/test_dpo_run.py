@@ -101,7 +101,7 @@ def test_the_mismatched_answers_of_pairs_are_of_both_kinds(config, folder):
 
 
 def test_of_rows_with_one_prompt_each_has_an_answer_to_another():
-    assert _of_another_prompt([[1], [1], [1], [2], [3], [3], [1]]) == [3, 3, 3, 4, 6, 6, 3]
+    assert _of_another_prompt([[1], [1], [1], [2], [2], [3], [1]]) == [3, 4, 3, 5, 5, 6, 3]
 
 
 def test_online_it_learns_a_letter_from_its_own_answers(config, folder):

@@ -173,7 +173,9 @@ def test_steps_that_a_template_rewrites_are_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE.replace("message['content']", "message['content'] | replace('b', '')")
     row = {"prompt": "a", "completions": ["ab", "c"], "labels": [1, 0]}
-    with pytest.raises(InputError, match=r"row 1 of the data: the chat template renders the completion as 'a\\nc<end>'"):
+    with pytest.raises(
+        InputError, match=r"row 1 of the data: the chat template renders the completion as 'a\\nc<end>'"
+    ):
         reader("process", tokenizer=tokenizer).read([row])
 
 
