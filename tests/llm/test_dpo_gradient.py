@@ -260,7 +260,9 @@ def test_single_answers_with_one_reference_point_for_the_whole_batch(tmp_path, m
     for place, row in enumerate(SINGLE):
         following = (SINGLE * 2)[place + 1 :]
         other = next(r for r in following if r["prompt"] != row["prompt"])
-        mismatched.append(float(h(row["prompt"], other["completion"])))
+        others = [r["completion"] for r in SINGLE if r["prompt"] == other["prompt"]]  # chosen and rejected
+        number = sum(r["prompt"] == row["prompt"] for r in SINGLE[:place])
+        mismatched.append(float(h(row["prompt"], others[number % len(others)])))
     kl = max(0.0, sum(mismatched) / len(mismatched)) if loss_type == "kto" else 0.0
     assert (kl > 0) == (loss_type == "kto")
     losses = []

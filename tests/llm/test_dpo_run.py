@@ -12,6 +12,7 @@ from tiny_policy import letter_a, save_tiny_policy, tiny_model, tiny_tokenizer
 from taurl.llm import DPO, DPOConfig
 from taurl.llm.algorithms.dpo import best_and_worst
 from taurl.llm.algorithms.dpo_figures import STEPS_OF_A_FALL, FallWatch
+from taurl.llm.data.given_answers import _of_another_prompt
 from taurl.llm.models.loading import load_model
 from taurl.llm.scoring.reference_logprobs import ReferenceCache
 from taurl.runtime.errors import InputError
@@ -92,6 +93,15 @@ def test_it_learns_from_single_answers_and_takes_pairs_for_two_of_them(config, l
         assert records[-1]["loss"] < records[1]["loss"]
         assert records[-1]["kl"] >= 0
     assert records[-1]["eval/rewards/chosen"] > records[-1]["eval/rewards/rejected"]
+
+
+def test_the_mismatched_answers_of_pairs_are_of_both_kinds(config, folder):
+    answers = DPO(str(folder), ROWS, config=config(loss_type="kto", eval_rows=0)).train_answers
+    assert [answers.answers[i][1] for i in range(24)] == [answers.answers[(i + 2) % 24][0] for i in range(24)]
+
+
+def test_of_rows_with_one_prompt_each_has_an_answer_to_another():
+    assert _of_another_prompt([[1], [1], [1], [2], [2], [3], [1]]) == [3, 4, 3, 5, 5, 6, 3]
 
 
 def test_online_it_learns_a_letter_from_its_own_answers(config, folder):
@@ -183,6 +193,9 @@ def test_another_model_as_the_reference_by_folder_and_as_an_object(config, folde
     for run in runs[1:]:
         for one, record in zip(untimed(run), first, strict=True):
             assert one == pytest.approx(record, rel=1e-5, abs=1e-6)
+    again = DPO(str(folder), ROWS, config=config(out=tmp_path / "again"), reference=str(tmp_path / "other"))
+    again.evaluate()  # all of it is known
+    assert again.reference._loaded is None
     with pytest.raises(InputError, match="its reference came from Python as an object"):
         DPO.resume(tmp_path / "run1", dataset=ROWS)
     assert DPO.resume(tmp_path / "run1", dataset=ROWS, reference=other)
@@ -310,6 +323,7 @@ def test_a_cache_that_belongs_to_other_shapes_is_not_taken():
         ({"target_margin": 2.0}, "target_margin is 2.0, but sigmoid does not read it"),
         ({"loss_type": "exo_pair"}, "loss_type exo_pair: label_smoothing is 0.0, expected"),
         ({"loss_type": "simpo", "reference": "other"}, "a reference is given, but simpo needs none"),
+        ({"excess_weight": 0.5, "loss_type": "kto"}, "excess_weight is 0.5, but kto does not read it"),
         ({"reward_shift": "running"}, "reward_shift is 'running', but sigmoid does not read it"),
     ],
 )
@@ -336,8 +350,8 @@ def test_settings_that_do_not_fit_together(changes, message):
 def test_bad_data_and_a_reference_of_another_family_are_refused(config, folder, tmp_path):
     with pytest.raises(InputError, match="rewards make pairs, but kto takes single answers"):
         DPO(str(folder), ROWS, letter_a, config(loss_type="kto"))
-    with pytest.raises(InputError, match=r"label is 0\.5; expected true or false"):
-        DPO(str(folder), [{**SINGLE[0], "label": 0.5}, *SINGLE[2:]], config=config(loss_type="kto", eval_rows=0))
+    with pytest.raises(InputError, match=r"row 11 of the data: its label is 0\.5; expected true or false"):
+        DPO(str(folder), [*SINGLE[2:], {**SINGLE[0], "label": 0.5}], config=config(loss_type="kto", eval_rows=4))
     with pytest.raises(InputError, match="all 2 rows have one prompt; kto compares"):
         DPO(str(folder), SINGLE[:2], config=config(loss_type="kto", eval_rows=0))
     with pytest.raises(InputError, match="no column 'chosen'"):

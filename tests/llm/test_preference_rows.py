@@ -116,15 +116,17 @@ def test_too_long_rows_are_counted_and_limit_and_distinct_hold_for_those_that_ar
 
 def test_held_out_prompts_are_distinct_and_not_trained_on():
     rows = [{**PAIR, "prompt": f"{i % 5}+1?", "rejected": str(i)} for i in range(20)]
-    train, held_out, dropped = train_and_held_out_preferences(reader(), rows, None, 2, seed=0)
-    assert (len(train), len(held_out), dropped) == (12, 2, 6)
+    notes = []
+    train, held_out = train_and_held_out_preferences(reader(), rows, None, 2, 0, notes.append)
+    assert (len(train), len(held_out)) == (12, 2)
+    assert notes == ["6 training rows left out: their prompts are among the held-out ones"]
     assert {row["prompt"] for row in train.rows}.isdisjoint(row["prompt"] for row in held_out.rows)
     for read in (train, held_out):
         for row, judged in zip(read.rows, read.judged, strict=True):
             assert texts(judged)[2] == f"{row['rejected']}<end>"
     assert train.fingerprint() != held_out.fingerprint()
-    train, held_out, dropped = train_and_held_out_preferences(reader(), rows, rows[:1], 5, seed=0)
-    assert (len(train), len(held_out), dropped) == (16, 1, 4)
+    train, held_out = train_and_held_out_preferences(reader(), rows, rows[:1], 5, 0, notes.append)
+    assert (len(train), len(held_out), notes[1][:2]) == (16, 1, "4 ")
 
 
 def test_a_file_with_renamed_columns(tmp_path):
@@ -147,6 +149,7 @@ def test_a_file_with_renamed_columns(tmp_path):
         ("pairs", {"chosen": "ab", "rejected": [user("a"), assistant("b")]}, "one of chosen and rejected is text"),
         ("ranking", {"prompt": "a", "completions": ["b"]}, "its completions is .*; expected a list of 2 or more"),
         ("ranking", {"prompt": "a", "completions": ["b", ""]}, r"its completions\[1\] is an empty string"),
+        ("label", {"prompt": "a", "completion": None, "label": 1}, r"row 1 of the data: its completion is None"),
         ("label", {"prompt": "a", "completion": "b"}, "no column 'label'"),
         ("score", {"prompt": "a", "completion": "b", "score": float("nan")}, "its score is nan"),
         ("process", {"prompt": "a", "completions": ["b"], "labels": [1, 0]}, "2 labels for 1 completions"),
@@ -164,6 +167,16 @@ def test_a_template_that_renders_the_prompt_otherwise_in_a_whole_conversation_is
     tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
     with pytest.raises(InputError, match=r"row 1 of the data: .*…'2<user>.*…'1<user>.*chat_template_kwargs"):
         reader(tokenizer=tokenizer).read([PAIR])
+
+
+def test_steps_that_a_template_rewrites_are_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("message['content']", "message['content'] | replace('b', '')")
+    row = {"prompt": "a", "completions": ["ab", "c"], "labels": [1, 0]}
+    with pytest.raises(
+        InputError, match=r"row 1 of the data: the chat template renders the completion as 'a\\nc<end>'"
+    ):
+        reader("process", tokenizer=tokenizer).read([row])
 
 
 def test_messages_after_raw_text_are_refused():

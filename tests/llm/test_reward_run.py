@@ -13,6 +13,7 @@ from taurl.functional.preference import pairwise_loss
 from taurl.llm import GRPO, GRPOConfig, Reward, RewardConfig
 from taurl.llm.models.loading import load_model
 from taurl.llm.rewards import RewardSet, reward_model
+from taurl.llm.scoring.reward_scores import pad_token_id, row_scores
 from taurl.runtime.errors import InputError
 
 TIMES = ("seconds", "time/", "tokens_per_second", "memory/")
@@ -195,8 +196,6 @@ def test_other_tools_load_the_folder_and_score_the_same(trained):
 
 
 def test_the_scale_is_that_of_the_training_rows(trained):
-    from taurl.llm.scoring.reward_scores import row_scores
-
     scores = [v for values in row_scores(trained.policy.model, trained.train_rows.judged, 999) for v in values]
     note = trained.policy.note
     assert note.mean == pytest.approx(sum(scores) / len(scores), rel=1e-4)
@@ -230,6 +229,22 @@ def test_an_adapter_is_trained_with_the_head_and_used_as_a_reward(config, folder
         assert math.isfinite(found[0])
 
 
+def test_an_adapter_is_pooled_as_in_training_where_its_base_has_no_pad_token(config, tmp_path):
+    base = tmp_path / "base"
+    tiny_model(pad_token_id=None).save_pretrained(base)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = "<end>"
+    tokenizer.save_pretrained(base)
+    trainer = Reward(str(base), PAIRS, config(lora_rank=2, learning_rate=3e-2, eval_rows=0)).train()
+    assert pad_token_id(trainer.policy.model) == 1
+    rows = trainer.train_rows
+    expected = [value for values in row_scores(trainer.policy.model, rows.judged, 999) for value in values]
+    reward = reward_model(str(trainer.run.directory / "final"))
+    prompts = [row["prompt"] for row in rows.rows for _ in range(2)]
+    completions = [row[name] for row in rows.rows for name in ("chosen", "rejected")]
+    assert reward(prompts=prompts, completions=completions) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
 def test_an_adapter_merged_into_the_weights_scores_the_same(config, folder):
     settings = config(lora_rank=2, learning_rate=3e-2, merge_adapter=True, eval_rows=0)
     trainer = Reward(str(folder), PAIRS, settings).train()
@@ -248,6 +263,13 @@ def test_training_goes_on_from_a_reward_model(trained, config):
     assert again.run.records()[0]["eval/loss"] == pytest.approx(before["eval/loss"], rel=1e-4)
 
 
+def test_rows_that_are_too_long_are_left_out_and_counted(config, folder, capsys):
+    rows = [*PAIRS, {"prompt": "long?", "chosen": "a" * 60, "rejected": "b"}]
+    trainer = Reward(str(folder), rows, config(max_length=40))
+    assert "1 rows left out: longer than max_length" in capsys.readouterr().err
+    assert len(trainer.train_rows) + len(trainer.held_out) == len(PAIRS)
+
+
 def test_point_by_point_on_the_same_pairs(config, folder):
     trainer = Reward(str(folder), PAIRS, config(loss="bce", steps=40, rows_per_step=8)).train()
     last = trainer.run.records()[-1]
@@ -264,6 +286,8 @@ def test_a_process_model_learns_steps(config, folder):
     trainer = Reward(str(folder), rows, config(loss="process", steps=30, rows_per_step=8, eval_rows=6)).train()
     assert trainer.run.records()[-1]["eval/accuracy"] == 1.0
     reward = reward_model(str(trainer.run.directory / "final"))
+    scores = row_scores(trainer.policy.model, trainer.train_rows.judged, 999)
+    assert trainer.policy.note.mean == pytest.approx(sum(map(min, scores)) / len(scores), rel=1e-4)
     good, bad = reward(prompts=["5?"] * 2, completions=["aa", "aa\nbb"])
     assert good > 0 > bad
 
@@ -289,6 +313,13 @@ def test_a_run_names_its_reward_models_by_their_whole_path(trained, monkeypatch)
     monkeypatch.chdir(trained.run.directory)
     assert whole_spec("model:final(normalize=True)") == f"model:{trained.run.directory / 'final'}(normalize=True)"
     assert whole_spec("model:owner/name") == "model:owner/name"
+
+
+def test_a_judge_refuses_what_is_longer_than_its_context(trained):
+    reward = reward_model(str(trained.run.directory / "final"))
+    message = "completion 2 of 2: 7 tokens of its prompt and 131 of its own are more than the 128 that reward model"
+    with pytest.raises(InputError, match=message):
+        reward(prompts=["1+1?"] * 2, completions=["a", "a" * 130])
 
 
 def test_what_is_no_reward_model_is_refused(folder, trained, tmp_path, config):

@@ -258,18 +258,14 @@ class DPO(OnlineTrainer):
         """Training and held-out rows of a data set of preferences."""
         config, run = self.config, self.run
         form: Form = "label" if config.unpaired else "pairs"
-        train, held_out, dropped = train_and_held_out_preferences(
-            PreferenceReader.of(config, self.policy.tokenizer, self.policy.model, form),
+        train, held_out = train_and_held_out_preferences(
+            PreferenceReader.of(config, self.policy.tokenizer, self.policy.model, form, two_labels=config.unpaired),
             self.given("dataset"),
             self.given("eval_dataset"),
             config.eval_rows,
             config.seed,
+            run.view.note,
         )
-        if dropped:
-            run.view.note(f"{dropped} training rows left out: their prompts are among the held-out ones")
-        # Taken out of one data set, both know of all its rows.
-        if too_long := train.too_long + (0 if self.given("eval_dataset") is None else held_out.too_long):
-            run.view.note(f"{too_long} rows left out: longer than max_length or than the model's context")
         repeat_data(run, train.fingerprint() + held_out.fingerprint())
         self.train_answers, self.held_out_answers = (
             GivenAnswers.of(rows, config.loss_type) for rows in (train, held_out)

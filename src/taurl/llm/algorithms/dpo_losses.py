@@ -4,6 +4,7 @@ What a loss needs to know of the whole batch (a sort, a mean, a divergence) is t
 """
 
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from taurl.functional.dpo import (
 )
 from taurl.functional.kto import kto_loss
 from taurl.functional.reference_free import cpo_loss, orpo_loss, simpo_loss
-from taurl.llm.algorithms.dpo_config import UNPAIRED_LOSSES, DPOConfig
+from taurl.llm.algorithms.dpo_config import UNPAIRED_LOSSES, DPOConfig, PreferenceLoss
 from taurl.runtime.errors import InputError
 
 # Settings that some losses read; another value than the default is refused where none of the run's does.
@@ -30,6 +31,7 @@ READERS: Mapping[str, frozenset[str]] = {
     "reward_shift": frozenset({"bco_pair"}),
     "likelihood_weight": frozenset({"cpo"}),
     "target_margin": frozenset({"simpo"}),
+    "excess_weight": frozenset(get_args(PreferenceLoss)) - UNPAIRED_LOSSES,  # single answers have no other one
     "desirable_weight": UNPAIRED_LOSSES,
     "undesirable_weight": UNPAIRED_LOSSES,
 }

@@ -69,6 +69,7 @@ class Reference:
         cache = self.cache(answers)
         batches = [missing for rows in batches if (missing := cache.missing(rows))]
         if not batches:
+            self._loaded = None  # loaded for its hash
             return
         count = len({row for rows in batches for row in rows})
         note(f"computing the reference's log-probabilities of {count:,} rows once; they are kept in {cache.path}")

@@ -82,15 +82,14 @@ class Reward(Trainer):
                 gradient_checkpointing=config.gradient_checkpointing,
             )
             self.optimizer = self.policy.optimizer(config, layer_decay=config.layer_decay)
-        self.train_rows, self.held_out, dropped = train_and_held_out_preferences(
+        self.train_rows, self.held_out = train_and_held_out_preferences(
             PreferenceReader.of(config, self.policy.tokenizer, self.policy.model, self.form),
             self.given("dataset"),
             self.given("eval_dataset"),
             config.eval_rows,
             config.seed,
+            run.view.note,
         )
-        if dropped:
-            run.view.note(f"{dropped} training rows left out: their prompts are among the held-out ones")
         self.classes = checked_classes(self.train_rows.judged + self.held_out.judged, config)
         repeat_data(run, self.train_rows.fingerprint() + self.held_out.fingerprint())
         self.order = PromptOrder(len(self.train_rows), config.seed)
@@ -200,6 +199,8 @@ class Reward(Trainer):
         if count := min(config.scale_rows, len(self.train_rows)):
             picked = np.random.default_rng(config.seed).choice(len(self.train_rows), count, replace=False)
             scores = self._scores(self.train_rows.take(sorted(picked.tolist())))
+            if self.form == "process":
+                scores = [[min(values)] for values in scores]  # which is the reward of a completion
             flat = np.array([value for values in scores for value in values])
             written |= {"mean": float(flat.mean()), "deviation": float(flat.std())}
         self.policy.note = RewardNote(**written)

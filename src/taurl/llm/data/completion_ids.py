@@ -69,7 +69,8 @@ class Conversations:
 
         Returns: token ids, and for each step that is not blank the place of the token that holds the last character of
             the separator after it (of the last one: its own last character).
-        Raises: InputError as `completion`, or where the tokenizer does not tell which characters its tokens hold.
+        Raises: InputError as `completion`, where the template changes the text, or where the tokenizer does not tell
+            which characters its tokens hold.
         """
         if not self.tokenizer.is_fast:
             raise InputError(f"{type(self.tokenizer).__name__} does not tell where its tokens stand in the text")
@@ -79,7 +80,12 @@ class Conversations:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         if encoded["input_ids"][: len(ids)] != ids[: len(encoded["input_ids"])]:
             raise InputError(f"{where}: its tokens merge with those of the prompt; begin the completion with a blank")
-        start = text.find(content.strip()) - (len(content) - len(content.lstrip()))
+        if (found := text.find(content.strip())) < 0:
+            raise InputError(
+                f"{where}: the chat template renders the completion as {shorten(repr(text), SHOWN)}, not as it is "
+                "written, so that the ends of its steps are not known; leave out what the template changes"
+            )
+        start = found - (len(content) - len(content.lstrip()))
         ends, end = [], start
         for place, step in enumerate(steps):
             end += len(step) + (len(separator) if place < len(steps) - 1 else 0)

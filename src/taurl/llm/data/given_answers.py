@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Self
 
 import torch
@@ -43,23 +44,22 @@ class GivenAnswers:
 
     @classmethod
     def single(cls, rows: Preferences, *, mismatched: bool) -> Self:
-        """Answers with a label; of a pair the chosen one is liked and the rejected one is not.
+        """Answers with a label, 0 or 1; of a pair the chosen one is liked and the rejected one is not.
 
         Args:
-            mismatched: add to each the answer of the next row that has another prompt, for KTO's reference point. It
-                is chosen once, and not in each batch, so that the reference has to judge it once.
-        Raises: InputError for a label that is neither 0 nor 1, or where all prompts are one.
+            mismatched: add to each an answer to the next prompt, for KTO's reference point: the first one to its
+                prompt has the first one to the next, the second the second, so that both kinds of a pair are there.
+                It is chosen once, and not in each batch, so that the reference has to judge it once.
+        Raises: InputError where all prompts are one.
         """
         prompts, answers, desirable = [], [], []
-        for number, row in enumerate(rows.judged, start=1):
+        for row in rows.judged:
             for completion, label in zip(row.completions, row.values, strict=True):
-                if label not in (0, 1):
-                    raise InputError(f"row {number} of the data: its label is {label:g}; expected true or false")
                 prompts.append(row.prompt)
                 answers.append([completion])
                 desirable.append(label == 1)
         if mismatched and prompts:
-            others = _next_with_another_prompt(prompts)
+            others = _of_another_prompt(prompts)
             answers = [[*answer, answers[other][0]] for answer, other in zip(answers, others, strict=True)]
         return cls(prompts, answers, desirable)
 
@@ -81,17 +81,17 @@ class GivenAnswers:
         return hashlib.sha256(json.dumps([self.prompts, self.answers]).encode()).hexdigest()
 
 
-def _next_with_another_prompt(prompts: Sequence[list[int]]) -> list[int]:
-    """For each row the place of the next one, around the end, whose prompt differs."""
-    count = len(prompts)
-    if all(prompt == prompts[0] for prompt in prompts):
+def _of_another_prompt(prompts: Sequence[list[int]]) -> list[int]:
+    """For each row the place of one among the next rows, around the end, whose prompt differs."""
+    runs = [list(rows) for _, rows in groupby(range(len(prompts)), key=prompts.__getitem__)]
+    if len(runs) == 1:
         raise InputError(
-            f"all {count} rows have one prompt; kto compares with answers to another (apo_zero_unpaired does not)"
+            f"all {len(prompts)} rows have one prompt; kto compares with answers to another (apo_zero_unpaired does "
+            "not)"
         )
-    places = [0] * count
-    following = next(row for row in range(count) if prompts[row] != prompts[-1])
-    for row in reversed(range(count)):
-        if row < count - 1 and prompts[row + 1] != prompts[row]:
-            following = row + 1
-        places[row] = following
+    places = []
+    for run, following in zip(runs, [*runs[1:], runs[0]], strict=True):
+        if prompts[following[0]] == prompts[run[0]]:  # the first prompt is the last one too
+            following = runs[1]
+        places += [following[number % len(following)] for number in range(len(run))]
     return places

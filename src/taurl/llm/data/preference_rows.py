@@ -7,7 +7,7 @@ through the end of the assistant's turn.
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, TypeAlias, cast
 
@@ -106,10 +106,23 @@ class PreferenceReader:
     arguments: Mapping[str, Any]
     columns: Mapping[str, str]
     answer_after: str | None
+    two_labels: bool = False
 
     @classmethod
-    def of(cls, settings: Any, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, form: Form) -> Self:
-        """A reader with the settings of a config that has PromptSettings and a `max_length`."""
+    def of(
+        cls,
+        settings: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        form: Form,
+        *,
+        two_labels: bool = False,
+    ) -> Self:
+        """A reader with the settings of a config that has PromptSettings and a `max_length`.
+
+        Args:
+            two_labels: refuse labels that are neither 0 nor 1.
+        """
         limits = [limit for limit in (settings.max_length, context_length(model)) if limit is not None]
         return cls(
             form=form,
@@ -118,6 +131,7 @@ class PreferenceReader:
             arguments=settings.dataset_args,
             columns=settings.columns,
             answer_after=settings.answer_after,
+            two_labels=two_labels,
         )
 
     def read(self, source: object, limit: int | None = None, *, distinct: bool = False) -> Preferences:
@@ -179,11 +193,10 @@ class PreferenceReader:
         prompt = self.conversations.prompt(row["prompt"], where)
         if self.form == "process":
             return self._process(row, prompt, where)
-        names = [name for name in ("completion", "chosen", "rejected") if row.get(name) is not None]
         if self.form == "ranking":
             given = _listed(row, "completions", where, at_least=2)
             names = [f"completions[{place}]" for place in range(len(given))]
-        elif self.form == "pairs" or "completion" not in names:
+        elif self.form == "pairs" or "completion" not in row:
             names = ["chosen", "rejected"]
             given = [row[name] for name in names]
         else:
@@ -197,6 +210,8 @@ class PreferenceReader:
             margin = 0.0 if row.get("margin") is None else _number(row["margin"], "margin", where)
             return JudgedRow(prompt, completions, margin)
         values = [1.0, 0.0] if len(names) == 2 else [_number(row[self.form], self.form, where)]
+        if self.two_labels and values[0] not in (0, 1):
+            raise InputError(f"{where}: its label is {values[0]:g}; expected true or false")
         return JudgedRow(prompt, completions, values=values)
 
     def _process(self, row: Row, prompt: list[int], where: str) -> JudgedRow:
@@ -214,11 +229,26 @@ class PreferenceReader:
 
 
 def train_and_held_out_preferences(
-    reader: PreferenceReader, dataset: object, eval_dataset: object, eval_rows: int, seed: int
-) -> tuple[Preferences, Preferences, int]:
-    """`tasks.train_and_held_out` of judged rows: no prompt is in both, and held-out prompts are distinct."""
+    reader: PreferenceReader,
+    dataset: object,
+    eval_dataset: object,
+    eval_rows: int,
+    seed: int,
+    note: Callable[[str], None],
+) -> tuple[Preferences, Preferences]:
+    """`tasks.train_and_held_out` of judged rows: no prompt is in both, and held-out prompts are distinct.
+
+    Args:
+        note: told how many rows were left out, and why.
+    """
     found = train_and_held_out(cast(Any, reader), dataset, eval_dataset, eval_rows, seed)
-    return cast(tuple[Preferences, Preferences, int], found)
+    train, held_out, dropped = cast(tuple[Preferences, Preferences, int], found)
+    if dropped:
+        note(f"{dropped} training rows left out: their prompts are among the held-out ones")
+    # Taken out of one data set, both know of all its rows.
+    if too_long := train.too_long + (0 if eval_dataset is None else held_out.too_long):
+        note(f"{too_long} rows left out: longer than max_length or than the model's context")
+    return train, held_out
 
 
 def with_prompt(row: Row, number: int) -> Row:

@@ -20,6 +20,8 @@ class RewardNote(ConversationSettings):
     """Of the scores of training completions."""
     deviation: float | None = None
     """Their standard deviation."""
+    pad_token_id: int | None = None
+    """The token that pooling passes over: an adapter's folder has no config.json that would say it."""
 
     @classmethod
     def of(cls, folder: Path) -> Self:

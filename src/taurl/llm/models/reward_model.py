@@ -40,7 +40,7 @@ class RewardModel(Policy):
     def export(self, directory: Path, *, merge: bool = False, card: str | None = None) -> None:
         """Write a folder that `AutoModelForSequenceClassification` (with an adapter: `peft`) loads."""
         super().export(directory, merge=merge, card=card)
-        self.note.write(directory)
+        self.note.model_copy(update={"pad_token_id": pad_token_id(self.model)}).write(directory)
 
 
 class ProcessRewardModel(RewardModel):

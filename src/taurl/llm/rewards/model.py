@@ -56,6 +56,8 @@ class ModelReward:
 
     def __init__(self, model: str, normalize: bool, tokens_per_part: int, device: str, precision: str):
         from taurl.llm.data.completion_ids import Conversations
+        from taurl.llm.generation.protocol import context_length
+        from taurl.llm.models.heads import causal_lm
         from taurl.llm.models.loading import load_model, load_tokenizer, resolve_model
         from taurl.llm.models.reward_folder import RewardNote
         from taurl.llm.scoring.reward_scores import check_scores, head_kind
@@ -74,12 +76,18 @@ class ModelReward:
             precision = "float32"
         dtype = choose_precision(precision, place)
         self.model = load_model(model, dtype=dtype, device=place, head=written_head(folder))
+        if note.pad_token_id is not None:
+            causal_lm(self.model).config.get_text_config().pad_token_id = note.pad_token_id
         self.conversations = Conversations.of(note, load_tokenizer(model))
+        self.context = context_length(causal_lm(self.model))
         self.of_steps = head_kind(self.model) == "token"
         check_scores(self.model)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | None]:
-        """One score a completion. None where a process model finds no step in it."""
+        """One score a completion. None where a process model finds no step in it.
+
+        Raises: InputError for a conversation that the template refuses, or that is longer than the model's context.
+        """
         from taurl.llm.data.preference_rows import JudgedRow
         from taurl.llm.scoring.reward_scores import row_scores
 
@@ -108,10 +116,17 @@ class ModelReward:
         from taurl.llm.rewards.text import text_of
 
         ids = self.conversations.prompt(prompt, where)
-        if not self.of_steps:
-            return JudgedRow(ids, [self.conversations.completion(prompt, completion, ids, where)])
-        steps = text_of(completion).split(STEP_SEPARATOR)
-        tokens, ends = self.conversations.steps(prompt, steps, STEP_SEPARATOR, ids, where)
+        ends: list[int] = []
+        if self.of_steps:
+            steps = text_of(completion).split(STEP_SEPARATOR)
+            tokens, ends = self.conversations.steps(prompt, steps, STEP_SEPARATOR, ids, where)
+        else:
+            tokens = self.conversations.completion(prompt, completion, ids, where)
+        if self.context is not None and len(ids) + len(tokens) > self.context:
+            raise InputError(
+                f"{where}: {len(ids)} tokens of its prompt and {len(tokens)} of its own are more than the "
+                f"{self.context} that reward model '{self.name}' sees; shorten them (max_tokens) or choose another one"
+            )
         return JudgedRow(ids, [tokens], step_ends=ends)
 
     def _scaled(self, score: float) -> float:
