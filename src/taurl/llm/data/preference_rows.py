@@ -162,9 +162,11 @@ class PreferenceReader:
         needed = COLUMNS[self.form] if unpaired or self.form not in ("label", "score") else COLUMNS["pairs"]
         for column in needed:
             if column not in available:
+                spare = [name for name in available if name not in ("prompt", *needed)]
+                example = f", for example {spare[0]}={column}" if spare else ""
                 raise InputError(
                     f"no column '{column}'; the data has {', '.join(available)}; expected prompt, "
-                    f"{', '.join(COLUMNS[self.form])}: rename one with columns, for example {available[0]}={column}"
+                    f"{', '.join(COLUMNS[self.form])}: rename one with columns{example}"
                 )
         if needed == COLUMNS["pairs"]:
             rows = [with_prompt(row, number) for number, row in enumerate(rows, start=1)]
