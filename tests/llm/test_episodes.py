@@ -80,7 +80,10 @@ def test_each_turn_appends_to_the_ids_that_are_there():
 def test_an_episode_that_runs_out_of_turns_or_context_is_truncated():
     (episode,) = stage(max_turns=2).play([7], Scripted([said("aa"), said("b")]), Sampling(4))
     assert (episode.over, episode.turns, episode.completion.finish) == (False, 2, "length")
-    assert episode.chosen[-1]
+    text = tiny_tokenizer().decode(episode.prompt + episode.tokens)
+    assert text.endswith("b<end><user>and?<end><assistant>")  # the state that its value is taken of
+    (cut,) = stage(max_turns=1, context=len(episode.prompt) + 6).play([7], Scripted([said("aa")]), Sampling(3))
+    assert len(cut.tokens) == 6
     (short,) = stage(context=len(episode.prompt) + 13).play([7], Scripted([said("aa")]), Sampling(4))
     assert (short.turns, short.completion.finish) == (1, "length")
 
@@ -156,6 +159,24 @@ def test_credit_flows_across_turns_and_nothing_is_learned_of_the_environments_wo
         assert found[chosen].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
         assert not found[~chosen].any()
     assert float(estimates.advantages[:, 0].abs().sum()) > 0
+
+
+def test_a_truncated_episode_bootstraps_behind_the_environments_answer(config, folder):  # noqa: F811
+    """The value that an episode of one turn fewer ends with is the one before the next turn's first token."""
+    found = {}
+    for turns in (2, 1):
+        settings = config(max_turns=turns, truncated="bootstrap", out=None, eval_rows=0, kl_coefficient=0)
+        trainer = PPO(str(folder), config=settings, environment=Echo)
+        torch.manual_seed(1)
+        trainer.critic.head.weight.data.normal_()
+        rollout = trainer._collect(next(iter(trainer.run.steps()))).rollout
+        found[turns] = rollout, *trainer._values(rollout, range(8))
+    (longer, values, _), (shorter, _, ends) = found[2], found[1]
+    for row, completion in enumerate(shorter.completions):
+        length = len(completion.tokens)
+        assert longer.completions[row].tokens[:length] == completion.tokens
+        assert longer.mask[row, length]
+        torch.testing.assert_close(ends[row], values[row, length])
 
 
 def test_it_learns_from_an_environment_and_resumes_exactly(config, folder, tmp_path):  # noqa: F811

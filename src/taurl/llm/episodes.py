@@ -49,7 +49,8 @@ class Episode:
         chosen: which tokens are the policy's.
         rewards: at each token; a turn's reward stands at the turn's last token.
         turns: how many the policy had.
-        over: whether the environment ended it. An episode that ran out of turns or context is truncated.
+        over: whether the environment ended it. An episode that ran out of turns or context is truncated; what the
+            environment answered last stands at its end all the same, as far as the context reaches.
     """
 
     environment: Environment
@@ -146,11 +147,13 @@ class Stage:
             raise InputError(f"{where} gave the reward {reward!r}, expected a finite number")
         episode.rewards[-1] += float(reward)
         episode.over = bool(over)
-        if episode.over or episode.turns == self.max_turns:
+        if episode.over:
             return
         if problem := prompt_problem(messages):
             raise InputError(f"{where}: the episode is not over, and {problem}")
         reply = following_ids(messages, self.tokenizer, completion.tokens[-1], chat_template_kwargs=self.template)
+        if self.context is not None:
+            reply = reply[: max(0, self.context - len(episode.prompt) - len(episode.tokens))]
         episode.append(reply, [0.0] * len(reply), chosen=False)
 
     def _room(self, episode: Episode, sampling: Sampling) -> bool:

@@ -101,10 +101,10 @@ class OnlineTrainer(Trainer):
         state = TrainerState(step - 1, self.config.steps)
         return score(rows, completions, self.policy.tokenizer, self.rewards, state)
 
-    def parts(self, rollout: Rollout, rows: Sequence[int]) -> Iterator[Part]:
-        """Some rows of a rollout, cut by the token budget."""
+    def parts(self, rollout: Rollout, rows: Sequence[int], *, whole: bool = False) -> Iterator[Part]:
+        """Some rows of a rollout, cut by the token budget; whole completions as `Rollout.parts` says."""
         shared = not self.config.gradient_checkpointing
-        return rollout.parts(rows, self.config.tokens_per_part, share_prompts=shared)
+        return rollout.parts(rows, self.config.tokens_per_part, share_prompts=shared, whole=whole)
 
     def forward(self, rollout: Rollout, part: Part, model: Any) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [n, l] of a part's tokens under a model."""

@@ -222,17 +222,21 @@ class PPO(OnlineTrainer):
 
     @torch.no_grad()
     def _values(self, rollout: Rollout, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """V [N, L] before each token and V [N] after each row's last, under the critic; 0 without one."""
+        """V [N, L] before each token and V [N] behind all of a row's, under the critic; 0 without one.
+
+        Behind a truncated episode's stand the environment's answer and the opening of the next turn, as they do
+        before the first token of every other turn.
+        """
         values = torch.zeros_like(rollout.mask, dtype=self.dtype)
         ends = torch.zeros(len(values), dtype=self.dtype, device=values.device)
         if self.critic is None:
             return values, ends
         with self.critic.trunk() as model:
-            for part in self.parts(rollout, rows):
+            for part in self.parts(rollout, rows, whole=True):
                 tokens = torch.nn.functional.pad(part.of(rollout.tokens), (0, 1))  # what follows the last token
                 found = self.critic.head(completion_hidden(model, part.prompts, part.prompt_of, tokens))
                 values[part.rows, : part.length] = found[:, :-1]
-                ends[part.rows] = found.gather(1, part.of(rollout.last)[:, None] + 1)[:, 0]
+                ends[part.rows] = found.gather(1, part.of(rollout.lengths)[:, None])[:, 0]
         return torch.where(rollout.mask, values, 0.0), ends
 
     def _update(self, rollout: Rollout, estimates: Estimates, step: Step) -> Record:

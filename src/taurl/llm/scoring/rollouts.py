@@ -58,6 +58,11 @@ class Rollout:
     def group_size(self) -> int:
         return len(self.completions) // len(self.prompts)
 
+    @property
+    def lengths(self) -> Tensor:
+        """Int64 [N], how many tokens each completion has, those that the policy did not choose included."""
+        return torch.tensor([len(completion.tokens) for completion in self.completions], device=self.tokens.device)
+
     def minibatches(self, count: int, key: Sequence[int]) -> list[list[int]]:
         """Rows of each minibatch: whole groups, in an order drawn from `key` where there is more than one."""
         groups = np.arange(len(self.prompts))
@@ -69,14 +74,17 @@ class Rollout:
             for chosen in np.array_split(groups, count)
         ]
 
-    def parts(self, rows: Sequence[int], tokens_per_part: int, *, share_prompts: bool = True) -> Iterator["Part"]:
+    def parts(
+        self, rows: Sequence[int], tokens_per_part: int, *, share_prompts: bool = True, whole: bool = False
+    ) -> Iterator["Part"]:
         """Cut rows into parts of at most `tokens_per_part` tokens, padding and prompts included (one row at least).
 
         Groups of similar length stand together, and a group is split only where it does not fit in one part. A row
         without a token to train on is in no part. Where prompts are not shared (gradient checkpointing), each row
-        brings a copy of its own.
+        brings a copy of its own. A completion reaches up to its last token that is trained on, or to its end where
+        the `whole` of it is asked for.
         """
-        lengths = self._lengths()
+        lengths = self._lengths(whole)
         groups: dict[int, list[int]] = {}
         for row in rows:
             if lengths[row]:
@@ -96,10 +104,11 @@ class Rollout:
         if chosen:
             yield self._part(chosen, length)
 
-    def _lengths(self) -> list[int]:
-        """Each completion's length up to the last token that is trained on; 0 where there is none."""
+    def _lengths(self, whole: bool) -> list[int]:
+        """Each completion's length, whole or up to the last token that is trained on; 0 where there is none."""
         columns = torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)
-        lengths: list[int] = (self.mask * columns).amax(1).tolist()
+        trained = (self.mask * columns).amax(1)
+        lengths: list[int] = (torch.where(trained > 0, self.lengths, 0) if whole else trained).tolist()
         return lengths
 
     def _part(self, rows: Sequence[int], length: int) -> "Part":
