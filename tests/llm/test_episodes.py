@@ -1,5 +1,6 @@
 """Conversations with an environment: ids, masks, rewards, and credit across turns."""
 
+import numpy as np
 import pytest
 import torch
 from test_grpo_run import untimed
@@ -137,6 +138,26 @@ def test_a_failing_environment_is_named_with_seed_and_turn(where, message):
         stage(failing(where)).play([7], Scripted([said("a")] * 3), Sampling(4))
 
 
+@pytest.mark.parametrize("number", [np.float32(0.5), np.int64(2), torch.tensor(0.5), torch.tensor([2.0])])
+def test_numbers_of_numpy_and_torch_are_rewards(number):
+    class Environment(Echo):
+        def step(self, completion):
+            return [], number, True
+
+    (episode,) = stage(Environment).play([7], Scripted([said("a")]), Sampling(4))
+    assert sum(episode.rewards) == float(number)
+
+
+@pytest.mark.parametrize("found", ["1.0", float("nan"), torch.ones(2), 10**400])
+def test_what_is_no_finite_number_is_no_reward(found):
+    class Environment(Echo):
+        def step(self, completion):
+            return [], found, True
+
+    with pytest.raises(InputError, match="expected a finite number"):
+        stage(Environment).play([7], Scripted([said("a")]), Sampling(4))
+
+
 def test_credit_flows_across_turns_and_nothing_is_learned_of_the_environments_words(config, folder):  # noqa: F811
     settings = config(
         discount=0.9, trace_decay=1.0, whiten="none", critic="none", truncated="penalty", kl_coefficient=0
@@ -177,6 +198,17 @@ def test_a_truncated_episode_bootstraps_behind_the_environments_answer(config, f
         assert longer.completions[row].tokens[:length] == completion.tokens
         assert longer.mask[row, length]
         torch.testing.assert_close(ends[row], values[row, length])
+
+
+def test_rewards_of_turns_are_divided_by_their_deviation_and_keep_their_mean(config, folder):  # noqa: F811
+    settings = config(normalize_rewards=True, kl_coefficient=0, eval_rows=0)
+    trainer = PPO(str(folder), config=settings, environment=Echo)
+    collected = trainer._collect(next(iter(trainer.run.steps())))
+    estimates, _ = trainer._estimate(collected, 1)
+    turns = collected.rewards[collected.earned]
+    assert len(turns) == 24
+    found = estimates.rewards[collected.earned].double()
+    torch.testing.assert_close(found, turns / turns.std(correction=0), rtol=1e-5, atol=1e-5)
 
 
 def test_it_learns_from_an_environment_and_resumes_exactly(config, folder, tmp_path):  # noqa: F811

@@ -1,5 +1,7 @@
 """PPO from Python: what is trained, what is kept, what is refused."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -96,6 +98,46 @@ def test_a_critic_of_another_vocabulary_is_refused(config, folder):
         PPO(str(folder), ROWS, high_ids, config(), critic=tiny_model(vocab_size=50))
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_reference_critic_or_judge_that_is_trained_itself_is_refused(config, rank):
+    model, other = tiny_model(), tiny_model()
+
+    class Judge:
+        def __call__(self, completions, **_):
+            return [0.0] * len(completions)
+
+    for role, given, message in (
+        ("reference", model, "the reference is the very object that is trained"),
+        ("critic", model, "the critic is the very object that is trained"),
+        ("rewards", model, "the model of a reward function is trained itself"),
+        ("critic and reference", other, "critic and reference are one object"),
+    ):
+        judge = Judge()
+        judge.model = given if role == "rewards" else None
+        others = {name: given for name in ("critic", "reference") if name in role}
+        with pytest.raises(InputError, match=message):
+            PPO(
+                tiny_model() if given is other else model,
+                ROWS,
+                judge,
+                config(lora_rank=rank, out=None),
+                tokenizer=tiny_tokenizer(),
+                **others,
+            )
+        model = tiny_model()
+
+
+def test_a_reference_that_reads_other_tokens_is_refused(config, folder, tmp_path):
+    with pytest.raises(InputError, match="the reference knows 20 tokens"):
+        PPO(str(folder), ROWS, high_ids, config(out=None), reference=tiny_model(vocab_size=20))
+    save_tiny_policy(tmp_path / "other")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["word"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=r"reference '.*other' has another tokenizer than the model"):
+        PPO(str(folder), ROWS, high_ids, config(out=None), reference=str(tmp_path / "other"))
+
+
 def test_in_the_value_warm_up_the_policy_stays(config, folder):
     start = load_file(folder / "model.safetensors")
     for critic in ("copy", "head"):
@@ -108,6 +150,16 @@ def test_in_the_value_warm_up_the_policy_stays(config, folder):
             assert bool(trainer.critic.head.weight.any())
             assert (record["learning_rate"] == 0) == stays
             assert record["value/grad_norm"] > 0
+
+
+def test_the_heads_gradient_is_of_one_size_in_the_warm_up_and_after_it(config, folder):
+    found = []
+    for steps in (0, 1):
+        out = config().out.parent / str(steps)
+        changes = {"steps": 1, "epochs": 1, "critic": "head", "value_warmup_steps": steps, "max_grad_norm": 1e9}
+        trainer = PPO(str(folder), ROWS, high_ids, config(**changes, out=out)).train()
+        found.append(trainer.critic_optimizer.tensors()["exp_avg/head.weight"])
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_a_step_ends_early_where_the_policy_has_moved_far(config, folder):
@@ -253,6 +305,36 @@ def test_reward_model_critic_and_reference_that_are_adapters_read_the_policys_fr
         assert not torch.equal(weight, started[name]), name
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_judge_takes_the_policys_dtype_where_they_share_a_base_and_that_is_said(
+    config, folder, reward_adapter, capfd, precision
+):
+    settings = config(lora_rank=1, lora_targets=("q_proj",), precision=precision, eval_rows=0, steps=1)
+    trainer = PPO(str(folder), ROWS, f'model:{reward_adapter}(precision="float32")', settings)
+    (judge,) = trainer.rewards.models
+    assert judge.dtype == trainer.policy.model.dtype
+    assert bytes_of(trainer.policy.model, judge) - bytes_of(trainer.policy.model) < bytes_of(judge) / 4
+    trainer.train()
+    assert "the reward model reads 0.1 MB of the policy's frozen weights" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_judge_of_less_precision_shares_nothing_and_that_is_said(config, folder, reward_adapter, capfd):
+    settings = config(lora_rank=1, lora_targets=("q_proj",), out=None)
+    PPO(str(folder), ROWS, f'model:{reward_adapter}(precision="bfloat16")', settings)
+    said = " ".join(capfd.readouterr().err.split())
+    assert "the reward model shares nothing with the policy: its weights are bfloat16, the policy's float32" in said
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", None])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_reward_adapters_head_is_the_critics(config, folder, reward_adapter, task, rank):
+    file = reward_adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": task}))
+    trainer = PPO(str(folder), ROWS, high_ids, config(lora_rank=rank), critic=str(reward_adapter))
+    score = load_file(reward_adapter / "adapter_model.safetensors")["base_model.model.score.weight"]
+    torch.testing.assert_close(trainer.critic.head.weight.detach(), score, rtol=0, atol=0)
+
+
 def test_a_whole_policy_merges_a_critics_adapter(config, folder, reward_adapter):
     trainer = PPO(str(folder), ROWS, high_ids, config(steps=1), critic=str(reward_adapter))
     names = [name for name, _ in trainer.critic.named_parameters()]
@@ -298,6 +380,12 @@ def test_settings_that_do_not_fit_together(config, changes, message):
 def test_rewards_that_never_apply_change_nothing_and_stop_nothing(config, folder):
     record = PPO(str(folder), ROWS, lambda completions, **_: [None] * len(completions), config(steps=1)).train()
     assert record.run.records()[-1]["loss"] == 0
+
+
+def test_where_nothing_was_measured_the_price_stays(config, folder):
+    settings = config(steps=2, kl_target=1.0)
+    trainer = PPO(str(folder), ROWS, lambda completions, **_: [None] * len(completions), settings).train()
+    assert trainer.controls.coefficient == settings.kl_coefficient
 
 
 def test_where_every_completion_is_cut_off_that_is_said(config, folder, capfd):

@@ -143,9 +143,7 @@ class Stage:
             messages, reward, over = episode.environment.step(text)
         except Exception as error:
             raise InputError(f"{where} raised {explain(error)}") from error
-        if not isinstance(reward, int | float) or not math.isfinite(reward):
-            raise InputError(f"{where} gave the reward {reward!r}, expected a finite number")
-        episode.rewards[-1] += float(reward)
+        episode.rewards[-1] += finite_number(reward, where)
         episode.over = bool(over)
         if episode.over:
             return
@@ -160,3 +158,14 @@ class Stage:
         """Whether another turn fits into the policy's context."""
         length = len(episode.prompt) + len(episode.tokens) + sampling.max_tokens
         return self.context is None or length <= self.context
+
+
+def finite_number(reward: Any, where: str) -> float:
+    """A reward as a float: a number of Python, NumPy or torch. Raises: InputError for anything else."""
+    try:
+        number = math.nan if isinstance(reward, str | bytes) else float(reward)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{where} gave the reward {reward!r}, expected a finite number")
+    return number

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from taurl.llm.algorithms.setup import loading_model
 from taurl.llm.data.given_answers import GivenAnswers
-from taurl.llm.models.heads import causal_lm, evaluating
-from taurl.llm.models.loading import load_model, load_tokenizer
+from taurl.llm.models.heads import evaluating
+from taurl.llm.models.loading import load_model
+from taurl.llm.models.others import check_reference
 from taurl.llm.models.policies import Policy
 from taurl.llm.scoring.answer_batches import AnswerBatch
 from taurl.llm.scoring.reference_logprobs import ReferenceCache, model_hash
-from taurl.runtime.errors import InputError
 
 
 class Reference:
@@ -44,10 +44,8 @@ class Reference:
         self.caches: dict[str, ReferenceCache] = {}
         self._loaded: Any = None
         self._hash = ""
-        if isinstance(other, str):
-            _require_same_tokens(other, policy)
-        elif other is not None:
-            _require_room(other, policy)
+        if other is not None:
+            check_reference(other, policy)
 
     def sampled(self, batch: AnswerBatch) -> Tensor:
         """Log-probabilities [N, K] of answers that nobody knew before."""
@@ -136,20 +134,3 @@ class NoReference:
         self, answers: GivenAnswers, batches: Iterable[Sequence[int]], device: torch.device, note: Callable[[str], None]
     ) -> None:
         """Nothing to ask."""
-
-
-def _require_same_tokens(name: str, policy: Policy) -> None:
-    if load_tokenizer(name).get_vocab() != policy.tokenizer.get_vocab():
-        raise InputError(
-            f"reference '{name}' has another tokenizer than the model: the same text would be other tokens; give a "
-            "model of the same family"
-        )
-
-
-def _require_room(model: Any, policy: Policy) -> None:
-    if causal_lm(model) is causal_lm(policy.model):
-        raise InputError("the reference is the very object that is trained; leave it out for the starting weights")
-    plain: Any = causal_lm(model)
-    size = plain.get_input_embeddings().weight.shape[0]
-    if size < len(policy.tokenizer):
-        raise InputError(f"the reference knows {size} tokens, but the model's tokenizer has {len(policy.tokenizer)}")

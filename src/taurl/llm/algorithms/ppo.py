@@ -31,7 +31,7 @@ from taurl.llm.algorithms.setup import loading_model
 from taurl.llm.episodes import MakeEnvironment
 from taurl.llm.evaluation import Evaluation
 from taurl.llm.models.critics import make_critic
-from taurl.llm.models.policies import share_weights
+from taurl.llm.models.others import check_critic, check_reference, settle_judge
 from taurl.llm.pictures.token_pictures import ratio_picture, token_picture
 from taurl.llm.scoring.likelihood import completion_hidden, hidden_logprobs
 from taurl.llm.scoring.rollouts import Part, Rollout
@@ -119,10 +119,13 @@ class PPO(OnlineTrainer):
         self.has_reference, self.said = config.kl_coefficient > 0, False
         self.load_policy(dtype, keep_reference=self.has_reference and reference is None)
         with loading_model():
-            if self.has_reference and reference is not None:
-                self.policy.use_reference(reference)
-            checkpointing = config.gradient_checkpointing
             critic = self.given("critic")
+            if self.has_reference and reference is not None:
+                check_reference(reference, self.policy)
+                self.policy.use_reference(reference)
+            if critic not in ("copy", "head", "none"):
+                check_critic(critic, reference, self.policy)
+            checkpointing = config.gradient_checkpointing
             self.critic = make_critic(critic, self.policy, self.dtype, gradient_checkpointing=checkpointing)
             self.state: dict[str, Stateful] = {"optimizer": self.optimizer}
             if self.critic is not None:
@@ -134,8 +137,9 @@ class PPO(OnlineTrainer):
         self.stage = make_stage(environment, config, self.policy) if environment is not None else None
         if self.stage is None:
             self.load_rewards()
-            for judge in self.rewards.models:  # an adapter on the policy's base needs no base of its own
-                share_weights(judge.requires_grad_(False), self.policy.model)
+            for judge in self.rewards.models:
+                if note := settle_judge(judge, self.trained_models(), self.policy):
+                    self.run.view.note(note)
             self.load_prompts()
         elif self.given("rewards") or self.given("dataset") is not None:
             raise InputError("an environment gives prompts and rewards itself: leave dataset and rewards out")
@@ -156,7 +160,7 @@ class PPO(OnlineTrainer):
                     estimates, figures = self._estimate(collected, step.number)
                 with step.phase("update", "updating"):
                     figures |= self._update(collected.rollout, estimates, step)
-                if self.has_reference:
+                if self.has_reference and collected.rollout.mask.any():  # else nothing was measured
                     self.controls.adapt(figures["kl_per_completion"])
                 self._log_step(step, collected, estimates)
                 yield self.finish(step, collected.figures(step.times) | figures)
@@ -278,9 +282,9 @@ class PPO(OnlineTrainer):
         if self.critic and critic and self.critic.shares_trunk:
             with torch.set_grad_enabled(policy is not None):
                 hidden = self._hidden(self.policy.model, batch, part)
-            value_loss = self._value_loss(self.critic.head(hidden), batch, part)
+            value_loss = self.config.value_coefficient * self._value_loss(self.critic.head(hidden), batch, part)
             if policy:
-                policy(self._policy_loss(hidden, batch, part) + self.config.value_coefficient * value_loss)
+                policy(self._policy_loss(hidden, batch, part) + value_loss)
             else:
                 critic(value_loss)
             return

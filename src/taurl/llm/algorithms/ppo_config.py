@@ -40,7 +40,8 @@ class PPOConfig(OnlineConfig):
     entropy_coefficient: float = Field(0.0, ge=0)
     """Weight of the entropy bonus."""
     target_kl: float | None = Field(None, gt=0)
-    """Stop a step's updates once the mean divergence of a token from the policy that sampled exceeds 1.5 times this."""
+    """Stop a step's updates once the mean divergence of a token from the policy that sampled exceeds 1.5 times this. It
+    is measured as an update is computed, and that update is still taken."""
 
     discount: float = Field(1.0, ge=0, le=1)
     """γ, from one token to the next."""
@@ -81,7 +82,8 @@ class PPOConfig(OnlineConfig):
     missing_eos_penalty: float = Field(1.0, ge=0)
     """Subtracted from the score of a truncated completion, where that is what it earns."""
     normalize_rewards: bool = False
-    """Subtract the running mean of the scores and divide by their running deviation."""
+    """Subtract the running mean of the scores and divide by their running deviation; the rewards of an environment's
+    turns are divided only."""
     reward_clip: float | None = Field(None, gt=0)
     """Largest size of a score, after normalisation."""
 

@@ -42,7 +42,8 @@ def settled_rewards(collected: Collected, config: PPOConfig, controls: Controls)
         earned = earned & ~cut  # the score of a whole answer, which this is not
         rewards[cut] = 0.0
     if config.normalize_rewards:
-        rewards[earned] = controls.normalize(rewards[earned])
+        # From every turn a mean would be taken as often as an episode has turns, so that longer ones lost by it.
+        rewards[earned] = controls.normalize(rewards[earned], centered=collected.turns is None)
     if config.reward_clip is not None:
         rewards = rewards.clamp(-config.reward_clip, config.reward_clip)
     if config.truncated == "penalty":

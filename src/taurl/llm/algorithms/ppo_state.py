@@ -30,11 +30,12 @@ class Controls:
             target, gain = self.target, self.gain
             self.coefficient = proportional_kl_coefficient(self.coefficient, divergence, target=target, gain=gain)
 
-    def normalize(self, scores: Tensor) -> Tensor:
-        """Scores [n] by the mean and deviation of all so far, these among them."""
+    def normalize(self, scores: Tensor, *, centered: bool = True) -> Tensor:
+        """Scores [n] by the mean (if centered) and the deviation of all so far, these among them."""
         self.changes += 1
         self.scores = updated_moments(self.scores, scores)
-        return normalized(scores, self.scores, bound=math.inf)
+        mean = self.scores.mean if centered else torch.zeros_like(self.scores.mean)
+        return normalized(scores, self.scores._replace(mean=mean), bound=math.inf)
 
     def tensors(self) -> dict[str, Tensor]:
         """For the checkpoint."""

@@ -156,7 +156,8 @@ def started_head(start: Any, policy: Policy, dtype: torch.dtype) -> ValueHead:
     if own != other:
         raise InputError(f"the critic's model reads {other} tokens and the policy {own}; give one of the same family")
     head = ValueHead(hidden_width(start), dtype, policy.model.device)
-    score: Any = getattr(causal_lm(start), "score", None)
+    plain = causal_lm(start)
+    score: Any = getattr(plain, "score", getattr(plain, "classifier", None))
     if hasattr(score, "modules_to_save"):  # how peft keeps a head that was trained beside an adapter
         score = score.modules_to_save[start.active_adapter]
     if isinstance(score, nn.Linear) and score.out_features == 1:

@@ -146,4 +146,6 @@ def written_head(folder: Path) -> Any:
             return head
     if names in (["SEQ_CLS"], ["TOKEN_CLS"]):
         return "sequence" if names == ["SEQ_CLS"] else "token"
+    if names == ["None"] and {"score", "classifier"} & set(written.get("modules_to_save") or ()):
+        return "sequence"  # an adapter that does not say its task, but brings a head
     raise InputError(f"'{folder}' is no reward model (it is {', '.join(names)}); train one with taurl llm reward")
