@@ -148,7 +148,7 @@ def test_numbers_of_numpy_and_torch_are_rewards(number):
     assert sum(episode.rewards) == float(number)
 
 
-@pytest.mark.parametrize("found", ["1.0", float("nan"), torch.ones(2), 10**400])
+@pytest.mark.parametrize("found", ["1.0", float("nan"), torch.ones(2), 10**400], ids=["text", "nan", "two", "huge"])
 def test_what_is_no_finite_number_is_no_reward(found):
     class Environment(Echo):
         def step(self, completion):

@@ -22,7 +22,8 @@ def check_reference(reference: Any, policy: Policy) -> None:
         policy.model,
         "the reference is the very object that is trained; leave it out for the starting weights",
     )
-    size = causal_lm(reference).get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
+    plain: Any = causal_lm(reference)
+    size = plain.get_input_embeddings().weight.shape[0]
     if size < len(policy.tokenizer):
         raise InputError(f"the reference knows {size} tokens, but the model's tokenizer has {len(policy.tokenizer)}")
 
@@ -58,7 +59,7 @@ def settle_judge(judge: Any, trained: list[Any], policy: Policy) -> str | None:
     if not (policy.has_adapter and hasattr(judge, "peft_config")):
         share_weights(judge, own)
         return None
-    base: str = causal_lm(judge).config.name_or_path
+    base = causal_lm(judge).config.name_or_path
     if base and base == causal_lm(own).config.name_or_path and judge.dtype.itemsize > own.dtype.itemsize:
         judge.to(own.dtype)
     if saved := share_weights(judge, own):
