@@ -37,6 +37,7 @@ class RowReader:
         longest: most tokens of a row; None: no bound.
         strings_are_messages: whether a prompt that is a string is the user's message.
         new_tokens: ids of tokens that the model did not have. (An adapter must train their embeddings.)
+        model_is_fixed: whether the model may not be changed any more.
     """
 
     settings: RowSettings
@@ -46,6 +47,7 @@ class RowReader:
     strings_are_messages: bool
     encoder: RowEncoder
     new_tokens: list[int] = field(default_factory=list)
+    model_is_fixed: bool = False
 
     @classmethod
     def of(cls, settings: RowSettings, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> RowReader:
@@ -79,8 +81,9 @@ class RowReader:
             with named(name):
                 raw = load_rows(name, arguments=reader.settings.dataset_args) if isinstance(name, str) else name
                 found = reader.prepare(as_rows(raw), further=index > 0)
+                number_of = {id(row): number for number, row in enumerate(found, start=1)}
                 found = (distinct_rows(found) if distinct else found)[:limit]
-                encoded = [reader.encode(row, number, counts) for number, row in enumerate(found, start=1)]
+                encoded = [reader.encode(row, number_of[id(row)], counts) for row in found]
                 kept = [place for place, row_parts in enumerate(encoded) if row_parts]
                 if not kept:
                     raise InputError(f"none of {len(found)} rows is left within {self.longest} tokens: see overlong")
@@ -159,6 +162,11 @@ class RowReader:
 
     def _require_template(self) -> None:
         if not self.tokenizer.chat_template:
+            if self.model_is_fixed:
+                raise InputError(
+                    "a conversation, the first one of this stream, and the model has no chat template: give "
+                    f"chat_template {CHATML}, so that it is there before training begins"
+                )
             self.new_tokens += set_chat_template(CHATML, self.tokenizer, self.model)
             self.encoder.stops = write_stop_tokens(self.model, self.tokenizer)
 
