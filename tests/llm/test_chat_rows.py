@@ -3,7 +3,16 @@
 from itertools import groupby
 
 import pytest
-from chat_families import CHATML_MARKED, CHATML_MARKED_SHORT, FAMILIES, GEMMA3, LLAMA3, MISTRAL_LAST, QWEN3, character_tokenizer
+from chat_families import (
+    CHATML_MARKED,
+    CHATML_MARKED_SHORT,
+    FAMILIES,
+    GEMMA3,
+    LLAMA3,
+    MISTRAL_LAST,
+    QWEN3,
+    character_tokenizer,
+)
 
 from taurl.llm.data.chat import encode_prompt, stop_token_ids
 from taurl.llm.data.chat_rows import RowEncoder

@@ -75,7 +75,7 @@ def stops_at_different_times(rows):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_tokens_and_logits_equal_those_of_generate(architecture, attention, seen, monkeypatch):
     model = adapted(architecture) if attention == "LoRA" else tiny_model(architecture, attention=attention)
-    prompts = prompts_of([3, 40, 7, 20, 1])
+    prompts = prompts_of([3, 40, 7, 20, 1, 9])
     stops = stops_at_different_times([generate_alone(model, prompt, 30)[0] for prompt in prompts])
     moves = []
     copy_rows = SlotCache.copy_rows

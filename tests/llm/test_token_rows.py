@@ -396,7 +396,7 @@ def test_a_stream_leaves_the_model_as_it_is_once_it_is_open():
     rows = [{"text": "a"}, {"text": "b"}, {"messages": TALK}]
     tokenizer, model = base_model()
     stream = RowStream(reader_of(tokenizer=tokenizer, model=model, shuffle_window=2), rows, 0)
-    with pytest.raises(InputError, match="row 3 of the data: a conversation, .* give chat_template chatml"):
+    with pytest.raises(InputError, match=r"row 3 of the data: a conversation, .* give chat_template chatml"):
         stream.take(3)
     assert model.get_input_embeddings().num_embeddings == len(tokenizer)
     reader = reader_of(tokenizer=tokenizer, model=model, shuffle_window=2, chat_template="chatml")
