@@ -51,6 +51,20 @@ def test_rows_are_printed_with_their_targets_in_brackets(rows, capsys):
     assert "<user>1+1?<end><assistant>⟦2<end>⟧" in capsys.readouterr().out
 
 
+def test_both_answers_of_a_pair_are_shown_whatever_stands_beside_them(rows, here, capsys):
+    talk = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    other = [talk[0], {"role": "assistant", "content": "3"}]
+    pairs = [
+        {"prompt": "1+1?", "chosen": talk, "rejected": other, "messages": talk},
+        {"prompt": "1+1?", "chosen": "2", "rejected": "3", "text": "2"},
+        {"chosen": talk, "rejected": other},
+    ]
+    (here / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    assert main(rows) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("<user>")]
+    assert shown == ["<user>1+1?<end><assistant>⟦2<end>⟧", "<user>1+1?<end><assistant>⟦3<end>⟧"] * 3
+
+
 def test_targets_are_bright_and_special_tokens_have_a_colour_of_their_own():
     tokenizer = tiny_tokenizer()
     row = TokenRow(tokenizer("<user>hi<end><assistant>yo<end>")["input_ids"], [False] * 5 + [True] * 3)

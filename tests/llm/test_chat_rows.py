@@ -3,7 +3,16 @@
 from itertools import groupby
 
 import pytest
-from chat_families import CHATML_MARKED, FAMILIES, GEMMA3, LLAMA3, MISTRAL_LAST, QWEN3, character_tokenizer
+from chat_families import (
+    CHATML_MARKED,
+    CHATML_MARKED_SHORT,
+    FAMILIES,
+    GEMMA3,
+    LLAMA3,
+    MISTRAL_LAST,
+    QWEN3,
+    character_tokenizer,
+)
 
 from taurl.llm.data.chat import encode_prompt, stop_token_ids
 from taurl.llm.data.chat_rows import RowEncoder
@@ -60,6 +69,12 @@ def test_the_answers_and_what_ends_them_are_trained(family, system):
     assert trained(row, tokenizer) == answers
     row = encoder(tokenizer, "all").chat(Chat(messages))
     assert row.trained == [False] + [True] * (len(row.ids) - 1)
+
+
+def test_white_space_between_the_mark_and_the_end_of_the_turn():
+    tokenizer = character_tokenizer(CHATML_MARKED_SHORT.replace("'<|im_end|>", "'\n <|im_end|>", 1))
+    row = encoder(tokenizer).chat(Chat(TALK))
+    assert trained(row, tokenizer) == ["four\n <|im_end|>", "six\n <|im_end|>"]
 
 
 def test_a_completion_of_several_turns_trains_only_the_assistants():

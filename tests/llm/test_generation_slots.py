@@ -75,7 +75,7 @@ def stops_at_different_times(rows):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_tokens_and_logits_equal_those_of_generate(architecture, attention, seen, monkeypatch):
     model = adapted(architecture) if attention == "LoRA" else tiny_model(architecture, attention=attention)
-    prompts = prompts_of([3, 40, 7, 20, 1])
+    prompts = prompts_of([3, 40, 7, 20, 1, 9])
     stops = stops_at_different_times([generate_alone(model, prompt, 30)[0] for prompt in prompts])
     moves = []
     copy_rows = SlotCache.copy_rows
@@ -298,6 +298,21 @@ def test_a_resumed_run_keeps_the_memory_that_was_chosen(tmp_path, monkeypatch):
         run.directory, run.config.model_copy(update={"kv_memory_gb": 0.5}), dataset=rows, rewards=letter_a
     )
     assert given.generator.kv_memory_gb == 0.5
+
+
+def test_prompts_are_prefilled_beside_others_of_their_length_and_equal_ones_once(llama, monkeypatch):
+    prompts = prompts_of([100, 3, 90, 4, 95, 5])
+    prompts += [prompts[1], prompts[0]]
+    alone = [SlotSampler(llama).generate([prompt], 2, Sampling(6, **GREEDY))[0] for prompt in prompts]
+    batches = []
+    prefill = SlotModel.prefill
+    sampler = SlotSampler(llama, slots=16)
+    monkeypatch.setattr(SlotModel, "prefill", lambda model, ids: (batches.append(ids), prefill(model, ids))[1])
+    groups = sampler.generate(prompts, 2, Sampling(6, **GREEDY))
+    assert [sorted(map(len, batch)) for batch in batches] == [[3, 4, 5], [90, 95, 100]]
+    assert [[c.tokens for c in group] for group in groups] == [[c.tokens for c in group] for group in alone]
+    drawn = sampler.generate([prompts[0]] * 2, 2, Sampling(20))
+    assert len({tuple(completion.tokens) for group in drawn for completion in group}) == 4
 
 
 def test_no_slots_are_refused(llama):

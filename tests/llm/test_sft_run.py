@@ -121,6 +121,22 @@ def test_answers_to_held_out_rows_are_scored(config, folder):
         SFT(str(folder), [{"text": f"{i}."} for i in range(9)], config(generate_rows=1, out=None), rewards=right)
 
 
+def test_a_split_row_is_asked_its_whole_question(config, folder):
+    rows = [{"prompt": f"{i}?", "completion": f"{i}" * 20} for i in range(9)]
+    settings = config(generate_rows=2, max_length=8, overlong="split", rewards=("last_number",))
+    trainer = SFT(str(folder), [row | {"answer": "1"} for row in rows], settings)
+    asked = [tiny_tokenizer().decode(ids) for ids in trainer.answering.ids]
+    assert asked == [f"<user>{row['prompt']}<end><assistant>" for row in trainer.data.held_out.rows[:2]]
+
+
+def test_only_training_rows_are_counted_as_cut(config, folder):
+    rows = [{"prompt": f"{i}?", "completion": "1" * 20} for i in range(9)]
+    trainer = SFT(str(folder), rows, config(max_length=16, train_rows=3))
+    assert trainer.data.figures()["rows/truncated"] == 3
+    trainer = SFT(str(folder), rows, config(max_length=16))
+    assert trainer.data.figures()["rows/truncated"] == 9 - 4
+
+
 def test_the_best_weights_are_kept_and_patience_ends_the_run(config, folder):
     """At a wild rate the held-out loss soon rises."""
     settings = config(steps=30, eval_every=1, patience=3, learning_rate=0.1, rows_per_step=2)
@@ -236,7 +252,7 @@ def test_a_base_model_gets_a_template_with_its_tokens_and_stops(config):
     assert end in GenerationConfig.from_pretrained(final).eos_token_id
     plain = tiny_tokenizer()
     plain.chat_template = None
-    with pytest.raises(InputError, match="the template needs the new tokens"):
+    with pytest.raises(InputError, match=r"the chat template needs the new tokens .* lora_rank 0"):
         SFT(tiny_model(), rows, config(out=None, lora_rank=2), tokenizer=plain)
 
 
@@ -293,6 +309,7 @@ def test_packing_is_refused_where_attention_is_not_known(config):
     [
         ({"label_smoothing": 0.1, "loss_type": "dft"}, "label_smoothing goes with loss_type nll"),
         ({"patience": 2}, "patience is 2, which needs eval_every and eval_rows"),
+        ({"generate_rows": 1, "mask": "all"}, "generate_rows asks what stands before an answer; with mask all"),
         ({"generate_rows": 9}, "generate_rows 9 exceed eval_rows 4"),
         ({"rewards": ("last_number",)}, "rewards score answers to held-out rows: give generate_rows"),
         ({"train_rows": 3, "mix": {"other.jsonl": 1.0}}, "train_rows counts the rows of one data set"),

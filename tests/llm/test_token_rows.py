@@ -11,12 +11,13 @@ import torch
 from chat_families import CHATML_MARKED, QWEN3, SPECIAL, character_tokenizer
 from tiny_policy import tiny_model
 
+from taurl.llm import GRPOConfig
 from taurl.llm.data.chat import encode_prompt, stop_token_ids
 from taurl.llm.data.chat_templates import CHATML_TEXT, set_chat_template
 from taurl.llm.data.datasets import key
 from taurl.llm.data.row_order import Mixture, RowCycle, RowStream
 from taurl.llm.data.row_reader import RowReader
-from taurl.llm.data.tasks import train_and_held_out
+from taurl.llm.data.tasks import PromptReader, train_and_held_out
 from taurl.llm.data.token_rows import TokenRow, fit
 from taurl.llm.settings import RowSettings
 from taurl.runtime.errors import InputError
@@ -273,7 +274,7 @@ def test_spare_rows_of_the_embedding_are_used_first():
 def test_new_tokens_under_an_adapter_are_refused():
     tokenizer, model = base_model()
     model.peft_config = {}
-    with pytest.raises(InputError, match="this model has an adapter already"):
+    with pytest.raises(InputError, match=r"an adapter cannot add to its model: train the whole model \(lora_rank 0"):
         reader_of(tokenizer=tokenizer, model=model, chat_template="chatml")
 
 
@@ -389,6 +390,27 @@ def test_a_stream_passes_over_held_out_questions_and_names_its_rows(tmp_path):
     name = jsonl(tmp_path / "rows.jsonl", [*rows, {"text": 3}])
     with pytest.raises(InputError, match=r"rows.jsonl: row 7 of the data: column 'text': it is 3"):
         RowStream(reader, name, 0).take(7)
+
+
+def test_a_stream_leaves_the_model_as_it_is_once_it_is_open():
+    rows = [{"text": "a"}, {"text": "b"}, {"messages": TALK}]
+    tokenizer, model = base_model()
+    stream = RowStream(reader_of(tokenizer=tokenizer, model=model, shuffle_window=2), rows, 0)
+    with pytest.raises(InputError, match=r"row 3 of the data: a conversation, .* give chat_template chatml"):
+        stream.take(3)
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+    reader = reader_of(tokenizer=tokenizer, model=model, shuffle_window=2, chat_template="chatml")
+    assert len(RowStream(reader, rows, 0).take(3)) == 3
+
+
+def test_rows_are_named_by_their_number_in_the_data():
+    texts = [{"text": "a"}, {"text": "a"}, {"text": 3}]
+    with pytest.raises(InputError, match="row 3 of the data"):
+        reader_of().read(texts, distinct=True)
+    settings = GRPOConfig(max_tokens=8, eval_rows=0)
+    prompts = PromptReader.of(settings, character_tokenizer(CHATML_TEXT), tiny_model(max_position_embeddings=60))
+    with pytest.raises(InputError, match="row 3 of the data: its prompt has"):
+        prompts.read([{"prompt": "a"}, {"prompt": "a"}, {"prompt": "b" * 99}], distinct=True)
 
 
 def test_held_out_rows_share_no_question_with_training():

@@ -45,7 +45,7 @@ class Answering:
         """
         chosen = range(min(settings.generate_rows, len(held_out.rows)))
         rows = [{"prompt": question(held_out.rows[i]), **held_out.rows[i]} for i in chosen]
-        ids = [question_ids(held_out.parts[i][-1]) for i in chosen]
+        ids = [question_ids(held_out.lasts[i]) for i in chosen]
         if [] in ids:
             raise InputError(
                 f"generate_rows: held-out row {ids.index([]) + 1} has no question before its answer: give rows with a "

@@ -71,6 +71,8 @@ class SFTConfig(
             raise ValueError(f"patience is {self.patience}, which needs eval_every and eval_rows")
         if self.generate_rows > self.eval_rows:
             raise ValueError(f"generate_rows {self.generate_rows} exceed eval_rows {self.eval_rows}")
+        if self.generate_rows and self.mask == "all":
+            raise ValueError("generate_rows asks what stands before an answer; with mask all nothing does: give auto")
         if self.train_rows and self.streaming:
             raise ValueError("train_rows is for data in memory: steps says how much of a stream is trained on")
         if self.train_rows and self.mix:

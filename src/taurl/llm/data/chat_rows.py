@@ -102,9 +102,11 @@ class RowEncoder:
                 row.messages, return_dict=True, return_assistant_tokens_mask=True, **self._options(row)
             )
         ids, trained = list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
-        for place in range(1, len(ids)):  # templates differ in whether the end of a turn stands inside the mark
-            if ids[place] in self.stops and trained[place - 1] and ids[place - 1] not in self.stops:
-                trained[place] = True
+        for end in range(1, len(ids)):  # templates differ in whether the end of a turn stands inside the mark
+            if trained[end - 1] and not trained[end] and not self._stop(ids, 0, end):
+                place = next((p for p in range(end, len(ids)) if not self._is_blank(ids[p])), end)
+                if ids[place] in self.stops:
+                    trained[end : place + 1] = [True] * (place + 1 - end)
         if any(message["role"] == "assistant" for message in (row.begun or row.messages[: turns[0]])):
             _, (opening,) = self._places(self._render(row.messages, row), [(turns[0], self._opening(row, turns[0]))])
             trained = [mark and place >= len(opening) for place, mark in enumerate(trained)]
@@ -160,9 +162,12 @@ class RowEncoder:
         for place in reversed(range(start, end)):
             if ids[place] in self.stops:
                 return place + 1
-            if str(self.tokenizer.decode([ids[place]])).strip():
+            if not self._is_blank(ids[place]):
                 return None
         return None
+
+    def _is_blank(self, token: int) -> bool:
+        return token not in self.stops and not str(self.tokenizer.decode([token])).strip()
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []

@@ -83,8 +83,9 @@ def _add_tokens(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase, model
         return new
     if hasattr(model, "peft_config"):
         raise InputError(
-            f"the template needs the new tokens {' '.join(tokens)}, and this model has an adapter already: "
-            "merge it first, or give a template whose tokens the model knows"
+            f"the chat template needs the new tokens {' '.join(tokens)}, which an adapter cannot add to its model: "
+            "train the whole model (lora_rank 0, or an adapter merged first), or give a tokenizer with a chat template "
+            "whose tokens the model knows"
         )
     old = list(known.values())
     plain: Any = model

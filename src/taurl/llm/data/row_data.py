@@ -35,7 +35,8 @@ class RowData:
         held_out: to evaluate on.
         count: training rows in one pass; None for a stream.
         fingerprint: of what has been read.
-        counts: training rows `truncated`, `split` or `dropped` for their length; a stream has its own.
+        counts: training rows `truncated`, `split` or `dropped` for their length; a stream has its own. (A dropped row
+            could have been held out as well, or come after the first `train_rows`.)
         notes: what a person should know of the reading.
     """
 
@@ -55,13 +56,13 @@ class RowData:
         if reader.settings.streaming:
             return cls._stream(reader, dataset, eval_dataset, settings)
         rows, held_out, dropped = train_and_held_out(reader, dataset, eval_dataset, settings.eval_rows, settings.seed)
+        if settings.train_rows is not None:
+            rows = rows.of(rows.rows[: settings.train_rows])
         notes = [
             f"{count} rows {what} to fit into {reader.longest} tokens" for what, count in rows.counts.items() if count
         ]
         if dropped:
             notes.append(f"{dropped} training rows left out: their questions are among the held-out ones")
-        if settings.train_rows is not None:
-            rows = rows.of(rows.rows[: settings.train_rows])
         order = RowCycle(rows, settings.seed)
         return cls(order, held_out, len(rows), rows.fingerprint() + held_out.fingerprint(), rows.counts, notes)
 

@@ -98,6 +98,8 @@ class RowStream:
             _Source(own, name, (seed, WINDOW, index), frozenset(without), self.counts)
             for index, (own, name) in enumerate(reader.sources(source))
         ]
+        for opened in self.sources:  # what comes later is read in mid-run
+            opened.reader.model_is_fixed = True
 
     def take(self, count: int) -> list[TokenRow]:
         """The next rows."""

@@ -37,6 +37,7 @@ class RowReader:
         longest: most tokens of a row; None: no bound.
         strings_are_messages: whether a prompt that is a string is the user's message.
         new_tokens: ids of tokens that the model did not have. (An adapter must train their embeddings.)
+        model_is_fixed: whether the model may not be changed any more.
     """
 
     settings: RowSettings
@@ -46,6 +47,7 @@ class RowReader:
     strings_are_messages: bool
     encoder: RowEncoder
     new_tokens: list[int] = field(default_factory=list)
+    model_is_fixed: bool = False
 
     @classmethod
     def of(cls, settings: RowSettings, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> RowReader:
@@ -74,20 +76,30 @@ class RowReader:
         rows: Rows = []
         parts: list[list[TokenRow]] = []
         sources: list[int] = []
-        counts: Counter[str] = Counter(truncated=0, split=0, dropped=0)
+        cuts: list[Counter[str]] = []
+        lasts: list[TokenRow] = []
+        left_out: Counter[str] = Counter()
         for index, (reader, name) in enumerate(self.sources(source)):
             with named(name):
                 raw = load_rows(name, arguments=reader.settings.dataset_args) if isinstance(name, str) else name
                 found = reader.prepare(as_rows(raw), further=index > 0)
+                number_of = {id(row): number for number, row in enumerate(found, start=1)}
                 found = (distinct_rows(found) if distinct else found)[:limit]
-                encoded = [reader.encode(row, number, counts) for number, row in enumerate(found, start=1)]
-                kept = [place for place, row_parts in enumerate(encoded) if row_parts]
-                if not kept:
+                before = len(rows)
+                for row in found:
+                    wholes = reader.whole(row, number_of[id(row)])
+                    cut: Counter[str] = Counter()
+                    if row_parts := reader.fitted(wholes, cut):
+                        rows.append(row)
+                        parts.append(row_parts)
+                        cuts.append(cut)
+                        lasts.append(wholes[-1] if self.settings.overlong == "split" else row_parts[-1])
+                    else:
+                        left_out += cut
+                if len(rows) == before:
                     raise InputError(f"none of {len(found)} rows is left within {self.longest} tokens: see overlong")
-            rows += [found[place] for place in kept]
-            parts += [encoded[place] for place in kept]
-            sources += [index] * len(kept)
-        return TokenRows(rows, parts, sources, self.weights, dict(counts))
+            sources += [index] * (len(rows) - before)
+        return TokenRows(rows, parts, sources, self.weights, cuts, left_out, lasts)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -127,19 +139,27 @@ class RowReader:
         Args:
             number: of the row, from 1, for error messages.
         """
-        fitting: list[TokenRow] = []
+        return self.fitted(self.whole(row, number), counts)
+
+    def whole(self, row: Row, number: int) -> list[TokenRow]:
+        """The token rows of a row, of any length."""
         with in_row(number):
-            for whole in self._whole(row):
-                if not any(whole.trained):
-                    raise InputError("nothing to train on: none of its tokens is a target")
-                parts = fit(whole, self.longest, self.settings.overlong)
-                if self.longest is not None and len(whole.ids) > self.longest:
-                    counts[OUTCOME[self.settings.overlong] if parts else "dropped"] += 1
-                fitting += parts
+            wholes = self._token_rows(row)
+            if not all(any(whole.trained) for whole in wholes):
+                raise InputError("nothing to train on: none of its tokens is a target")
+        return wholes
+
+    def fitted(self, wholes: Sequence[TokenRow], counts: Counter[str]) -> list[TokenRow]:
+        """Token rows within the length; what that cost is added to `counts`."""
+        fitting: list[TokenRow] = []
+        for whole in wholes:
+            parts = fit(whole, self.longest, self.settings.overlong)
+            if self.longest is not None and len(whole.ids) > self.longest:
+                counts[OUTCOME[self.settings.overlong] if parts else "dropped"] += 1
+            fitting += parts
         return fitting
 
-    def _whole(self, row: Row) -> list[TokenRow]:
-        """The row as token rows of any length."""
+    def _token_rows(self, row: Row) -> list[TokenRow]:
         form = read_form(row, strings_are_messages=self.strings_are_messages)
         if isinstance(form, TokenRow):
             self._check_ids(form.ids)
@@ -159,6 +179,11 @@ class RowReader:
 
     def _require_template(self) -> None:
         if not self.tokenizer.chat_template:
+            if self.model_is_fixed:
+                raise InputError(
+                    "a conversation, the first one of this stream, and the model has no chat template: give "
+                    f"chat_template {CHATML}, so that it is there before training begins"
+                )
             self.new_tokens += set_chat_template(CHATML, self.tokenizer, self.model)
             self.encoder.stops = write_stop_tokens(self.model, self.tokenizer)
 

@@ -68,8 +68,9 @@ class PromptReader:
             else:
                 rows = prepare_rows(source, columns=self.columns, answer_after=self.answer_after)
             check_prompts(rows)
+            index_of = {id(row): index for index, row in enumerate(rows)}
             rows = (distinct_rows(rows) if distinct else rows)[:limit]
-            return Prompts(rows, [self._encode(row, index) for index, row in enumerate(rows)])
+            return Prompts(rows, [self._encode(row, index_of[id(row)]) for row in rows])
 
     def for_other(self, source: object) -> "PromptReader":
         """The reader of a further data set: the arguments are those of a task, and go to no file."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -53,14 +54,24 @@ class TokenRows:
         parts: the token rows of each, one unless it was split.
         sources: which data set each came from, an index of `weights`.
         weights: how often rows of each data set are drawn, in proportion.
-        counts: how many rows were `truncated`, `split` or `dropped` for their length when they were read.
+        cuts: of each row, how many of its token rows were `truncated`, `split` or `dropped` for their length.
+        left_out: the same of the rows that were read and of which nothing was left.
+        lasts: the token row with each row's last answer, before it was split.
     """
 
     rows: Rows
     parts: list[list[TokenRow]]
     sources: list[int]
     weights: tuple[float, ...] = (1.0,)
-    counts: dict[str, int] = field(default_factory=dict)
+    cuts: list[Counter[str]] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    lasts: list[TokenRow] = field(default_factory=list)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many were `truncated`, `split` or `dropped` for their length."""
+        total = sum(self.cuts, self.left_out)
+        return {what: total[what] for what in ("truncated", "split", "dropped")}
 
     @cached_property
     def token_rows(self) -> list[TokenRow]:
@@ -75,7 +86,13 @@ class TokenRows:
         place = {id(row): index for index, row in enumerate(self.rows)}
         kept = [place[id(row)] for row in rows]
         return TokenRows(
-            rows, [self.parts[i] for i in kept], [self.sources[i] for i in kept], self.weights, self.counts
+            rows,
+            [self.parts[i] for i in kept],
+            [self.sources[i] for i in kept],
+            self.weights,
+            [self.cuts[i] for i in kept],
+            self.left_out,
+            [self.lasts[i] for i in kept],
         )
 
     def fingerprint(self) -> str:

@@ -1,8 +1,8 @@
 """The slot sampler: continuous batching over the trainer's own weights.
 
-A fixed number of slots decode together. A prompt goes through the model once and is forked, by copying its keys and
-values, to the slots of its completions; when a sequence ends, its slot goes to the next one waiting, so that no batch
-waits for its longest member.
+A fixed number of slots decode together. A prompt goes through the model once, beside others of its length, and is
+forked, by copying its keys and values, to the slots of its completions and of those of equal prompts; when a sequence
+ends, its slot goes to the next one waiting, so that no batch waits for its longest member.
 """
 
 from collections import deque
@@ -22,6 +22,7 @@ from taurl.runtime.errors import InputError
 from taurl.runtime.machine import free_memory_gb
 
 PREFILL_TOKENS = 4096  # prompt tokens, padding included, that go through the model together
+PREFILL_PADDED = 1.5  # at most so many times their tokens without padding
 # Tokens that every sequence gets before the first look at them. Looking makes a GPU wait for the processor and back;
 # what a sequence gets after its end is thrown away. On a CPU there is nothing to wait for.
 TOKENS_A_LOOK = {"cpu": 1}
@@ -102,7 +103,7 @@ class Draft:
 
     prompt: int
     completion: int
-    prompt_length: int
+    prompt_ids: tuple[int, ...]
     numbers: np.ndarray
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -110,14 +111,14 @@ class Draft:
     @property
     def column(self) -> int:
         """Where the newest token's key and value go: the token was drawn, but has not been through the model."""
-        return self.prompt_length + len(self.tokens) - 1
+        return len(self.prompt_ids) + len(self.tokens) - 1
 
 
 @dataclass
 class Prefilled:
     """Prompts that have been through the model: the row of each, their keys and values, the logits that follow."""
 
-    rows: dict[int, int]
+    rows: dict[tuple[int, ...], int]
     cache: SlotCache
     logits: Tensor
 
@@ -134,11 +135,14 @@ class Batch:
         key: tuple[int, int],
         on_token: Callable[[int, int, int], None] | None,
     ):
-        self.sampler, self.prompts, self.sampling, self.on_token = sampler, prompts, sampling, on_token
+        self.sampler, self.sampling, self.on_token = sampler, sampling, on_token
         self.model, self.device = sampler.slot_model, sampler.model.device
+        # Prompts of similar length stand together, and equal ones next to each other. What is drawn follows from the
+        # place of a prompt among those given, so the order here changes no result.
+        order = sorted(range(len(prompts)), key=lambda prompt: (len(prompts[prompt]), tuple(prompts[prompt])))
         self.waiting = deque(
-            Draft(prompt, completion, len(ids), uniforms(key, prompt, completion, sampling.max_tokens))
-            for prompt, ids in enumerate(prompts)
+            Draft(prompt, completion, tuple(prompts[prompt]), uniforms(key, prompt, completion, sampling.max_tokens))
+            for prompt in order
             for completion in range(count)
         )
         self.running: list[Draft] = []
@@ -154,10 +158,10 @@ class Batch:
             prefilled = self._prefilled()
             drafts: list[Draft] = []
             while self.waiting and len(self.running) + len(drafts) < self.slots:
-                if self.waiting[0].prompt not in prefilled.rows:
+                if self.waiting[0].prompt_ids not in prefilled.rows:
                     break
                 drafts.append(self.waiting.popleft())
-            source = torch.tensor([prefilled.rows[draft.prompt] for draft in drafts], device=self.device)
+            source = torch.tensor([prefilled.rows[draft.prompt_ids] for draft in drafts], device=self.device)
             drawn = self._draw(drafts, prefilled.logits[source], self._numbers(drafts, 1)[0], 0)
             stay = self._take(drafts, [drawn])
             first, last = len(self.running), len(self.running) + len(stay)
@@ -168,23 +172,28 @@ class Batch:
 
     def _prefilled(self) -> Prefilled:
         """The next waiting prompt, prefilled, with others that the free slots can start on."""
-        if self.prefilled is None or self.waiting[0].prompt not in self.prefilled.rows:
+        if self.prefilled is None or self.waiting[0].prompt_ids not in self.prefilled.rows:
             chosen = self._next_prompts(self.slots - len(self.running))
-            cache, logits = self.model.prefill([self.prompts[prompt] for prompt in chosen])
-            self.prefilled = Prefilled({prompt: row for row, prompt in enumerate(chosen)}, cache, logits)
+            cache, logits = self.model.prefill(chosen)
+            self.prefilled = Prefilled({ids: row for row, ids in enumerate(chosen)}, cache, logits)
         return self.prefilled
 
-    def _next_prompts(self, free: int) -> list[int]:
-        """The prompts of the next `free` waiting completions, as many as PREFILL_TOKENS allow, one at least."""
-        chosen: list[int] = []
-        longest = 0
+    def _next_prompts(self, free: int) -> list[tuple[int, ...]]:
+        """The distinct prompts of the next `free` waiting completions, one at least.
+
+        As many as PREFILL_TOKENS and PREFILL_PADDED allow. They come in order of length: the newest is the longest.
+        """
+        chosen: list[tuple[int, ...]] = []
+        tokens = 0
         for _, draft in zip(range(free), self.waiting, strict=False):
-            if chosen and draft.prompt == chosen[-1]:
+            ids = draft.prompt_ids
+            if chosen and ids == chosen[-1]:
                 continue
-            longest = max(longest, draft.prompt_length)
-            if chosen and longest * (len(chosen) + 1) > PREFILL_TOKENS:
+            tokens += len(ids)
+            padded = len(ids) * (len(chosen) + 1)
+            if chosen and padded > min(PREFILL_TOKENS, PREFILL_PADDED * tokens):
                 break
-            chosen.append(draft.prompt)
+            chosen.append(ids)
         return chosen
 
     def decode(self) -> None:
