@@ -252,7 +252,7 @@ def test_a_base_model_gets_a_template_with_its_tokens_and_stops(config):
     assert end in GenerationConfig.from_pretrained(final).eos_token_id
     plain = tiny_tokenizer()
     plain.chat_template = None
-    with pytest.raises(InputError, match=r"the chat template needs the new tokens .* lora_rank 0"):
+    with pytest.raises(InputError, match=r"the chat template needs the new tokens .*lora_rank 0"):
         SFT(tiny_model(), rows, config(out=None, lora_rank=2), tokenizer=plain)
 
 
