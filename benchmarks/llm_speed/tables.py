@@ -101,7 +101,9 @@ def about(job: Job) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     where = machine["gpu"] if job["device"] == "cuda" else f"{machine['cpu']}, {job['threads']} threads"
     peer = next(package for package in PACKAGES if package.startswith("trl")).replace("==", " ")
-    command = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    folders = {at + n for at, word in enumerate(sys.argv) if word in ("--peers", "--data") for n in (0, 1)}
+    words = [word for at, word in enumerate(sys.argv) if at and at not in folders]  # those of this machine
+    command = " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *words])
     return (
         f"`{command}`, {datetime.date.today()}; {peer}, {packages}, Python {platform.python_version()}; {where}; "
         f"{job['precision']}."
