@@ -18,7 +18,7 @@ from taurl.functional.kl import k3, kl_loss, kl_penalty, kl_ratios
 from taurl.functional.loss_types import clipped_tokens, loss_weights, policy_loss
 from taurl.llm.algorithms.figures import Tally, rollout_figures
 from taurl.llm.algorithms.grpo_config import GRPOConfig
-from taurl.llm.algorithms.online import MEMORY_SETTINGS, OnlineTrainer, RewardFunction
+from taurl.llm.algorithms.online import MEMORY_SETTINGS, RatioTrainer, RewardFunction
 from taurl.llm.evaluation import reward_metrics
 from taurl.llm.rewards import Scores
 from taurl.llm.scoring.rollouts import Part, Rollout
@@ -27,7 +27,7 @@ from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import Callback, Record
 
 
-class GRPO(OnlineTrainer):
+class GRPO(RatioTrainer):
     """Trains a causal language model on prompts and reward functions.
 
         GRPO("smollm2-135m-instruct", rows, [reward], GRPOConfig(steps=60)).train()
@@ -122,7 +122,7 @@ class GRPO(OnlineTrainer):
             for epoch in range(config.epochs)
             for rows in rollout.minibatches(config.minibatches, key=(config.seed, step, epoch))
         ]
-        rollout.old_logprobs = self._old_logprobs(rollout, sorted(set(forwarded) - set(minibatches[0])))
+        rollout.old_logprobs = self.compared_with(rollout, set(forwarded) - set(minibatches[0]))
         if config.kl_coefficient > 0:
             with self.policy.reference() as reference:
                 rollout.reference_logprobs = self.logprobs(rollout, forwarded, reference)
@@ -139,27 +139,11 @@ class GRPO(OnlineTrainer):
             tally.updates.append(backward)
         return {**tally.figures(), "learning_rate": rate}
 
-    def _old_logprobs(self, rollout: Rollout, later: Sequence[int]) -> Tensor:
-        """What current log-probabilities are compared with [N, L]: the sampler's, or the trainer's before any update.
-
-        The trainer's take a pass of their own only for rows of `later` minibatches: the first minibatch is forwarded
-        before its update anyway, and then fills its own in.
-        """
-        if self.config.old_logprobs == "sampler":
-            return rollout.sampler_logprobs.to(self.dtype)
-        return self.logprobs(rollout, later, self.policy.model)
-
     def _loss(self, rollout: Rollout, part: Part, weights: Tensor, tally: Tally) -> Tensor:
         """The part's share of the loss: surrogate, corrected for the sampler, with KL and entropy terms."""
         config, mask = self.config, part.of(rollout.mask)
         logprobs, entropies = self.forward(rollout, part, self.policy.model)
-        assert rollout.old_logprobs is not None
-        old, sampler = part.of(rollout.old_logprobs), part.of(rollout.sampler_logprobs)
-        if not tally.updates:  # nothing has changed since the completions were sampled
-            tally.add(mask, {"sampling/logp_difference_mean": (logprobs - sampler).abs()})
-            if config.old_logprobs == "trainer":
-                old = logprobs.detach()  # the ratio is exactly 1
-                part.put(old, into=rollout.old_logprobs)
+        old, sampler = self.first_seen(rollout, part, logprobs, tally), part.of(rollout.sampler_logprobs)
         penalties, divergences = self._divergence(logprobs, old, rollout, part, tally)
         advantages = part.of(rollout.advantages)[:, None] - penalties
         # vespo weighs whole trajectories against the sampler itself, so that nothing is left to correct.

@@ -1,12 +1,13 @@
 """What algorithms have in common that sample from the policy, score what it said, and learn from that."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from taurl.llm.algorithms.online_config import SampledConfig
+from taurl.llm.algorithms.figures import Tally
+from taurl.llm.algorithms.online_config import OnlineConfig, SampledConfig
 from taurl.llm.algorithms.setup import loading_model, repeat_data
 from taurl.llm.algorithms.trainer import Trainer
 from taurl.llm.data.datasets import PromptOrder
@@ -183,3 +184,34 @@ class OnlineTrainer(Trainer):
     def close(self) -> None:
         """Stop the reward functions' process, if they have one."""
         self.rewards.close()
+
+
+class RatioTrainer(OnlineTrainer):
+    """An online trainer that may learn more than once from a step's samples, by importance ratios."""
+
+    config: OnlineConfig
+
+    def compared_with(self, rollout: Rollout, rows: Iterable[int]) -> Tensor:
+        """What current log-probabilities are compared with [N, L]: the sampler's, or the trainer's before any update.
+
+        Args:
+            rows: which of the trainer's take a pass of their own; the others are filled in by `first_seen`.
+        """
+        if self.config.old_logprobs == "sampler":
+            return torch.where(rollout.mask, rollout.sampler_logprobs.to(self.dtype), 0.0)
+        return self.logprobs(rollout, sorted(rows), self.policy.model)
+
+    def first_seen(self, rollout: Rollout, part: Part, logprobs: Tensor, tally: Tally) -> Tensor:
+        """What a part is compared with [n, l]: before the step's first update its own log-probabilities, which stay.
+
+        Nothing has changed then since the completions were sampled: the ratio is exactly 1, and what differs from the
+        sampler's is the mismatch of the two.
+        """
+        assert rollout.old_logprobs is not None
+        old, sampler = part.of(rollout.old_logprobs), part.of(rollout.sampler_logprobs)
+        if not tally.updates:
+            tally.add(part.of(rollout.mask), {"sampling/logp_difference_mean": (logprobs - sampler).abs()})
+            if self.config.old_logprobs == "trainer":
+                old = logprobs.detach()
+                part.put(old, into=rollout.old_logprobs)
+        return old

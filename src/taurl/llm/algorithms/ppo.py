@@ -23,7 +23,7 @@ from taurl.functional.token_returns import token_generalized_advantage
 from taurl.functional.value_losses import clipped_value_loss, explained_variance, squared_value_loss
 from taurl.llm.algorithms.collecting import Collected, collect_completions, collect_episodes, make_stage, play_held_out
 from taurl.llm.algorithms.figures import Tally
-from taurl.llm.algorithms.online import HEADLINE, MEMORY_SETTINGS, OnlineTrainer, RewardFunction
+from taurl.llm.algorithms.online import HEADLINE, MEMORY_SETTINGS, RatioTrainer, RewardFunction
 from taurl.llm.algorithms.ppo_config import PPOConfig
 from taurl.llm.algorithms.ppo_estimates import Estimates, kl_prices, settled_rewards, whitened
 from taurl.llm.algorithms.ppo_state import Controls
@@ -60,7 +60,7 @@ class Minibatch:
     moved: float = 0.0
 
 
-class PPO(OnlineTrainer):
+class PPO(RatioTrainer):
     """Trains a causal language model on rewards with a critic, near a reference.
 
         PPO("smollm2-135m-instruct", rows, [reward], PPOConfig(steps=60)).train()
@@ -206,12 +206,10 @@ class PPO(OnlineTrainer):
         The trainer's own take a pass of all rows where there is a reference; else only of those that are not in the
         first minibatch, which is forwarded before its update anyway and then fills its own in.
         """
-        if self.config.old_logprobs == "sampler":
-            return torch.where(rollout.mask, rollout.sampler_logprobs.to(self.dtype), 0.0)
         rows = set(range(len(rollout.completions)))
         if not self.has_reference:
             rows -= set(self._minibatches(rollout, step, 0)[0])
-        return self.logprobs(rollout, sorted(rows), self.policy.model)
+        return self.compared_with(rollout, rows)
 
     def _minibatches(self, rollout: Rollout, step: int, epoch: int) -> list[list[int]]:
         return rollout.minibatches(self.config.minibatches, key=(self.config.seed, step, epoch))
@@ -304,13 +302,7 @@ class PPO(OnlineTrainer):
             part.of(each) for each in (rollout.mask, batch.weights, rollout.tokens, rollout.sampler_logprobs)
         )
         logprobs, entropies = hidden_logprobs(self.policy.model, hidden, tokens, mask, config.temperature)
-        assert rollout.old_logprobs is not None
-        old = part.of(rollout.old_logprobs)
-        if not batch.tally.updates:  # nothing has changed since the completions were sampled
-            batch.tally.add(mask, {"sampling/logp_difference_mean": (logprobs - sampler).abs()})
-            if config.old_logprobs == "trainer":
-                old = logprobs.detach()  # the ratio is exactly 1
-                part.put(old, into=rollout.old_logprobs)
+        old = self.first_seen(rollout, part, logprobs, batch.tally)
         advantages, low, high = part.of(rollout.advantages), config.clip_low, config.clip_high
         losses = policy_loss("dapo", logprobs, old, advantages, mask, clip_low=low, clip_high=high)
         if config.importance_cap is not None:
