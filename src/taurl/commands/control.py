@@ -1,6 +1,5 @@
 """`taurl control ALGORITHM`: train a policy in a gymnasium environment."""
 
-import contextlib
 import importlib
 from collections.abc import Sequence
 from functools import partial
@@ -10,10 +9,10 @@ from rich.console import Console
 
 from taurl.commands.control_play import figures
 from taurl.commands.options import RESUMING, parse, take_option
+from taurl.commands.training import stored, train_and_report
 from taurl.control import ALGORITHMS
 from taurl.control.presets import preset
-from taurl.control.settings import ControlConfig
-from taurl.runtime.config import read_config, read_yaml, validated
+from taurl.runtime.config import read_yaml, validated
 from taurl.runtime.errors import InputError
 
 NO_PRESET = "\n    --no-preset leaves out the settings tuned for the environment."
@@ -41,27 +40,10 @@ def train(name: str, words: Sequence[str]) -> int:
         said = f"settings tuned for {tuned.stem} ({command}); options win, --no-preset leaves them out"
         Console(stderr=True).print(said, style="dim", highlight=False, soft_wrap=True)
     trainer_class = getattr(importlib.import_module(f"taurl.control.algorithms.{module}"), name)
-
-    from taurl.report import write_report
-
     trainer = trainer_class.resume(Path(resume), config) if resume else trainer_class(config=config)
-    try:
-        trainer.train()
-    except BaseException:
-        with contextlib.suppress(Exception):  # the first failure is the one to tell
-            write_report(trainer.run.directory)
-        raise
-    write_report(trainer.run.directory)
+    train_and_report(trainer)
     show(trainer.run)
     return 0
-
-
-def stored(directory: Path, command: str, config_class: type[ControlConfig]) -> ControlConfig:
-    """The settings that a run was given. Raises: InputError when it is another algorithm's."""
-    from taurl.runtime.directory import require_algorithm
-
-    require_algorithm(directory, command)
-    return read_config(directory, config_class)
 
 
 def show(run: object) -> None:
