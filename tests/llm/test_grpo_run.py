@@ -109,7 +109,7 @@ def test_evaluating_writes_nothing_and_needs_no_run(config, folder):
     assert untimed({k: v for k, v in before.items() if "seconds" not in k}).items() <= first.items()
     after = trainer.evaluate()
     assert after["eval/reward"] == last["eval/reward"]
-    with pytest.raises(InputError, match="no held-out rows to evaluate on: eval_rows is 0"):
+    with pytest.raises(InputError, match="no held-out rows to evaluate on: give eval_rows or eval_dataset"):
         GRPO(str(folder), ROWS, letter_a, config(eval_rows=0, out=None)).evaluate()
     assert lines(trainer.run.directory / "samples.jsonl") == written
 
@@ -404,6 +404,13 @@ def test_a_held_out_set_of_its_own_takes_its_prompts_out_of_training(config, fol
     assert ROWS[3]["prompt"] not in [row["prompt"] for row in trainer.prompts.rows]
     assert ROWS[5]["prompt"] in [row["prompt"] for row in trainer.prompts.rows]
     assert "1 training rows left out" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("rows", "held_out"), [(5, 0), (30, 3), (2300, 200)])
+def test_by_default_a_small_data_set_gives_up_a_tenth(config, folder, rows, held_out):
+    data = [{"prompt": str(number)} for number in range(rows)]
+    trainer = GRPO(str(folder), data, letter_a, config(eval_rows=None))
+    assert (len(trainer.held_out), len(trainer.prompts)) == (held_out, rows - held_out)
 
 
 def test_names_given_from_python_are_checked_with_the_other_settings(config, folder):

@@ -73,7 +73,7 @@ def test_held_out_figures_equal_those_of_a_loop(config, folder):
     assert figures["eval/loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert figures["eval/perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
     assert figures["eval/mean_token_accuracy"] == pytest.approx(sum(right) / len(right))
-    with pytest.raises(InputError, match="no held-out rows to evaluate on: eval_rows is 0"):
+    with pytest.raises(InputError, match="no held-out rows to evaluate on: give eval_rows or eval_dataset"):
         SFT(str(folder), ROWS, config(eval_rows=0)).evaluate()
 
 
@@ -284,6 +284,7 @@ def test_lower_layers_may_learn_more_slowly(config, folder):
         (ROWS, {"freeze": ("*.absent",)}, r"freeze is '\*\.absent', which no weight's name matches; one of them is "),
         (ROWS, {"freeze": ("*",)}, r"freeze is \*, which leaves no weight to train"),
         (ROWS, {"lora_rank": 2, "load_in_4bit": True}, "load_in_4bit needs a GPU with CUDA, and the device is cpu"),
+        (ROWS, {"eval_rows": None, "generate_rows": 3}, "generate_rows is 3, and 1 rows are held out: lower it"),
         (ROWS, {"streaming": True}, "a stream is not read ahead to hold rows out: give eval_dataset, or eval_rows 0"),
         (ROWS, {"streaming": True, "eval_rows": 0, "steps": 0}, "epochs cannot be counted: give steps"),
     ],

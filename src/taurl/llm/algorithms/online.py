@@ -156,7 +156,7 @@ class OnlineTrainer(Trainer):
     def evaluate(self) -> dict[str, float]:
         """Greedy scores of the policy on the held-out rows, by `eval/…` names."""
         if not self.can_evaluate():
-            raise InputError("there are no held-out rows to evaluate on: eval_rows is 0")
+            raise InputError("there are no held-out rows to evaluate on: give eval_rows or eval_dataset")
         return self.answers(self.run.step).metrics
 
     def evaluate_at(self, step: int) -> Record:

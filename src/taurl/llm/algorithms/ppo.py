@@ -358,7 +358,7 @@ class PPO(RatioTrainer):
 
     def can_evaluate(self) -> bool:
         """Whether there are held-out rows, or an environment, whose episodes are as many as wanted."""
-        return super().can_evaluate() if self.stage is None else self.config.eval_rows > 0
+        return super().can_evaluate() if self.stage is None else self.config.eval_rows != 0
 
     def close(self) -> None:
         """Stop the reward functions' process, if they have one."""

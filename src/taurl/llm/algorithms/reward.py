@@ -149,7 +149,7 @@ class Reward(Trainer):
     def evaluate(self) -> dict[str, float]:
         """Figures of the held-out rows, by `eval/…` names."""
         if not self.can_evaluate():
-            raise InputError("there are no held-out rows to evaluate on: eval_rows is 0")
+            raise InputError("there are no held-out rows to evaluate on: give eval_rows or eval_dataset")
         return self._figures(self._scores(self.held_out))
 
     def evaluate_at(self, step: int) -> Record:

@@ -116,6 +116,9 @@ class SFT(Trainer):
         self.answering = None
         if config.generate_rows:
             given, rows = self.given("rewards"), self.data.held_out
+            if config.generate_rows > len(rows):
+                what = f"generate_rows is {config.generate_rows}, and {len(rows)} rows are held out"
+                raise InputError(f"{what}: lower it, or give eval_rows or eval_dataset")
             self.answering = Answering.of(config, given, rows, self.new_generator(), self.policy.tokenizer)
 
     def _steps_of_epochs(self) -> int:
@@ -198,7 +201,7 @@ class SFT(Trainer):
     def evaluate(self) -> dict[str, float]:
         """Loss, perplexity and token accuracy on the held-out rows, and scores of answers to some of them."""
         if not self.can_evaluate():
-            raise InputError("there are no held-out rows to evaluate on: eval_rows is 0")
+            raise InputError("there are no held-out rows to evaluate on: give eval_rows or eval_dataset")
         figures = self._held_out()
         if self.answering is not None:
             figures |= self.answering(self.run.step, self.config.steps, self.run.view.status).metrics

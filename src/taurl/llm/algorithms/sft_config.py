@@ -67,9 +67,9 @@ class SFTConfig(
     def _sft_fits_together(self) -> Self:
         if self.label_smoothing and self.loss_type != "nll":
             raise ValueError(f"label_smoothing goes with loss_type nll, and this is {self.loss_type}")
-        if self.patience and not (self.eval_every and self.eval_rows):
+        if self.patience and (not self.eval_every or self.eval_rows == 0):
             raise ValueError(f"patience is {self.patience}, which needs eval_every and eval_rows")
-        if self.generate_rows > self.eval_rows:
+        if self.eval_rows is not None and self.generate_rows > self.eval_rows:
             raise ValueError(f"generate_rows {self.generate_rows} exceed eval_rows {self.eval_rows}")
         if self.generate_rows and self.mask == "all":
             raise ValueError("generate_rows asks what stands before an answer; with mask all nothing does: give auto")

@@ -234,7 +234,7 @@ def train_and_held_out_preferences(
     reader: PreferenceReader,
     dataset: object,
     eval_dataset: object,
-    eval_rows: int,
+    eval_rows: int | None,
     seed: int,
     note: Callable[[str], None],
 ) -> tuple[Preferences, Preferences]:

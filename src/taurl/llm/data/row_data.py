@@ -10,7 +10,7 @@ from torch import Tensor
 from taurl.llm.data.datasets import key
 from taurl.llm.data.row_order import RowCycle, RowStream
 from taurl.llm.data.row_reader import RowReader
-from taurl.llm.data.tasks import train_and_held_out
+from taurl.llm.data.tasks import HELD_OUT, train_and_held_out
 from taurl.llm.data.token_rows import TokenRows
 from taurl.runtime.errors import InputError
 
@@ -21,7 +21,7 @@ class DataSizes(Protocol):
     @property
     def train_rows(self) -> int | None: ...
     @property
-    def eval_rows(self) -> int: ...
+    def eval_rows(self) -> int | None: ...
     @property
     def seed(self) -> int: ...
 
@@ -68,11 +68,12 @@ class RowData:
 
     @classmethod
     def _stream(cls, reader: RowReader, dataset: object, eval_dataset: object, settings: DataSizes) -> Self:
-        if settings.eval_rows and eval_dataset is None:
+        wanted = HELD_OUT if settings.eval_rows is None else settings.eval_rows
+        if wanted and eval_dataset is None:
             raise InputError("a stream is not read ahead to hold rows out: give eval_dataset, or eval_rows 0")
         held_out = TokenRows([], [], [])
-        if settings.eval_rows:
-            held_out = reader.for_other(eval_dataset).read(eval_dataset, limit=settings.eval_rows, distinct=True)
+        if wanted:
+            held_out = reader.for_other(eval_dataset).read(eval_dataset, limit=wanted, distinct=True)
         without = {key(row) for row in held_out.rows}
         order = RowStream(reader, dataset, settings.seed, without=without)
         return cls(order, held_out, None, held_out.fingerprint(), {}, [])
