@@ -284,7 +284,7 @@ def test_lower_layers_may_learn_more_slowly(config, folder):
         (ROWS, {"freeze": ("*.absent",)}, r"freeze is '\*\.absent', which no weight's name matches; one of them is "),
         (ROWS, {"freeze": ("*",)}, r"freeze is \*, which leaves no weight to train"),
         (ROWS, {"lora_rank": 2, "load_in_4bit": True}, "load_in_4bit needs a GPU with CUDA, and the device is cpu"),
-        (ROWS, {"eval_rows": None, "generate_rows": 3}, "generate_rows is 3, and 1 rows are held out: lower it"),
+        (ROWS, {"eval_rows": None, "generate_rows": 3}, r"generate_rows is 3, more than the held-out rows \(1\)"),
         (ROWS, {"streaming": True}, "a stream is not read ahead to hold rows out: give eval_dataset, or eval_rows 0"),
         (ROWS, {"streaming": True, "eval_rows": 0, "steps": 0}, "epochs cannot be counted: give steps"),
     ],

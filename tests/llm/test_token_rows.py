@@ -253,6 +253,22 @@ def test_a_base_model_gets_chatml_with_embeddings_of_average_and_its_stop_token(
     assert torch.allclose(logits[..., size], logits[..., :size].mean(dim=-1))
 
 
+def test_what_was_read_for_an_outline_is_then_given_to_the_model():
+    tokenizer, model = base_model()
+    with torch.device("meta"):
+        outline = tiny_model(vocab_size=len(tokenizer))
+    reader = reader_of(tokenizer=tokenizer, model=outline)
+    reader.read([{"messages": TALK}])
+    reader.settle(model)
+    other_tokenizer, other = base_model()
+    other_reader = reader_of(tokenizer=other_tokenizer, model=other)
+    other_reader.read([{"messages": TALK}])
+    other_reader.settle(other)  # has it already
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    assert model.config.vocab_size == other.config.vocab_size == len(tokenizer)
+    assert model.generation_config.eos_token_id == other.generation_config.eos_token_id
+
+
 def test_a_base_model_keeps_its_vocabulary_where_it_is_given_text():
     tokenizer, model = base_model()
     reader = reader_of(tokenizer=tokenizer, model=model)

@@ -1,6 +1,7 @@
 """`taurl llm score`: the completions of a file with a reward model's scores."""
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -54,6 +55,8 @@ def main(words: Sequence[str]) -> int:
     elif config.best:
         append_lines(config.out, written)
     show(scored, written, columns)
+    if config.out is not None:
+        print(f"scores: {config.out}", file=sys.stderr)
     return 0
 
 

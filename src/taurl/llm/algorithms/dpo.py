@@ -120,6 +120,9 @@ class DPO(OnlineTrainer):
             raise InputError(f"a reference is given, but {', '.join(config.loss_type)} needs none: leave it out")
         if self.online:
             self.load_rewards()
+            self.load_prompts()
+        else:
+            self._read_answers()
         # What the reference says is known before the first update, or asked for at each step.
         live, other = self.online or not config.cache_reference, self.given("reference")
         self.load_policy(dtype, keep_reference=config.needs_reference and live and other is None)
@@ -128,10 +131,6 @@ class DPO(OnlineTrainer):
             self.reference = Reference(
                 self.policy, other, forward=self._logprobs, live=live, circumstances=self._circumstances()
             )
-        if self.online:
-            self.load_prompts()
-        else:
-            self._read_answers()
         self.shift, self.fall_watch = RewardShift(), FallWatch()
 
     def steps(self) -> Iterator[Record]:
@@ -259,7 +258,7 @@ class DPO(OnlineTrainer):
         config, run = self.config, self.run
         form: Form = "label" if config.unpaired else "pairs"
         train, held_out = train_and_held_out_preferences(
-            PreferenceReader.of(config, self.policy.tokenizer, self.policy.model, form, two_labels=config.unpaired),
+            PreferenceReader.of(config, self.tokenizer, self.outline(), form, two_labels=config.unpaired),
             self.given("dataset"),
             self.given("eval_dataset"),
             config.eval_rows,

@@ -70,8 +70,8 @@ class GRPO(RatioTrainer):
 
     def set_up(self, dtype: torch.dtype | None) -> None:
         self.load_rewards()
-        self.load_policy(dtype, keep_reference=self.config.kl_coefficient > 0)
         self.load_prompts()
+        self.load_policy(dtype, keep_reference=self.config.kl_coefficient > 0)
 
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""

@@ -62,7 +62,7 @@ class OnlineTrainer(Trainer):
             self.policy = Policy.of(
                 config,
                 self.given("model"),
-                self.given("tokenizer"),
+                self.tokenizer,
                 dtype=dtype,
                 device=self.device,
                 keep_reference=keep_reference,
@@ -76,7 +76,7 @@ class OnlineTrainer(Trainer):
         """Read the data, check that the reward functions find their columns, and note it for the resume."""
         config = self.config
         self.prompts, self.held_out, dropped = train_and_held_out(
-            PromptReader.of(config, self.policy.tokenizer, self.policy.model),
+            PromptReader.of(config, self.tokenizer, self.outline()),
             self.given("dataset"),
             self.given("eval_dataset"),
             config.eval_rows,

@@ -115,7 +115,12 @@ class PPO(RatioTrainer):
         )
 
     def set_up(self, dtype: torch.dtype | None) -> None:
-        config, reference = self.config, self.given("reference")
+        config, reference, environment = self.config, self.given("reference"), self.given("environment")
+        if environment is None:
+            self.load_rewards()
+            self.load_prompts()
+        elif self.given("rewards") or self.given("dataset") is not None:
+            raise InputError("an environment gives prompts and rewards itself: leave dataset and rewards out")
         self.has_reference, self.said = config.kl_coefficient > 0, False
         self.load_policy(dtype, keep_reference=self.has_reference and reference is None)
         with loading_model():
@@ -133,16 +138,10 @@ class PPO(RatioTrainer):
                 self.state["critic"] = self.critic_optimizer
         self.controls = Controls(config.kl_coefficient, config.kl_target, config.kl_gain)
         self.state["controls"] = self.controls
-        environment = self.given("environment")
         self.stage = make_stage(environment, config, self.policy) if environment is not None else None
-        if self.stage is None:
-            self.load_rewards()
-            for judge in self.rewards.models:
-                if note := settle_judge(judge, self.trained_models(), self.policy):
-                    self.run.view.note(note)
-            self.load_prompts()
-        elif self.given("rewards") or self.given("dataset") is not None:
-            raise InputError("an environment gives prompts and rewards itself: leave dataset and rewards out")
+        for judge in self.rewards.models if self.stage is None else ():
+            if note := settle_judge(judge, self.trained_models(), self.policy):
+                self.run.view.note(note)
 
     def trained_models(self) -> list[Any]:
         """The policy, and the critic if it is a model of its own."""

@@ -72,18 +72,8 @@ class Reward(Trainer):
     def set_up(self, dtype: torch.dtype | None) -> None:
         config, run = self.config, self.run
         self.form = FORMS[config.loss]
-        with loading_model():
-            self.policy = (ProcessRewardModel if self.form == "process" else RewardModel).of(
-                config,
-                self.given("model"),
-                self.given("tokenizer"),
-                dtype=dtype,
-                device=self.device,
-                gradient_checkpointing=config.gradient_checkpointing,
-            )
-            self.optimizer = self.policy.optimizer(config, layer_decay=config.layer_decay)
         self.train_rows, self.held_out = train_and_held_out_preferences(
-            PreferenceReader.of(config, self.policy.tokenizer, self.policy.model, self.form),
+            PreferenceReader.of(config, self.tokenizer, self.outline(), self.form),
             self.given("dataset"),
             self.given("eval_dataset"),
             config.eval_rows,
@@ -93,6 +83,16 @@ class Reward(Trainer):
         self.classes = checked_classes(self.train_rows.judged + self.held_out.judged, config)
         repeat_data(run, self.train_rows.fingerprint() + self.held_out.fingerprint())
         self.order = PromptOrder(len(self.train_rows), config.seed)
+        with loading_model():
+            self.policy = (ProcessRewardModel if self.form == "process" else RewardModel).of(
+                config,
+                self.given("model"),
+                self.tokenizer,
+                dtype=dtype,
+                device=self.device,
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+            self.optimizer = self.policy.optimizer(config, layer_decay=config.layer_decay)
 
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""

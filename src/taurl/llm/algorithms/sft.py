@@ -92,23 +92,23 @@ class SFT(Trainer):
 
     def set_up(self, dtype: torch.dtype | None) -> None:
         config, run = self.config, self.run
-        with loading_model():
-            self.policy = Policy.of(
-                config,
-                self.given("model"),
-                self.given("tokenizer"),
-                dtype=dtype,
-                device=self.device,
-                gradient_checkpointing=config.gradient_checkpointing,
-            )
-            # The data first: a template may need tokens that the model does not have yet.
-            reader = RowReader.of(config, self.policy.tokenizer, self.policy.model)
-            self.data = RowData.read(reader, self.given("dataset"), self.given("eval_dataset"), config)
-            self.optimizer = self.policy.optimizer(config, layer_decay=config.layer_decay)
+        reader = RowReader.of(config, self.tokenizer, self.outline())
+        self.data = RowData.read(reader, self.given("dataset"), self.given("eval_dataset"), config)
         for note in self.data.notes:
             run.view.note(note)
         repeat_data(run, self.data.fingerprint)
         self.position = RowPosition(self.data.order)
+        with loading_model():
+            self.policy = Policy.of(
+                config,
+                self.given("model"),
+                self.tokenizer,
+                dtype=dtype,
+                device=self.device,
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+            reader.settle(self.policy.model)
+            self.optimizer = self.policy.optimizer(config, layer_decay=config.layer_decay)
         if config.steps == 0:
             run.set_steps(self._steps_of_epochs())
             self.config = run.config  # type: ignore[assignment]
@@ -117,7 +117,7 @@ class SFT(Trainer):
         if config.generate_rows:
             given, rows = self.given("rewards"), self.data.held_out
             if config.generate_rows > len(rows):
-                what = f"generate_rows is {config.generate_rows}, and {len(rows)} rows are held out"
+                what = f"generate_rows is {config.generate_rows}, more than the held-out rows ({len(rows)})"
                 raise InputError(f"{what}: lower it, or give eval_rows or eval_dataset")
             self.answering = Answering.of(config, given, rows, self.new_generator(), self.policy.tokenizer)
 

@@ -2,16 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.algorithms.setup import choose_machine, separate, with_whole_paths
 from taurl.llm.generation import Generator, default_kv_memory_gb
 from taurl.llm.models.compiled import compile_layers
+from taurl.llm.models.loading import load_outline
 from taurl.llm.models.model_card import model_card
-from taurl.llm.models.policies import Policy
+from taurl.llm.models.policies import Policy, tokenizer_of
 from taurl.runtime.config import TrainingConfig, read_config
 from taurl.runtime.directory import require_algorithm, write_folder
 from taurl.runtime.errors import InputError
@@ -95,9 +98,21 @@ class Trainer(ABC):
         """The object given from Python, or else the setting of that name (None where there is no such setting)."""
         return self._objects.get(name, getattr(self.config, name, None))
 
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Given from Python, or the model's own."""
+        return self.given("tokenizer") or tokenizer_of(self.given("model"))
+
+    def outline(self) -> PreTrainedModel:
+        """The model, by name without its weights: what it takes to read data, before anything that takes long."""
+        model = self.given("model")
+        return load_outline(model) if isinstance(model, str) else model
+
     @abstractmethod
     def set_up(self, dtype: torch.dtype | None) -> None:
-        """Make what the loop needs: `self.policy`, its optimiser, the data.
+        """Make what the loop needs: the data, `self.policy`, its optimiser.
+
+        The data first, so that what is wrong with it is said before a large model is loaded.
 
         Args:
             dtype: of the weights; None leaves a model object's as they are.

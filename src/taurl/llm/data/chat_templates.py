@@ -69,25 +69,32 @@ def _without_generation(text: str) -> str:
 
 
 def _add_tokens(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> list[int]:
-    """Make these special tokens of the tokenizer, and make room for the new ones among them in the model.
+    """Make these special tokens of the tokenizer, and make room for the new ones among them in the model."""
+    known = tokenizer.get_vocab()
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    new = [int(cast(int, tokenizer.convert_tokens_to_ids(token))) for token in tokens if token not in known]
+    if new and model is not None:
+        make_room(new, tokenizer, model)
+    return new
+
+
+def make_room(new: Sequence[int], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Give the model embeddings of the tokenizer's new tokens.
 
     A new token's embedding is the mean of all others, and so is its row of the output layer: its logit is then the mean
     logit, and the token is no more probable than an average one. A row near 0, the usual start, has a logit near 0,
     which is above all others in a model whose logits are negative, and the token would be sampled everywhere
     (Hewitt 2021, Initializing New Word Embeddings for Pretrained Language Models).
+
+    Raises: InputError for a model with an adapter.
     """
-    known = tokenizer.get_vocab()
-    tokenizer.add_tokens(list(tokens), special_tokens=True)
-    new = [int(cast(int, tokenizer.convert_tokens_to_ids(token))) for token in tokens if token not in known]
-    if not new or model is None:
-        return new
     if hasattr(model, "peft_config"):
         raise InputError(
-            f"the chat template needs the new tokens {' '.join(tokens)}, which an adapter cannot add to its model: "
-            "train the whole model (lora_rank 0, or an adapter merged first), or give a tokenizer with a chat template "
-            "whose tokens the model knows"
+            f"the chat template needs the new tokens {' '.join(tokenizer.convert_ids_to_tokens(list(new)))}, which an "
+            "adapter cannot add to its model: train the whole model (lora_rank 0, or an adapter merged first), or give "
+            "a tokenizer with a chat template whose tokens the model knows"
         )
-    old = list(known.values())
+    old = sorted(set(tokenizer.get_vocab().values()) - set(new))
     plain: Any = model
     if max(new) >= plain.get_input_embeddings().num_embeddings:
         with torch.random.fork_rng(devices=[]):  # its random rows are overwritten below; draw them from nowhere
@@ -96,8 +103,7 @@ def _add_tokens(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase, model
         for layer in (plain.get_input_embeddings(), plain.get_output_embeddings()):
             for values in (layer.weight, getattr(layer, "bias", None)) if layer is not None else ():
                 if values is not None:
-                    values[new] = values[old].double().mean(dim=0).to(values.dtype)
-    return new
+                    values[list(new)] = values[old].double().mean(dim=0).to(values.dtype)
 
 
 def write_stop_tokens(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.data.chat import with_system_prompt
 from taurl.llm.data.chat_rows import RowEncoder
-from taurl.llm.data.chat_templates import CHATML, set_chat_template, write_stop_tokens
+from taurl.llm.data.chat_templates import CHATML, make_room, set_chat_template, write_stop_tokens
 from taurl.llm.data.data_files import Row
 from taurl.llm.data.datasets import Rows, as_rows, columns_of, distinct_rows, is_task, load_rows, prepare_rows
 from taurl.llm.data.row_forms import Chat, Text, in_row, read_form
@@ -29,11 +29,11 @@ class RowReader:
     """Reads data sets for one model.
 
     Reading may change tokenizer and model: a model without a chat template gets ChatML with its tokens where a row
-    holds a conversation. So read before an adapter or an optimiser is made.
+    holds a conversation. An outline is enough to read for; the model itself is then given the same by `settle`.
 
     Attributes:
         settings: of the reading.
-        model: None where there is only a tokenizer to look at.
+        model: the model or its outline; None where there is only a tokenizer to look at.
         longest: most tokens of a row; None: no bound.
         strings_are_messages: whether a prompt that is a string is the user's message.
         new_tokens: ids of tokens that the model did not have. (An adapter must train their embeddings.)
@@ -65,6 +65,16 @@ class RowReader:
         stops = write_stop_tokens(model, tokenizer)
         encoder = RowEncoder(tokenizer, stops, settings.mask, settings.chat_template_kwargs)
         return cls(settings, tokenizer, model, settings.max_length or context, as_messages, encoder, new)
+
+    def settle(self, model: PreTrainedModel) -> None:
+        """Give the model whose outline it read for what reading has changed: new tokens, and those that it stops at.
+
+        Raises: InputError where new tokens would be behind an adapter.
+        """
+        if model is not self.model:
+            if self.new_tokens:
+                make_room(self.new_tokens, self.tokenizer, model)
+            write_stop_tokens(model, self.tokenizer)
 
     def read(self, source: object, limit: int | None = None, *, distinct: bool = False) -> TokenRows:
         """The first `limit` rows of a data set by name or as an object, and of those of the setting `mix`.

@@ -23,6 +23,17 @@ from taurl.runtime.errors import InputError
 from taurl.runtime.optimization import Optimizer
 
 
+def tokenizer_of(model: str | PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model given by name or as an object.
+
+    Raises: InputError for an object that does not know its name.
+    """
+    name = model if isinstance(model, str) else model.config.name_or_path
+    if not name:
+        raise InputError("this model object does not know its name; give its tokenizer as well")
+    return load_tokenizer(name)
+
+
 class Lora(NamedTuple):
     """An adapter to train; of rank 0: none."""
 
@@ -62,11 +73,7 @@ class Policy:
         gradient_checkpointing: bool = False,
     ):
         name = model if isinstance(model, str) else model.config.name_or_path
-        if tokenizer is None:
-            if not name:
-                raise InputError("this model object does not know its name; give its tokenizer as well")
-            tokenizer = load_tokenizer(name)
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer or tokenizer_of(model)
         self.name, self.in_4bit = name or "", load_in_4bit
         if isinstance(model, str):
             dtype = dtype or torch.float32
