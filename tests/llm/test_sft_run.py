@@ -250,10 +250,44 @@ def test_a_base_model_gets_a_template_with_its_tokens_and_stops(config):
     assert end < embeddings.num_embeddings
     assert not torch.equal(embeddings.weight[end], embeddings.weight[end - 1])  # both began as the mean
     assert end in GenerationConfig.from_pretrained(final).eos_token_id
-    plain = tiny_tokenizer()
-    plain.chat_template = None
-    with pytest.raises(InputError, match=r"the chat template needs the new tokens .*lora_rank 0"):
-        SFT(tiny_model(), rows, config(out=None, lora_rank=2), tokenizer=plain)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_on_a_base_model_trains_the_new_tokens_and_no_others(config, tmp_path, tied):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    tiny_model(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}]} for i in range(9)
+    ]
+    settings = config(lora_rank=2, save_every=2)
+    trainer = SFT(str(tmp_path / "base"), rows, settings).train()
+    start, end = trainer.policy.new_tokens
+    result = load_model(trainer.run.directory / "final", dtype=torch.float32)
+    assert not isinstance(result, PeftModel)
+    ids = torch.tensor([[5, 7, end, start]])
+    torch.testing.assert_close(result(ids).logits, trainer.policy.model(ids).logits, atol=1e-5, rtol=0)
+    assert end in GenerationConfig.from_pretrained(trainer.run.directory / "final").eos_token_id
+    before = tiny_model(tie_word_embeddings=tied)
+    for old, new in zip(embeddings_of(before), embeddings_of(result), strict=True):
+        assert torch.equal(old, new[: len(old)])
+        assert (new[end] - old.mean(dim=0)).abs().max() > 1e-4
+
+    stopped = SFT(str(tmp_path / "base"), rows, settings.model_copy(update={"out": tmp_path / "stopped", "steps": 2}))
+    stopped.train()
+    longer = stopped.config.model_copy(update={"steps": settings.steps})
+    resumed = SFT.resume(tmp_path / "stopped", longer, dataset=rows).train()
+    again = load_model(resumed.run.directory / "final", dtype=torch.float32)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in result.state_dict().items())
+
+    with pytest.raises(InputError, match="weight_decay would shrink the embeddings of all tokens"):
+        SFT(str(tmp_path / "base"), rows, config(out=tmp_path / "other", lora_rank=2, weight_decay=0.1))
+
+
+def embeddings_of(model):
+    """The weights of both embedding layers."""
+    return model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
 
 
 def test_frozen_weights_stay_and_are_no_part_of_the_optimiser(config, folder):

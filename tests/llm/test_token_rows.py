@@ -287,13 +287,6 @@ def test_spare_rows_of_the_embedding_are_used_first():
     assert torch.allclose(weight[known], weight[:known].mean(dim=0), atol=1e-6)
 
 
-def test_new_tokens_under_an_adapter_are_refused():
-    tokenizer, model = base_model()
-    model.peft_config = {}
-    with pytest.raises(InputError, match=r"an adapter cannot add to its model: train the whole model \(lora_rank 0"):
-        reader_of(tokenizer=tokenizer, model=model, chat_template="chatml")
-
-
 def test_another_template_by_name_file_or_folder(tmp_path):
     tokenizer = character_tokenizer("{{ 'another' }}")
     assert (

@@ -107,7 +107,7 @@ class SFT(Trainer):
                 device=self.device,
                 gradient_checkpointing=config.gradient_checkpointing,
             )
-            reader.settle(self.policy.model)
+            self._take_new_tokens(reader)
             self.optimizer = self.policy.optimizer(config, layer_decay=config.layer_decay)
         if config.steps == 0:
             run.set_steps(self._steps_of_epochs())
@@ -120,6 +120,20 @@ class SFT(Trainer):
                 what = f"generate_rows is {config.generate_rows}, more than the held-out rows ({len(rows)})"
                 raise InputError(f"{what}: lower it, or give eval_rows or eval_dataset")
             self.answering = Answering.of(config, given, rows, self.new_generator(), self.policy.tokenizer)
+
+    def _take_new_tokens(self, reader: RowReader) -> None:
+        """Give the policy what the chat template needs; beside an adapter the new embeddings are trained as well."""
+        reader.settle(getattr(self.policy.model, "get_base_model", lambda: self.policy.model)())
+        if reader.new_tokens and self.policy.has_adapter:
+            if self.config.weight_decay:
+                raise InputError(
+                    "weight_decay would shrink the embeddings of all tokens where an adapter is trained together with "
+                    "new tokens, as the chat template needs here: leave weight_decay or lora_rank out"
+                )
+            self.policy.train_tokens(reader.new_tokens)
+            self.run.view.note(
+                "the chat template brings new tokens: they are trained too, and the result is written merged"
+            )
 
     def _steps_of_epochs(self) -> int:
         if self.data.count is None:

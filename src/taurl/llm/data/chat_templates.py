@@ -85,15 +85,7 @@ def make_room(new: Sequence[int], tokenizer: PreTrainedTokenizerBase, model: Pre
     logit, and the token is no more probable than an average one. A row near 0, the usual start, has a logit near 0,
     which is above all others in a model whose logits are negative, and the token would be sampled everywhere
     (Hewitt 2021, Initializing New Word Embeddings for Pretrained Language Models).
-
-    Raises: InputError for a model with an adapter.
     """
-    if hasattr(model, "peft_config"):
-        raise InputError(
-            f"the chat template needs the new tokens {' '.join(tokenizer.convert_ids_to_tokens(list(new)))}, which an "
-            "adapter cannot add to its model: train the whole model (lora_rank 0, or an adapter merged first), or give "
-            "a tokenizer with a chat template whose tokens the model knows"
-        )
     old = sorted(set(tokenizer.get_vocab().values()) - set(new))
     plain: Any = model
     if max(new) >= plain.get_input_embeddings().num_embeddings:

@@ -36,7 +36,7 @@ class RowReader:
         model: the model or its outline; None where there is only a tokenizer to look at.
         longest: most tokens of a row; None: no bound.
         strings_are_messages: whether a prompt that is a string is the user's message.
-        new_tokens: ids of tokens that the model did not have. (An adapter must train their embeddings.)
+        new_tokens: ids of tokens that the model did not have.
         model_is_fixed: whether the model may not be changed any more.
     """
 
@@ -67,10 +67,7 @@ class RowReader:
         return cls(settings, tokenizer, model, settings.max_length or context, as_messages, encoder, new)
 
     def settle(self, model: PreTrainedModel) -> None:
-        """Give the model whose outline it read for what reading has changed: new tokens, and those that it stops at.
-
-        Raises: InputError where new tokens would be behind an adapter.
-        """
+        """Give the model whose outline it read for what reading has changed: new tokens, and those that it stops at."""
         if model is not self.model:
             if self.new_tokens:
                 make_room(self.new_tokens, self.tokenizer, model)

@@ -83,6 +83,7 @@ class Policy:
         else:
             self.model = cast(Any, model).to(device=device, dtype=dtype)
         self.has_adapter = hasattr(self.model, "peft_config")
+        self.new_tokens: tuple[int, ...] = ()
         if lora[0]:
             self._add_lora(Lora(*lora))
             self.model.peft_config["default"].base_model_name_or_path = base_name(
@@ -164,6 +165,24 @@ class Policy:
             raise InputError(f"lora_targets is {lora.targets!r}: {str(error).splitlines()[0]}") from error
         self.has_adapter = True
 
+    def train_tokens(self, tokens: Sequence[int]) -> None:
+        """Train the embeddings of tokens that are new to the model beside the adapter, which leaves them frozen.
+
+        They are not in the adapter, so the result is written merged.
+        Raises: InputError where the base's weights are in 4 bits, onto which they could not be merged.
+        """
+        if self.in_4bit:
+            names = " ".join(self.tokenizer.convert_ids_to_tokens(list(tokens)))
+            raise InputError(
+                f"the chat template needs the new tokens {names}, which load_in_4bit cannot add: leave it out"
+            )
+        self.new_tokens = tuple(tokens)
+        layers = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        for weight in {id(layer.weight): layer.weight for layer in layers if layer is not None}.values():
+            rows = torch.zeros(len(weight), 1, dtype=weight.dtype, device=weight.device)
+            rows[list(tokens)] = 1
+            weight.requires_grad_(True).register_hook(lambda gradient, rows=rows: gradient * rows)
+
     def add_adapter(self, name: str) -> None:
         """Put another adapter beside the policy's own on its frozen trunk, with the same settings; see `adapter`."""
         own = self.model.active_adapter
@@ -225,7 +244,7 @@ class Policy:
         """
         with quiet_transformers():
             model, chosen = self.model, {}
-            if merge and self.has_adapter:
+            if (merge or self.new_tokens) and self.has_adapter:
                 model = self.merged()
             elif self.has_adapter:
                 chosen = {"selected_adapters": [self.model.active_adapter]}  # of several the policy's own
