@@ -264,6 +264,17 @@ def test_more_steps_on_resume_equal_a_longer_run_with_another_cache(config, fold
     assert (longer.directory / weights).read_bytes() == (whole.directory / weights).read_bytes()
 
 
+@pytest.mark.parametrize("online", [False, True])
+def test_epochs_set_the_steps_where_these_are_not_given(config, folder, online):
+    rows, reward = ([{"prompt": row["prompt"]} for row in ROWS], high_ids) if online else (ROWS, ())
+    run = DPO(str(folder), rows, reward, config(steps=0, epochs=1.5)).train().run
+    assert run.config.steps == run.step == 4  # of 8 rows, 3 in a step
+    assert run.records()[-1]["epoch"] == pytest.approx(4 * 3 / 8)
+    again = config(model=str(folder), steps=0, epochs=1.5)  # as the user wrote it
+    given = {"rewards": reward} if online else {}
+    assert DPO.resume(run.directory, again, dataset=rows, **given).run.config.steps == 4
+
+
 def test_online_runs_resume_exactly(config, folder, tmp_path):
     rows = [{"prompt": row["prompt"]} for row in ROWS]
     settings = config(save_every=1)

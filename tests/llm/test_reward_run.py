@@ -64,6 +64,12 @@ def untimed(record):
     return {k: v for k, v in record.items() if not any(part in k for part in TIMES)}
 
 
+def test_epochs_set_the_steps_where_these_are_not_given(config, folder):
+    run = Reward(str(folder), PAIRS[:20], config(steps=0, epochs=1.5)).train().run
+    assert run.config.steps == run.step == 5  # of 12 rows, 4 in a step
+    assert run.records()[-1]["epoch"] == pytest.approx(5 * 4 / 12)
+
+
 def test_it_learns_which_of_two_is_better(trained):
     records = trained.run.records()
     assert records[-1]["eval/accuracy"] == 1.0

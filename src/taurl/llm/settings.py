@@ -57,6 +57,15 @@ class PreferenceSettings(Settings):
     those beyond the model's context."""
 
 
+class EpochSettings(Settings):
+    """How much of a data set is trained on. Stands before `TrainingConfig`, whose steps are not to be left out."""
+
+    steps: int = Field(0, ge=0, json_schema_extra=FREE)
+    """Optimisation steps in all; 0: as many as `epochs` takes. A finished run may be resumed with more."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the data, where steps is not given (TRL: 3)."""
+
+
 class EvaluationSettings(Settings):
     """On how many held-out rows, and how often, a run evaluates."""
 

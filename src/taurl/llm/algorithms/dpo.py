@@ -123,6 +123,7 @@ class DPO(OnlineTrainer):
             self.load_prompts()
         else:
             self._read_answers()
+        self.count_steps(len(self.prompts if self.online else self.train_answers), config.prompts_per_step)
         # What the reference says is known before the first update, or asked for at each step.
         live, other = self.online or not config.cache_reference, self.given("reference")
         self.load_policy(dtype, keep_reference=config.needs_reference and live and other is None)
@@ -148,6 +149,7 @@ class DPO(OnlineTrainer):
                 with step.phase("update", "updating"):
                     figures |= self._update(batch, step.number)
                 self.note_updates(step, figures)
+                figures["epoch"] = step.number * config.prompts_per_step / self.order.count
                 if batch:
                     figures["tokens_per_second"] = batch.trained.token_count / sum(step.times.values())
                     if config.needs_reference and (warning := self.fall_watch.warning(figures)):

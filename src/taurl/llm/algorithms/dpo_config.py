@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from taurl.llm.algorithms.online_config import SampledConfig
-from taurl.llm.settings import PreferenceSettings
+from taurl.llm.settings import EpochSettings, PreferenceSettings
 from taurl.runtime.config import FREE
 
 UNPAIRED_LOSSES = frozenset({"kto", "apo_zero_unpaired"})
@@ -37,7 +37,7 @@ PreferenceLoss = Literal[
 ]
 
 
-class DPOConfig(PreferenceSettings, SampledConfig):
+class DPOConfig(EpochSettings, PreferenceSettings, SampledConfig):
     """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290) and its family.
 
     Each step takes `prompts_per_step` rows, each a prompt with a chosen and a rejected answer, and raises the chosen

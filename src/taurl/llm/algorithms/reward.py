@@ -83,6 +83,7 @@ class Reward(Trainer):
         self.classes = checked_classes(self.train_rows.judged + self.held_out.judged, config)
         repeat_data(run, self.train_rows.fingerprint() + self.held_out.fingerprint())
         self.order = PromptOrder(len(self.train_rows), config.seed)
+        self.count_steps(len(self.train_rows), config.rows_per_step)
         with loading_model():
             self.policy = (ProcessRewardModel if self.form == "process" else RewardModel).of(
                 config,
@@ -107,6 +108,7 @@ class Reward(Trainer):
                 self.note_updates(step, found)
                 tokens = sum(len(row.prompt) + sum(map(len, row.completions)) for row in rows)
                 found["tokens_per_second"] = tokens / step.times["time/update"]
+                found["epoch"] = step.number * config.rows_per_step / len(self.train_rows)
                 yield self.finish(step, found)
 
     def _update(self, rows: Sequence[JudgedRow], step: int) -> Record:

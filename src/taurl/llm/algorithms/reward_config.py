@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from taurl.llm.settings import (
     DataSettings,
+    EpochSettings,
     EvaluationSettings,
     LoraSettings,
     PartSettings,
@@ -21,6 +22,7 @@ class RewardConfig(
     PreferenceSettings,
     EvaluationSettings,
     PromptSettings,
+    EpochSettings,
     TrainingConfig,
     DataSettings,
 ):

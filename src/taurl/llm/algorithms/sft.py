@@ -5,8 +5,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ from taurl.llm.models.heads import evaluating
 from taurl.llm.models.policies import Policy
 from taurl.llm.scoring.row_attention import attending_within_rows, knows_rows
 from taurl.llm.scoring.supervised import RowPart, embedding_noise, part_scores, row_parts, trained_tokens
-from taurl.runtime.config import read_config
 from taurl.runtime.directory import write_folder
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import out_of_memory_names
@@ -83,13 +81,6 @@ class SFT(Trainer):
             tokenizer=tokenizer,
         )
 
-    @classmethod
-    def resume(cls, directory: str | Path, config: SFTConfig | None = None, **given: Any) -> Self:  # type: ignore[override]
-        """As `Trainer.resume`; a config that leaves the steps to `epochs` goes on to those of the run."""
-        if config is not None and config.steps == 0:
-            config = config.model_copy(update={"steps": read_config(Path(directory), SFTConfig).steps})
-        return super().resume(directory, config, **given)
-
     def set_up(self, dtype: torch.dtype | None) -> None:
         config, run = self.config, self.run
         reader = RowReader.of(config, self.tokenizer, self.outline())
@@ -109,9 +100,7 @@ class SFT(Trainer):
             )
             self._take_new_tokens(reader)
             self.optimizer = self.policy.optimizer(config, layer_decay=config.layer_decay)
-        if config.steps == 0:
-            run.set_steps(self._steps_of_epochs())
-            self.config = run.config  # type: ignore[assignment]
+        self.count_steps(self.data.count, config.rows_per_step)
         self.packed = self._packed()
         self.answering = None
         if config.generate_rows:
@@ -134,11 +123,6 @@ class SFT(Trainer):
             self.run.view.note(
                 "the chat template brings new tokens: they are trained too, and the result is written merged"
             )
-
-    def _steps_of_epochs(self) -> int:
-        if self.data.count is None:
-            raise InputError("a stream has no known length, so epochs cannot be counted: give steps")
-        return math.ceil(self.config.epochs * self.data.count / self.config.rows_per_step)
 
     def _packed(self) -> bool:
         """Whether rows are laid end to end: as asked for, and where the model can."""

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from taurl.llm.settings import (
     DataSettings,
+    EpochSettings,
     EvaluationSettings,
     LoraSettings,
     PartSettings,
@@ -23,6 +24,7 @@ class SFTConfig(
     RewardSettings,
     EvaluationSettings,
     RowSettings,
+    EpochSettings,
     TrainingConfig,
     DataSettings,
 ):
@@ -34,10 +36,6 @@ class SFTConfig(
     dataset: str | None = None
     """A .jsonl, .json, .csv or .parquet file, or a hub name, with `messages` (or ShareGPT's `conversations`), `prompt`
     and `completion`, `text`, or `input_ids`."""
-    steps: int = Field(0, ge=0, json_schema_extra=FREE)
-    """Optimisation steps in all; 0: as many as `epochs` takes. A finished run may be resumed with more."""
-    epochs: float = Field(1.0, gt=0)
-    """Passes over the data, where steps is not given (TRL: 3)."""
     train_rows: int | None = Field(None, ge=1)
     """Train on so many rows only, the first ones that are not held out; default: all."""
     rows_per_step: int = Field(16, ge=1)

@@ -1,5 +1,6 @@
 """What surrounds the loop of every algorithm of the wing: starting, resuming, evaluating, writing the result."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -65,6 +66,8 @@ class Trainer(ABC):
             config: changed settings, by default those of the run.
             given: the objects, by the names that the constructor has for them.
         """
+        if config is not None and config.steps == 0:  # left to the epochs: as many as the run found them to be
+            config = config.model_copy(update={"steps": read_config(Path(directory), cls.config_class).steps})
         for name in given:
             if name not in cls.takes:
                 raise TypeError(f"resume() got {name!r}, expected one of {', '.join(cls.takes)}")
@@ -117,6 +120,17 @@ class Trainer(ABC):
         Args:
             dtype: of the weights; None leaves a model object's as they are.
         """
+
+    def count_steps(self, rows: int | None, per_step: int) -> None:
+        """As many steps as `epochs` takes, unless their number is given.
+
+        Raises: InputError for a stream, whose rows (None) nobody has counted.
+        """
+        if self.config.steps == 0:
+            if rows is None:
+                raise InputError("a stream has no known length, so epochs cannot be counted: give steps")
+            self.run.set_steps(math.ceil(self.config.epochs * rows / per_step))
+            self.config = self.run.config
 
     def new_generator(self) -> Generator:
         """What samples from the policy's current weights, within the memory that was free where the run began."""
