@@ -159,6 +159,13 @@ def test_an_async_function_that_is_too_slow_is_stopped_and_named(make):
     assert cancelled == [True]
 
 
+def test_a_timeout_that_no_function_would_keep_is_refused(make):
+    with pytest.raises(
+        InputError, match=r"timeout of the reward functions is 5 s, but none of them is async.*reward_process"
+    ):
+        make([length], timeout=5)
+
+
 def test_a_timeout_of_the_functions_own_is_not_ours(make):
     async def gives_up(completions):
         raise TimeoutError("no answer from the judge")

@@ -57,7 +57,8 @@ class RewardSet:
             it runs in the worker process. None: no limit.
         worker_process: run the synchronous functions in one other process. They are loaded there by their spec, or
             sent by pickle, and their state lives there.
-    Raises: InputError for a function that is not found, a wrong number of weights, or one that pickle refuses.
+    Raises: InputError for a function that is not found, a wrong number of weights, one that pickle refuses, or a
+        timeout that no function would keep.
     """
 
     def __init__(
@@ -78,6 +79,11 @@ class RewardSet:
         self.weights = _checked_weights(weights, self.names)
         self.timeout = timeout
         self._async = [is_async(function) for function in self._functions]
+        if timeout is not None and not worker_process and not any(self._async):
+            raise InputError(
+                f"timeout of the reward functions is {timeout:g} s, but none of them is async, and a synchronous one "
+                "can be stopped in a process of its own only: set reward_process, or leave reward_timeout out"
+            )
         in_worker = {index: source for index, source in enumerate(sources) if not self._async[index]}
         self._worker = Worker(in_worker) if worker_process else None
         self._loop: asyncio.AbstractEventLoop | None = None
