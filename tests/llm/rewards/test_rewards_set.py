@@ -274,6 +274,14 @@ def test_numbers_of_other_libraries_are_numbers(make, values):
     assert score(make([lambda completions: values])).total.tolist() == [1, 2, 0.5]
 
 
+def test_log_extra_by_a_name_that_samples_have_is_refused(make):
+    def logs(completions, log_extra):
+        log_extra("prompt", completions)
+        return length(completions)
+
+    assert "log_extra('prompt', …): a sample has that already" in str(refusal(make([logs])))
+
+
 def test_log_extra_with_another_count_is_refused(make):
     def logs(completions, log_extra):
         log_extra("parsed", ["only one"])

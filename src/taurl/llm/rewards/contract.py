@@ -30,6 +30,12 @@ class RewardFailure(Exception):
         self.reason, self.row, self.kind = reason, row, kind
 
 
+# What samples.jsonl says of each completion by itself.
+OF_A_SAMPLE = {
+    "step", "kind", "row", "prompt", "completion", "finish", "tokens", "reward", "rewards", "advantage",
+}  # fmt: skip
+
+
 @dataclass
 class Result:
     """One function's values for a batch of N rows."""
@@ -57,6 +63,8 @@ class Recorder:
         values = list(values)
         if len(values) != self.count:
             raise ValueError(f"log_extra({column!r}, …) was given {len(values)} values for {self.count} rows")
+        if column in OF_A_SAMPLE:
+            raise ValueError(f"log_extra({column!r}, …): a sample has that already; give it another name")
         self.extra[column] = values
 
     def arguments(self, function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
