@@ -94,6 +94,18 @@ def test_the_terminal_shows_figures_activity_and_a_sample():
     assert "\x1b[2J" not in shown
 
 
+def test_after_the_first_signal_the_cursor_shows_for_the_second_ends_the_process_at_once():
+    console = terminal()
+    view = View(10, {}, console=console)
+    view.start(0)
+    hidden, shown = "\x1b[?25l", "\x1b[?25h"
+    assert console.file.getvalue().rfind(hidden) > console.file.getvalue().rfind(shown)
+    view.pin("SIGTERM: finishing the step")
+    view.live.refresh()
+    assert console.file.getvalue().rfind(shown) > console.file.getvalue().rfind(hidden)
+    view.stop()
+
+
 def test_a_sample_stays_long_enough_to_be_read(monkeypatch):
     view = View(12, HEADLINE, terminal())
     view.sample("first", "one")

@@ -104,6 +104,7 @@ class View:
     def pin(self, text: str) -> None:
         """Show this below everything from now on."""
         self.pinned = Text(text, style="yellow")
+        self.console.show_cursor()  # what is pinned is that the run stops, and a second signal ends it without `stop`
         if not self.console.is_terminal:
             self.note(text)
 
