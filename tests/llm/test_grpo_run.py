@@ -407,10 +407,11 @@ def test_a_held_out_set_of_its_own_takes_its_prompts_out_of_training(config, fol
 
 
 @pytest.mark.parametrize(("rows", "held_out"), [(5, 0), (30, 3), (2300, 200)])
-def test_by_default_a_small_data_set_gives_up_a_tenth(config, folder, rows, held_out):
+def test_by_default_a_small_data_set_gives_up_a_tenth(config, folder, rows, held_out, capfd):
     data = [{"prompt": str(number)} for number in range(rows)]
     trainer = GRPO(str(folder), data, letter_a, config(eval_rows=None))
     assert (len(trainer.held_out), len(trainer.prompts)) == (held_out, rows - held_out)
+    assert ("nothing is held out of so few rows" in capfd.readouterr().err) == (held_out == 0)
 
 
 def test_names_given_from_python_are_checked_with_the_other_settings(config, folder):

@@ -250,6 +250,8 @@ def test_a_base_model_gets_a_template_with_its_tokens_and_stops(config):
     assert end < embeddings.num_embeddings
     assert not torch.equal(embeddings.weight[end], embeddings.weight[end - 1])  # both began as the mean
     assert end in GenerationConfig.from_pretrained(final).eos_token_id
+    assert tokenizer.chat_template is None  # what was given stays as it was, for another run
+    assert end not in tokenizer.get_vocab().values()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -281,7 +283,9 @@ def test_an_adapter_on_a_base_model_trains_the_new_tokens_and_no_others(config, 
     again = load_model(resumed.run.directory / "final", dtype=torch.float32)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in result.state_dict().items())
 
-    with pytest.raises(InputError, match="weight_decay would shrink the embeddings of all tokens"):
+    with pytest.raises(
+        InputError, match=r"weight_decay would shrink those of all tokens.*new tokens <.im_start.> <.im_end.>"
+    ):
         SFT(str(tmp_path / "base"), rows, config(out=tmp_path / "other", lora_rank=2, weight_decay=0.1))
 
 
@@ -319,6 +323,11 @@ def test_lower_layers_may_learn_more_slowly(config, folder):
         (ROWS, {"freeze": ("*",)}, r"freeze is \*, which leaves no weight to train"),
         (ROWS, {"lora_rank": 2, "load_in_4bit": True}, "load_in_4bit needs a GPU with CUDA, and the device is cpu"),
         (ROWS, {"eval_rows": None, "generate_rows": 3}, r"generate_rows is 3, more than the held-out rows \(1\)"),
+        (
+            ROWS[:9],
+            {"eval_rows": None, "patience": 1, "eval_every": 1},
+            "patience needs held-out rows, and there are none",
+        ),
         (ROWS, {"streaming": True}, "a stream is not read ahead to hold rows out: give eval_dataset, or eval_rows 0"),
         (ROWS, {"streaming": True, "eval_rows": 0, "steps": 0}, "epochs cannot be counted: give steps"),
     ],

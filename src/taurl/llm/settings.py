@@ -70,8 +70,8 @@ class EvaluationSettings(Settings):
     """On how many held-out rows, and how often, a run evaluates."""
 
     eval_rows: int | None = Field(None, ge=0)
-    """Held-out rows: none of their prompts is trained on. Default: 200, and of fewer than 2,000 a tenth. 0 evaluates
-    nothing."""
+    """Held-out rows: none of their prompts is trained on. Default: 200, but of fewer than 2,000 prompts a tenth. 0
+    evaluates nothing."""
     eval_every: int = Field(0, ge=0, json_schema_extra=FREE)
     """Steps between evaluations; 0 evaluates before and after."""
 

@@ -161,7 +161,7 @@ def test_an_async_function_that_is_too_slow_is_stopped_and_named(make):
 
 def test_a_timeout_that_no_function_would_keep_is_refused(make):
     with pytest.raises(
-        InputError, match=r"timeout of the reward functions is 5 s, but none of them is async.*reward_process"
+        InputError, match=r"reward_timeout is 5 s, but none of the reward functions is async.*reward_process"
     ):
         make([length], timeout=5)
 
@@ -279,7 +279,10 @@ def test_log_extra_by_a_name_that_samples_have_is_refused(make):
         log_extra("prompt", completions)
         return length(completions)
 
-    assert "log_extra('prompt', …): a sample has that already" in str(refusal(make([logs])))
+    error = str(refusal(make([logs])))
+    assert (
+        error == "reward function 'logs' calls log_extra('prompt', …): a sample has that already; give it another name"
+    )
 
 
 def test_log_extra_with_another_count_is_refused(make):

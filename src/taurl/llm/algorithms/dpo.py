@@ -267,6 +267,7 @@ class DPO(OnlineTrainer):
             config.seed,
             run.view.note,
         )
+        self.note_nothing_held_out(held_out)
         repeat_data(run, train.fingerprint() + held_out.fingerprint())
         self.train_answers, self.held_out_answers = (
             GivenAnswers.of(rows, config.loss_type) for rows in (train, held_out)

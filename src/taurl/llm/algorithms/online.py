@@ -84,6 +84,7 @@ class OnlineTrainer(Trainer):
         )
         if dropped:
             self.run.view.note(f"{dropped} training rows left out: their prompts are among the held-out ones")
+        self.note_nothing_held_out(self.held_out)
         for rows in (self.prompts.rows, self.held_out.rows):
             if rows:
                 self.rewards.check_columns(reward_columns(rows))

@@ -80,6 +80,7 @@ class Reward(Trainer):
             config.seed,
             run.view.note,
         )
+        self.note_nothing_held_out(self.held_out)
         self.classes = checked_classes(self.train_rows.judged + self.held_out.judged, config)
         repeat_data(run, self.train_rows.fingerprint() + self.held_out.fingerprint())
         self.order = PromptOrder(len(self.train_rows), config.seed)

@@ -88,7 +88,9 @@ class SFT(Trainer):
         for note in self.data.notes:
             run.view.note(note)
         repeat_data(run, self.data.fingerprint)
+        self._check_data(reader)
         self.position = RowPosition(self.data.order)
+        self.count_steps(self.data.count, config.rows_per_step)
         with loading_model():
             self.policy = Policy.of(
                 config,
@@ -98,31 +100,34 @@ class SFT(Trainer):
                 device=self.device,
                 gradient_checkpointing=config.gradient_checkpointing,
             )
-            self._take_new_tokens(reader)
+            reader.settle(getattr(self.policy.model, "get_base_model", lambda: self.policy.model)())
+            if reader.new_tokens and self.policy.has_adapter:
+                self.policy.train_tokens(reader.new_tokens)
             self.optimizer = self.policy.optimizer(config, layer_decay=config.layer_decay)
-        self.count_steps(self.data.count, config.rows_per_step)
         self.packed = self._packed()
         self.answering = None
         if config.generate_rows:
             given, rows = self.given("rewards"), self.data.held_out
-            if config.generate_rows > len(rows):
-                what = f"generate_rows is {config.generate_rows}, more than the held-out rows ({len(rows)})"
-                raise InputError(f"{what}: lower it, or give eval_rows or eval_dataset")
             self.answering = Answering.of(config, given, rows, self.new_generator(), self.policy.tokenizer)
 
-    def _take_new_tokens(self, reader: RowReader) -> None:
-        """Give the policy what the chat template needs; beside an adapter the new embeddings are trained as well."""
-        reader.settle(getattr(self.policy.model, "get_base_model", lambda: self.policy.model)())
-        if reader.new_tokens and self.policy.has_adapter:
-            if self.config.weight_decay:
-                raise InputError(
-                    "weight_decay would shrink the embeddings of all tokens where an adapter is trained together with "
-                    "new tokens, as the chat template needs here: leave weight_decay or lora_rank out"
-                )
-            self.policy.train_tokens(reader.new_tokens)
-            self.run.view.note(
-                "the chat template brings new tokens: they are trained too, and the result is written merged"
-            )
+    def _check_data(self, reader: RowReader) -> None:
+        """Refuse settings that the data, as it was read, does not allow."""
+        config, held_out = self.config, len(self.data.held_out)
+        self.note_nothing_held_out(self.data.held_out)
+        if config.generate_rows > held_out:
+            what = f"generate_rows is {config.generate_rows}, more than the held-out rows ({held_out})"
+            raise InputError(f"{what}: lower it, or give eval_rows or eval_dataset")
+        if config.patience and not held_out:
+            raise InputError("patience needs held-out rows, and there are none: give eval_rows or eval_dataset")
+        if not reader.new_tokens or not config.lora_rank:
+            return
+        names = " ".join(self.tokenizer.convert_ids_to_tokens(reader.new_tokens))
+        why = f"the chat template needs the new tokens {names}, whose embeddings are trained beside the adapter"
+        if config.weight_decay:
+            raise InputError(f"weight_decay would shrink those of all tokens: leave it out ({why})")
+        if config.load_in_4bit:
+            raise InputError(f"load_in_4bit has no weights that they could be merged into: leave it out ({why})")
+        self.run.view.note(f"{why}; the result is written merged")
 
     def _packed(self) -> bool:
         """Whether rows are laid end to end: as asked for, and where the model can."""

@@ -1,8 +1,9 @@
 """What surrounds the loop of every algorithm of the wing: starting, resuming, evaluating, writing the result."""
 
+import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -66,12 +67,12 @@ class Trainer(ABC):
             config: changed settings, by default those of the run.
             given: the objects, by the names that the constructor has for them.
         """
-        if config is not None and config.steps == 0:  # left to the epochs: as many as the run found them to be
-            config = config.model_copy(update={"steps": read_config(Path(directory), cls.config_class).steps})
         for name in given:
             if name not in cls.takes:
                 raise TypeError(f"resume() got {name!r}, expected one of {', '.join(cls.takes)}")
         require_algorithm(Path(directory), cls.algorithm)
+        if config is not None and config.steps == 0:  # left to the epochs: as many as the run found them to be
+            config = config.model_copy(update={"steps": read_config(Path(directory), cls.config_class).steps})
         config, objects = separate(config or read_config(Path(directory), cls.config_class), **given)
         run = Run.resume(Path(directory), with_whole_paths(config), headline=cls.headline)
         require_given_again(run, objects)
@@ -103,8 +104,9 @@ class Trainer(ABC):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Given from Python, or the model's own."""
-        return self.given("tokenizer") or tokenizer_of(self.given("model"))
+        """The model's own, or a copy of the one given from Python: a chat template may add tokens to it."""
+        given = self.given("tokenizer")
+        return tokenizer_of(self.given("model")) if given is None else copy.deepcopy(given)
 
     def outline(self) -> PreTrainedModel:
         """The model, by name without its weights: what it takes to read data, before anything that takes long."""
@@ -120,6 +122,13 @@ class Trainer(ABC):
         Args:
             dtype: of the weights; None leaves a model object's as they are.
         """
+
+    def note_nothing_held_out(self, held_out: Sized) -> None:
+        """Say that a data set is too small for held-out rows, where their number was left open."""
+        if self.config.eval_rows is None and not len(held_out):
+            self.run.view.note(
+                "nothing is held out of so few rows, so nothing is evaluated: give eval_rows or eval_dataset"
+            )
 
     def count_steps(self, rows: int | None, per_step: int) -> None:
         """As many steps as `epochs` takes, unless their number is given.

@@ -33,7 +33,7 @@ def set_chat_template(name: str, tokenizer: PreTrainedTokenizerBase, model: PreT
             the embedded one), whose template is taken.
         model: None where there is only a tokenizer to look at.
     Returns: ids of the tokens that are new, none in most cases.
-    Raises: InputError for another name, a file that is no template, or a model with an adapter that needs new tokens.
+    Raises: InputError for another name, or a file that is no template.
     """
     if name == CHATML:
         tokenizer.chat_template = CHATML_TEXT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
@@ -205,8 +206,9 @@ def load_outline(name_or_path: str | Path) -> PreTrainedModel:
         try:
             model = factory.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
             if (Path(path) / "generation_config.json").is_file():
-                model.generation_config = GenerationConfig.from_pretrained(path)
-        except (OSError, ValueError, KeyError) as error:
+                with suppress(OSError, ValueError):  # as where the weights are loaded, a damaged one counts for nothing
+                    model.generation_config = GenerationConfig.from_pretrained(path)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise InputError(f"model '{name_or_path}' cannot be loaded: {one_line(error)}") from error
     return cast(PreTrainedModel, model)
 

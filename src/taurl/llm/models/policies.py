@@ -169,13 +169,7 @@ class Policy:
         """Train the embeddings of tokens that are new to the model beside the adapter, which leaves them frozen.
 
         They are not in the adapter, so the result is written merged.
-        Raises: InputError where the base's weights are in 4 bits, onto which they could not be merged.
         """
-        if self.in_4bit:
-            names = " ".join(self.tokenizer.convert_ids_to_tokens(list(tokens)))
-            raise InputError(
-                f"the chat template needs the new tokens {names}, which load_in_4bit cannot add: leave it out"
-            )
         self.new_tokens = tuple(tokens)
         layers = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         for weight in {id(layer.weight): layer.weight for layer in layers if layer is not None}.values():
@@ -239,7 +233,7 @@ class Policy:
         It holds weights as safetensors, config, tokenizer with chat template, generation config, and a model card.
 
         Args:
-            merge: write whole weights with the adapter merged into them.
+            merge: write whole weights with the adapter merged into them, as is done where new tokens were trained.
             card: text of its README.md.
         """
         with quiet_transformers():

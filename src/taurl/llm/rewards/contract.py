@@ -32,7 +32,7 @@ class RewardFailure(Exception):
 
 # What samples.jsonl says of each completion by itself.
 OF_A_SAMPLE = {
-    "step", "kind", "row", "prompt", "completion", "finish", "tokens", "reward", "rewards", "advantage",
+    "step", "kind", "row", "prompt", "completion", "finish", "tokens", "answer", "reward", "rewards", "advantage",
 }  # fmt: skip
 
 
@@ -64,7 +64,7 @@ class Recorder:
         if len(values) != self.count:
             raise ValueError(f"log_extra({column!r}, …) was given {len(values)} values for {self.count} rows")
         if column in OF_A_SAMPLE:
-            raise ValueError(f"log_extra({column!r}, …): a sample has that already; give it another name")
+            raise RewardFailure(f"calls log_extra({column!r}, …): a sample has that already; give it another name")
         self.extra[column] = values
 
     def arguments(self, function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,6 +80,8 @@ def evaluate(function: Callable[..., Any], offered: Mapping[str, Any], count: in
     recorder = Recorder(count)
     try:
         returned = _listed(function(**recorder.arguments(function, offered)))
+    except RewardFailure:
+        raise
     except Exception as error:
         raise failure_of(error, function) from error
     return recorder.result(returned)
@@ -90,6 +92,8 @@ async def evaluate_async(function: Callable[..., Any], offered: Mapping[str, Any
     recorder = Recorder(count)
     try:
         returned = _listed(await function(**recorder.arguments(function, offered)))
+    except RewardFailure:
+        raise
     except Exception as error:
         raise failure_of(error, function) from error
     return recorder.result(returned)

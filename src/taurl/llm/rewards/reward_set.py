@@ -81,7 +81,7 @@ class RewardSet:
         self._async = [is_async(function) for function in self._functions]
         if timeout is not None and not worker_process and not any(self._async):
             raise InputError(
-                f"timeout of the reward functions is {timeout:g} s, but none of them is async, and a synchronous one "
+                f"reward_timeout is {timeout:g} s, but none of the reward functions is async, and a synchronous one "
                 "can be stopped in a process of its own only: set reward_process, or leave reward_timeout out"
             )
         in_worker = {index: source for index, source in enumerate(sources) if not self._async[index]}
