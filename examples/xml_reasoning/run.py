@@ -37,10 +37,8 @@ def reasoned(question: str) -> str:
 
 def main() -> None:
     keep_freed_memory()
-    arguments = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 2, "size": 4000}
-    distinct = {
-        row["prompt"]: row for row in reasoning_rows("chain_sum", arguments) if not row["answer"].startswith("-")
-    }
+    arguments = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 2, "size": 12_000}
+    distinct = {row["prompt"]: row for row in reasoning_rows("chain_sum", arguments) if " - " not in row["prompt"]}
     rows = [{"prompt": p, "completion": reasoned(p), "answer": row["answer"]} for p, row in distinct.items()]
     held_out, rows = rows[:HELD_OUT], rows[HELD_OUT:]
     answers, questions = rows[:SFT_ROWS], rows[SFT_ROWS : SFT_ROWS + GRPO_ROWS]
@@ -50,7 +48,7 @@ def main() -> None:
         answers,
         SFTConfig(
             out="runs/xml-sft",
-            epochs=2,
+            epochs=1,
             learning_rate=3e-5,
             schedule="linear",
             eval_rows=HELD_OUT,
@@ -70,7 +68,8 @@ def main() -> None:
             prompts_per_step=8,
             group_size=8,
             max_tokens=64,
-            learning_rate=1e-5,
+            learning_rate=1.5e-5,
+            schedule="linear",
             eval_rows=HELD_OUT,
             eval_every=20,
             tokens_per_part=1024,
