@@ -7,6 +7,7 @@ forgets shows in its metrics.
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import time
 import traceback
@@ -137,6 +138,7 @@ class Child:
 def _child(writes: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     for stream in (1, 2):
         os.dup2(writes.fileno(), stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     code = 0
     try:
         function(*arguments)
