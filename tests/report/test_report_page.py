@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from report_run import json_lines, sample
+from report_run import evaluation_record, json_lines, sample
 
 from taurl.report import write_report
 from taurl.report.page import embed, flatten, format_number
@@ -171,6 +171,14 @@ def test_one_evaluation_is_compared_with_nothing(make_run: MakeRun):
     text = squeezed(Page(write_report(acting_run(make_run, [3.0]))).text)
     assert "Evaluation Held-out metrics Metric Value mean return 3.000 step 1 standard deviation" in text
     assert "Best evaluation" not in text
+
+
+def test_what_scoring_took_is_no_result(make_run: MakeRun):
+    lines = [evaluation_record(step, 0.24) | {"eval/rewards/last_number/seconds": 0.02} for step in (0, 4)]
+    text = squeezed(Page(write_report(make_run(metrics_jsonl=json_lines(lines)))).text)
+    compared = text[text.index("Before and after") : text.index("Curves", text.index("Held-out answers"))]
+    assert "eval/rewards/last_number/mean 0.240" in compared
+    assert "eval/rewards/last_number/seconds" not in compared
 
 
 def test_a_second_report_replaces_the_first_and_leaves_nothing_beside(make_run: MakeRun):
