@@ -26,11 +26,11 @@ SFT_ROWS, GRPO_ROWS, HELD_OUT = 500, 1500, 100
 
 def reasoned(question: str) -> str:
     """The sum of a question worked out from left to right, in the layout."""
-    total, *rest = re.findall(r"[+-]? ?\d+", question.partition(":")[2].replace("=", ""))
-    total, lines = int(total), []
+    total, *rest = map(int, re.findall(r"\d+", question))
+    lines = []
     for term in rest:
-        before, total = total, total + int(term.replace(" ", ""))
-        lines.append(f"{before} {term[0]} {term[1:].strip()} = {total}")
+        lines.append(f"{total} + {term} = {total + term}")
+        total += term
     body = "\n".join(lines)
     return f"<reasoning>\n{body}\n</reasoning>\n<answer>\n{total}\n</answer>\n"
 

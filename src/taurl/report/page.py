@@ -226,7 +226,7 @@ def changes(run: RunRecord) -> list[Change]:
     """Each held-out metric at its first and its last evaluation."""
     rows = []
     for name in run.metric_names:
-        if name.startswith("eval/") and not name.endswith("/seconds"):  # the functions' time is a curve
+        if name.startswith("eval/") and not name.endswith("/seconds"):  # what scoring took is no result
             points = run.points(name)
             label = EVALUATED.get(name, name) if run.acts else name
             rows.append(Change(label, points[0], points[-1] if len(points) > 1 else None))

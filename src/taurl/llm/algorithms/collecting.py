@@ -11,7 +11,7 @@ from torch import Tensor
 from taurl.llm.algorithms.figures import rollout_figures
 from taurl.llm.algorithms.ppo_config import PPOConfig
 from taurl.llm.data.chat import encode_prompt
-from taurl.llm.data.tasks import HELD_OUT
+from taurl.llm.data.tasks import held_out_count
 from taurl.llm.episodes import Episode, MakeEnvironment, Stage
 from taurl.llm.evaluation import Evaluation, TrainerState, reward_metrics, summarized
 from taurl.llm.generation import Sampling
@@ -126,7 +126,7 @@ def collect_episodes(trainer: "PPO", stage: Stage, step: int) -> Collected:
 def play_held_out(trainer: "PPO", stage: Stage, step: int) -> Evaluation:
     """Greedy episodes, the same each time as far as the environment's seed tells."""
     config = trainer.config
-    seeds = episode_seeds(config.seed, 0, HELD_OUT if config.eval_rows is None else config.eval_rows)
+    seeds = episode_seeds(config.seed, 0, held_out_count(config.eval_rows))
     sampling = Sampling(config.max_tokens, temperature=0, stop=config.stop)
     trainer.run.view.status(f"playing {len(seeds)} episodes greedily")
     episodes = stage.play(seeds, trainer.generator, sampling)

@@ -21,7 +21,7 @@ from taurl.llm.answering import Answering
 from taurl.llm.data.row_data import RowData, RowPosition
 from taurl.llm.data.row_reader import RowReader
 from taurl.llm.data.token_rows import TokenRow
-from taurl.llm.models.heads import evaluating
+from taurl.llm.models.heads import causal_lm, evaluating
 from taurl.llm.models.policies import Policy
 from taurl.llm.scoring.row_attention import attending_within_rows, knows_rows
 from taurl.llm.scoring.supervised import RowPart, embedding_noise, part_scores, row_parts, trained_tokens
@@ -100,7 +100,7 @@ class SFT(Trainer):
                 device=self.device,
                 gradient_checkpointing=config.gradient_checkpointing,
             )
-            reader.settle(getattr(self.policy.model, "get_base_model", lambda: self.policy.model)())
+            reader.settle(causal_lm(self.policy.model))
             if reader.new_tokens and self.policy.has_adapter:
                 self.policy.train_tokens(reader.new_tokens)
             self.optimizer = self.policy.optimizer(config, layer_decay=config.layer_decay)

@@ -208,8 +208,7 @@ class Trainer(ABC):
     def card(self) -> str:
         """The model card of what `export` writes, with the figures there are so far."""
         records = [record for record in self.run.records() if record["step"] <= self.run.step]
-        merged = getattr(self.config, "merge_adapter", False) or self.policy.new_tokens
-        alone = self.policy.has_adapter and not merged
+        alone = self.policy.exports_adapter(merge=getattr(self.config, "merge_adapter", False))
         records += [self.latest] if self.latest else []
         return model_card(self.algorithm, self.config, records, adapter=alone)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from taurl.llm.data.datasets import key
 from taurl.llm.data.row_order import RowCycle, RowStream
 from taurl.llm.data.row_reader import RowReader
-from taurl.llm.data.tasks import HELD_OUT, train_and_held_out
+from taurl.llm.data.tasks import held_out_count, train_and_held_out
 from taurl.llm.data.token_rows import TokenRows
 from taurl.runtime.errors import InputError
 
@@ -68,7 +68,7 @@ class RowData:
 
     @classmethod
     def _stream(cls, reader: RowReader, dataset: object, eval_dataset: object, settings: DataSizes) -> Self:
-        wanted = HELD_OUT if settings.eval_rows is None else settings.eval_rows
+        wanted = held_out_count(settings.eval_rows)
         if wanted and eval_dataset is None:
             raise InputError("a stream is not read ahead to hold rows out: give eval_dataset, or eval_rows 0")
         held_out = TokenRows([], [], [])

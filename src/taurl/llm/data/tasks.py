@@ -152,6 +152,11 @@ class Reader(Protocol[Read]):
 HELD_OUT = 200  # questions that a run evaluates on unless it says otherwise; they tell an accuracy to ± 0.07 or better
 
 
+def held_out_count(eval_rows: int | None) -> int:
+    """How many rows to evaluate on where enough are there that are not trained on."""
+    return HELD_OUT if eval_rows is None else eval_rows
+
+
 def train_and_held_out(
     reader: Reader[Read], dataset: object, eval_dataset: object, eval_rows: int | None, seed: int
 ) -> tuple[Read, Read, int]:
@@ -162,8 +167,7 @@ def train_and_held_out(
     """
     read = reader.read(dataset)
     if eval_dataset is not None:
-        limit = HELD_OUT if eval_rows is None else eval_rows
-        held_out = reader.for_other(eval_dataset).read(eval_dataset, limit=limit, distinct=True)
+        held_out = reader.for_other(eval_dataset).read(eval_dataset, limit=held_out_count(eval_rows), distinct=True)
         train, dropped = distinct_from(read.rows, held_out.rows)
         return read.of(train), held_out, dropped
     if eval_rows is None:

@@ -227,6 +227,10 @@ class Policy:
         """A generator over the current weights."""
         return make_generator(kind, self.model, self.tokenizer, slots, kv_memory_gb)
 
+    def exports_adapter(self, *, merge: bool) -> bool:
+        """Whether `export` writes an adapter alone, and no whole weights."""
+        return self.has_adapter and not (merge or self.new_tokens)
+
     def export(self, directory: Path, *, merge: bool = False, card: str | None = None) -> None:
         """Write a folder that `transformers` (with an adapter: `peft`) loads.
 
@@ -238,10 +242,10 @@ class Policy:
         """
         with quiet_transformers():
             model, chosen = self.model, {}
-            if (merge or self.new_tokens) and self.has_adapter:
-                model = self.merged()
-            elif self.has_adapter:
+            if self.exports_adapter(merge=merge):
                 chosen = {"selected_adapters": [self.model.active_adapter]}  # of several the policy's own
+            elif self.has_adapter:
+                model = self.merged()
             model.save_pretrained(directory, safe_serialization=True, **chosen)
             if getattr(model, "generation_config", None) is not None:  # a model that gives scores has none
                 model.generation_config.save_pretrained(directory)  # which peft leaves out
