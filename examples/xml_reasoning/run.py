@@ -35,11 +35,16 @@ def reasoned(question: str) -> str:
     return f"<reasoning>\n{body}\n</reasoning>\n<answer>\n{total}\n</answer>\n"
 
 
+def sums(size: int) -> list[dict[str, str]]:
+    """The distinct sums among `size` questions, each with its answer in the layout."""
+    arguments = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 2, "size": size}
+    distinct = {row["prompt"]: row for row in reasoning_rows("chain_sum", arguments) if " - " not in row["prompt"]}
+    return [{"prompt": p, "completion": reasoned(p), "answer": row["answer"]} for p, row in distinct.items()]
+
+
 def main() -> None:
     keep_freed_memory()
-    arguments = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 2, "size": 12_000}
-    distinct = {row["prompt"]: row for row in reasoning_rows("chain_sum", arguments) if " - " not in row["prompt"]}
-    rows = [{"prompt": p, "completion": reasoned(p), "answer": row["answer"]} for p, row in distinct.items()]
+    rows = sums(12_000)
     held_out, rows = rows[:HELD_OUT], rows[HELD_OUT:]
     answers, questions = rows[:SFT_ROWS], rows[SFT_ROWS : SFT_ROWS + GRPO_ROWS]
 
