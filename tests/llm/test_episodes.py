@@ -116,6 +116,8 @@ def failing(where):
                     raise ValueError("no such move")
                 case "reward":
                     return [], None, True
+                case "words":
+                    return "no", 0.0, False
                 case "silence":
                     return [], 0.0, False
             return super().step(completion)
@@ -127,15 +129,33 @@ def failing(where):
     ("where", "message"),
     [
         ("reset", "environment with seed 7: reset raised ZeroDivisionError"),
-        ("text", "environment with seed 7: reset"),
+        ("text", "environment with seed 7: reset: it said 'hello'; expected a list of messages"),
+        ("words", "turn 1: step: the episode is not over, and it said 'no'; expected a list of messages"),
         ("step", "environment with seed 7, turn 1: step raised ValueError: no such move"),
         ("reward", "turn 1: step gave the reward None, expected a finite number"),
-        ("silence", "turn 1: step: the episode is not over, and the prompt is an empty list of messages"),
+        ("silence", "turn 1: step: the episode is not over, and what it said is an empty list of messages"),
     ],
 )
 def test_a_failing_environment_is_named_with_seed_and_turn(where, message):
     with pytest.raises(InputError, match=message):
         stage(failing(where)).play([7], Scripted([said("a")] * 3), Sampling(4))
+
+
+def test_a_beginning_that_the_model_cannot_see_whole_is_named_with_its_seed():
+    count = len(stage().encode(Echo(7).reset()))
+    with pytest.raises(InputError, match=f"environment with seed 7: reset gave {count} tokens; with max_tokens 4"):
+        stage(context=count + 3).play([7], Scripted([said("a")]), Sampling(4))
+
+
+def test_a_template_that_refuses_is_named_with_its_seed():
+    played = stage()
+
+    def refuse(messages):
+        raise InputError("the chat template refuses this")
+
+    played.encode = refuse
+    with pytest.raises(InputError, match="environment with seed 7: reset: the chat template refuses"):
+        played.play([7], Scripted([]), Sampling(4))
 
 
 @pytest.mark.parametrize("number", [np.float32(0.5), np.int64(2), torch.tensor(0.5), torch.tensor([2.0])])

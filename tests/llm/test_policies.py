@@ -66,6 +66,25 @@ def test_the_reference_keeps_the_starting_weights_and_only_where_it_is_asked_for
         pass
 
 
+def test_the_reference_of_an_adapter_that_the_model_brings_is_the_adapter_as_it_came():
+    torch.manual_seed(0)
+    adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    policy = Policy(adapted, tiny_tokenizer(), keep_reference=True)
+    weights = [weight for name, weight in policy.model.named_parameters() if "lora_" in name]
+    with torch.no_grad():
+        before = policy.model(IDS).logits
+        for weight in weights:
+            weight.mul_(2)
+        with policy.reference() as reference:
+            assert torch.equal(reference(IDS).logits, before)
+        assert not torch.equal(policy.model(IDS).logits, before)
+    assert all(weight.requires_grad for weight in weights)
+    own, copied = (dict(model.named_parameters()) for model in (policy.model, reference))
+    apart = {name for name in own if own[name] is not copied[name]}
+    assert apart
+    assert all("lora_" in name for name in apart)  # the base stands once
+
+
 def test_an_adapter_names_its_base_so_that_it_is_found_again(tmp_path, monkeypatch):
     save_tiny_policy(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)

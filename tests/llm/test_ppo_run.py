@@ -171,6 +171,11 @@ def test_a_step_ends_early_where_the_policy_has_moved_far(config, folder):
     assert stopped["approx_kl"] < free["approx_kl"]
 
 
+def test_a_reference_that_nothing_is_held_to_is_refused(config, folder):
+    with pytest.raises(InputError, match="a reference is given, but kl_coefficient is 0"):
+        PPO(str(folder), ROWS, high_ids, config(kl_coefficient=0.0), reference=tiny_model())
+
+
 def test_the_controller_holds_the_divergence_near_its_target(config, folder):
     """From a price far too low: the reward pulls away at once, and the price follows until it pulls back."""
     changes = {"steps": 60, "group_size": 8, "learning_rate": 1e-2, "eval_rows": 0, "epochs": 1}
@@ -366,6 +371,8 @@ def test_gradient_checkpointing_changes_nothing_but_rounding(config, folder, tmp
         ({"whiten": "group", "group_size": 1}, "whiten is group, but group_size is 1"),
         ({"environment": "a:b", "rewards": ("last_number",)}, "an environment gives prompts and rewards itself"),
         ({"critic": "none", "truncated": "mask", "value_warmup_steps": 1}, "value_warmup_steps needs a critic"),
+        ({"critic": "none", "truncated": "mask"}, "trace_decay is 0.95, but without a critic"),
+        ({"environment": "a:b", "eval_dataset": "rows.jsonl"}, "an environment gives prompts and rewards itself"),
         ({"minibatches": 5}, "minibatches 5 exceed prompts_per_step 4"),
     ],
 )
@@ -383,6 +390,40 @@ def test_where_nothing_was_measured_the_price_stays(config, folder):
     settings = config(steps=2, kl_target=1.0)
     trainer = PPO(str(folder), ROWS, lambda completions, **_: [None] * len(completions), settings).train()
     assert trainer.controls.coefficient == settings.kl_coefficient
+
+
+def test_in_the_value_warm_up_the_price_stays(config, folder):
+    settings = config(steps=3, kl_target=1.0, value_warmup_steps=2)
+    trainer = PPO(str(folder), ROWS, high_ids, settings).train()
+    prices = [record["kl_coefficient"] for record in trainer.run.records() if "kl_coefficient" in record]
+    assert prices == [settings.kl_coefficient] * 3
+    assert trainer.controls.coefficient != settings.kl_coefficient  # of the fourth step
+
+
+def test_an_update_of_the_critic_that_is_not_taken_is_counted_and_said(config, folder, capfd):
+    trainer = PPO(str(folder), ROWS, high_ids, config(steps=1, epochs=1, eval_rows=0, out=None))
+    with torch.no_grad():
+        trainer.critic.head.weight.fill_(1e30)  # finite values, whose squares are not
+    (record,) = trainer.steps()
+    assert record["value/updates_skipped"] == 1
+    assert "1 of the critic's updates not taken" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_reward_beyond_float32_is_refused_before_anything_is_learned(config, folder):
+    with pytest.raises(InputError, match=r"a reward of size 1e\+39 is beyond torch.float32: set reward_clip"):
+        PPO(str(folder), ROWS, lambda completions, **_: [1e39] * len(completions), config(steps=1)).train()
+
+
+def test_a_reward_model_may_be_an_object(config, folder, tmp_path):
+    torch.manual_seed(4)
+    judge = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    judge.save_pretrained(tmp_path / "rm")
+    tiny_tokenizer().save_pretrained(tmp_path / "rm")
+    found = [
+        PPO(str(folder), ROWS, [given], config(steps=1, out=tmp_path / name)).train().run.records()[-1]
+        for name, given in {"object": judge, "folder": f"model:{tmp_path / 'rm'}"}.items()
+    ]
+    assert untimed(found[0]) == untimed(found[1])
 
 
 def test_where_every_completion_is_cut_off_that_is_said(config, folder, capfd):

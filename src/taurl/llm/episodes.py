@@ -1,7 +1,8 @@
 """Conversations with an environment: several turns, one growing row of token ids, rewards where they were earned."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -110,7 +111,7 @@ class Stage:
 
         Raises: InputError where the environment fails or does not answer as it should, with seed and turn.
         """
-        episodes = [self._begin(seed) for seed in seeds]
+        episodes = [self._begin(seed, sampling.max_tokens) for seed in seeds]
         going = list(zip(seeds, episodes, strict=True))
         for turn in range(self.max_turns):
             contexts = [episode.prompt + episode.tokens for _, episode in going]
@@ -121,17 +122,24 @@ class Stage:
             going = [(seed, episode) for seed, episode in going if not episode.over and self._room(episode, sampling)]
         return episodes
 
-    def _begin(self, seed: int) -> Episode:
+    def _begin(self, seed: int, max_tokens: int) -> Episode:
         try:
             environment = self.make(seed)
-            messages = [dict(message) for message in environment.reset()]
+            messages = environment.reset()
         except InputError:
             raise
         except Exception as error:
             raise InputError(f"environment with seed {seed}: reset raised {explain(error)}") from error
-        if problem := prompt_problem(messages):
-            raise InputError(f"environment with seed {seed}: reset: {problem}")
-        return Episode(environment, messages, self.encode(messages))
+        where = f"environment with seed {seed}: reset"
+        messages = checked_messages(messages, f"{where}:")
+        with located(where):
+            prompt = self.encode(messages)
+        if self.context is not None and len(prompt) + max_tokens > self.context:
+            raise InputError(
+                f"{where} gave {len(prompt)} tokens; with max_tokens {max_tokens} they exceed the {self.context} "
+                "that the model sees: shorten them, or lower max_tokens"
+            )
+        return Episode(environment, messages, prompt)
 
     def _take(self, episode: Episode, completion: Completion, seed: int) -> None:
         """Append the policy's turn, its reward, and the environment's answer."""
@@ -147,9 +155,9 @@ class Stage:
         episode.over = bool(over)
         if episode.over:
             return
-        if problem := prompt_problem(messages):
-            raise InputError(f"{where}: the episode is not over, and {problem}")
-        reply = following_ids(messages, self.tokenizer, completion.tokens[-1], chat_template_kwargs=self.template)
+        messages = checked_messages(messages, f"{where}: the episode is not over, and")
+        with located(where):
+            reply = following_ids(messages, self.tokenizer, completion.tokens[-1], chat_template_kwargs=self.template)
         if self.context is not None:
             reply = reply[: max(0, self.context - len(episode.prompt) - len(episode.tokens))]
         episode.append(reply, [0.0] * len(reply), chosen=False)
@@ -158,6 +166,23 @@ class Stage:
         """Whether another turn fits into the policy's context."""
         length = len(episode.prompt) + len(episode.tokens) + sampling.max_tokens
         return self.context is None or length <= self.context
+
+
+def checked_messages(messages: Any, where: str) -> list[dict[str, Any]]:
+    """What an environment said, as messages. Raises: InputError, beginning with `where`, if it is none."""
+    problem = f"it said {messages!r}" if isinstance(messages, str) else prompt_problem(messages, "what it said")
+    if problem:
+        raise InputError(f"{where} {problem}; expected a list of messages, each {{'role': …, 'content': …}}")
+    return [dict(message) for message in messages]
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Errors of the input begin with where it came from."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def finite_number(reward: Any, where: str) -> float:

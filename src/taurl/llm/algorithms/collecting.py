@@ -18,7 +18,6 @@ from taurl.llm.generation import Sampling
 from taurl.llm.generation.protocol import context_length
 from taurl.llm.models.policies import Policy
 from taurl.llm.rewards import Scores
-from taurl.llm.rewards.specs import load_callable
 from taurl.llm.scoring.rollouts import Rollout
 from taurl.runtime.run import Record, Step
 
@@ -87,9 +86,8 @@ def collect_completions(trainer: "PPO", step: Step) -> Collected:
     return Collected(rollout, rows, origins, scores, names, rewards, earned, _cut_off(rollout), size)
 
 
-def make_stage(environment: str | MakeEnvironment, config: PPOConfig, policy: Policy) -> Stage:
-    """The stage on which episodes of an environment are played, given by name or as what makes one from a seed."""
-    make = load_callable(environment) if isinstance(environment, str) else environment
+def make_stage(make: MakeEnvironment, config: PPOConfig, policy: Policy) -> Stage:
+    """The stage on which episodes are played of what `make` makes from a seed."""
     template = config.chat_template_kwargs
     return Stage(
         make,

@@ -88,7 +88,7 @@ class Reference:
             if not self._hash:
                 with self._model() as model:
                     self._hash = model_hash(model)
-            key = [self._hash, self.other is None and self.policy.has_adapter, tokens, self.circumstances]
+            key = [self._hash, self.other is None and self.policy.adapter_is_new, tokens, self.circumstances]
             dtype = torch.promote_types(self.policy.model.dtype, torch.float32)
             self.caches[tokens] = ReferenceCache(key, (len(answers), answers.count), dtype)
         return self.caches[tokens]
@@ -99,7 +99,7 @@ class Reference:
             model = self._other_model()
             with evaluating(model):
                 yield model
-        elif self.live or self.policy.has_adapter:
+        elif self.live or self.policy.adapter_is_new:
             with self.policy.reference() as model:
                 yield model
         else:

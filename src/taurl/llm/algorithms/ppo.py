@@ -24,7 +24,7 @@ from taurl.functional.value_losses import clipped_value_loss, explained_variance
 from taurl.llm.algorithms.collecting import Collected, collect_completions, collect_episodes, make_stage, play_held_out
 from taurl.llm.algorithms.figures import Tally
 from taurl.llm.algorithms.online import HEADLINE, MEMORY_SETTINGS, RatioTrainer, RewardFunction
-from taurl.llm.algorithms.ppo_config import PPOConfig
+from taurl.llm.algorithms.ppo_config import ENVIRONMENT_ALONE, PPOConfig
 from taurl.llm.algorithms.ppo_estimates import Estimates, kl_prices, settled_rewards, whitened
 from taurl.llm.algorithms.ppo_state import Controls
 from taurl.llm.algorithms.setup import loading_model
@@ -33,6 +33,7 @@ from taurl.llm.evaluation import Evaluation
 from taurl.llm.models.critics import make_critic
 from taurl.llm.models.others import check_critic, check_reference, settle_judge
 from taurl.llm.pictures.token_pictures import ratio_picture, token_picture
+from taurl.llm.rewards.specs import load_callable
 from taurl.llm.scoring.likelihood import completion_hidden, hidden_logprobs
 from taurl.llm.scoring.rollouts import Part, Rollout
 from taurl.runtime.errors import InputError
@@ -119,8 +120,11 @@ class PPO(RatioTrainer):
         if environment is None:
             self.load_rewards()
             self.load_prompts()
-        elif self.given("rewards") or self.given("dataset") is not None:
-            raise InputError("an environment gives prompts and rewards itself: leave dataset and rewards out")
+        elif self.given("rewards") or self.given("dataset") is not None or self.given("eval_dataset") is not None:
+            raise InputError(ENVIRONMENT_ALONE)
+        make = load_callable(environment) if isinstance(environment, str) else environment
+        if reference is not None and config.kl_coefficient == 0:
+            raise InputError("a reference is given, but kl_coefficient is 0: raise it, or leave the reference out")
         self.has_reference, self.said = config.kl_coefficient > 0, False
         self.load_policy(dtype, keep_reference=self.has_reference and reference is None)
         with loading_model():
@@ -138,7 +142,7 @@ class PPO(RatioTrainer):
                 self.state["critic"] = self.critic_optimizer
         self.controls = Controls(config.kl_coefficient, config.kl_target, config.kl_gain)
         self.state["controls"] = self.controls
-        self.stage = make_stage(environment, config, self.policy) if environment is not None else None
+        self.stage = make_stage(make, config, self.policy) if make is not None else None
         for judge in self.rewards.models if self.stage is None else ():
             if note := settle_judge(judge, self.trained_models(), self.policy):
                 self.run.view.note(note)
@@ -159,7 +163,8 @@ class PPO(RatioTrainer):
                     estimates, figures = self._estimate(collected, step.number)
                 with step.phase("update", "updating"):
                     figures |= self._update(collected.rollout, estimates, step)
-                if self.has_reference and collected.rollout.mask.any():  # else nothing was measured
+                moved = step.number > self.config.value_warmup_steps  # else β would fall, for nothing strays yet
+                if moved and self.has_reference and collected.rollout.mask.any():  # else nothing was measured
                     self.controls.adapt(figures["kl_per_completion"])
                 self._log_step(step, collected, estimates)
                 yield self.finish(step, collected.figures(step.times) | figures)
@@ -175,7 +180,10 @@ class PPO(RatioTrainer):
         """Rewards, values and advantages of all tokens, from the weights before the updates."""
         config, rollout = self.config, collected.rollout
         truncated = collected.truncated
-        rewards = settled_rewards(collected, config, self.controls).to(self.device, self.dtype)
+        settled = settled_rewards(collected, config, self.controls)
+        rewards = settled.to(self.device, self.dtype)
+        if not rewards.isfinite().all():
+            raise InputError(f"a reward of size {settled.abs().max():g} is beyond {rewards.dtype}: set reward_clip")
         if config.truncated == "mask":
             rollout.mask[truncated] = False
         if config.truncated == "bootstrap" and self.stage is None and bool(truncated.all()):
@@ -246,7 +254,7 @@ class PPO(RatioTrainer):
         rate = learning_rate(number, config)
         critic_rate = rate * config.critic_learning_rate / config.learning_rate
         moves = number > config.value_warmup_steps
-        tally, value_norms, ratios, epochs = Tally(), list[float](), list[Tensor](), 0
+        tally, critics, ratios, epochs = Tally(), list[Update](), list[Tensor](), 0
         for epoch in range(config.epochs):
             ratios.clear()
             epochs += 1
@@ -260,7 +268,7 @@ class PPO(RatioTrainer):
                     for part in self.parts(rollout, rows):
                         self._descend(batch, part, policy, critic)
                 tally.updates += [policy] if policy else []
-                value_norms += [critic.grad_norm] if critic else []
+                critics += [critic] if critic else []
                 if far := config.target_kl is not None and batch.moved > 1.5 * config.target_kl:
                     break
             if far:
@@ -270,8 +278,12 @@ class PPO(RatioTrainer):
             self.note_updates(step, figures)
             picture = ratio_picture(torch.cat(ratios) if ratios else torch.ones(0), number)
             self.run.write_artifact("importance-ratios.svg", picture.encode())
-        if value_norms:
-            figures |= {"value/grad_norm": fmean(value_norms), "value/learning_rate": critic_rate}
+        if critics:
+            figures |= {"value/grad_norm": fmean(update.grad_norm for update in critics)}
+            figures |= {"value/learning_rate": critic_rate, "value/updates_skipped": sum(not u.taken for u in critics)}
+        if skipped := figures.get("value/updates_skipped"):
+            norm = figures["value/grad_norm"]
+            self.run.view.note(f"step {number}: {skipped} of the critic's updates not taken: gradient norm {norm:g}")
         return {**figures, "learning_rate": rate if moves else 0.0, "epochs": epochs}
 
     def _descend(self, batch: Minibatch, part: Part, policy: Update | None, critic: Update | None) -> None:

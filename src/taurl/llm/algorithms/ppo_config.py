@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from taurl.llm.algorithms.online_config import OnlineConfig
 
+ENVIRONMENT_ALONE = "an environment gives prompts and rewards itself: leave dataset, eval_dataset and rewards out"
+
 
 class PPOConfig(OnlineConfig):
     """RLHF with PPO (Schulman et al. 2017, arXiv:1707.06347; Ouyang et al. 2022, arXiv:2203.02155).
@@ -46,7 +48,8 @@ class PPOConfig(OnlineConfig):
     discount: float = Field(1.0, ge=0, le=1)
     """γ, from one token to the next."""
     trace_decay: float = Field(0.95, ge=0, le=1)
-    """λ of generalised advantage estimation: 0 trusts the values, 1 the rewards that followed."""
+    """λ of generalised advantage estimation: 0 trusts the values, 1 the rewards that followed, as one must without a
+    critic."""
     whiten: Literal["batch", "group", "none"] = "batch"
     """Advantages with mean 0 and standard deviation 1: over all tokens of the step; or within each prompt's group, by
     the completions' mean advantages, as GRPO does; or as they are."""
@@ -97,8 +100,13 @@ class PPOConfig(OnlineConfig):
             raise ValueError("kl_target needs a kl_coefficient above 0 to begin with")
         if self.whiten == "group" and self.group_size < 2:
             raise ValueError(f"whiten is group, but group_size is {self.group_size}: one completion has no deviation")
-        if self.environment is not None and (self.rewards or self.dataset is not None):
-            raise ValueError("an environment gives prompts and rewards itself: leave dataset and rewards out")
+        if self.environment is not None and (self.rewards or self.dataset is not None or self.eval_dataset is not None):
+            raise ValueError(ENVIRONMENT_ALONE)
         if self.critic == "none" and self.value_warmup_steps:
             raise ValueError("value_warmup_steps needs a critic")
+        if self.critic == "none" and self.trace_decay < 1:
+            raise ValueError(
+                f"trace_decay is {self.trace_decay:g}, but without a critic there is no value to trust, and a reward "
+                "would only fade on its way back: set trace_decay to 1"
+            )
         return self

@@ -41,6 +41,8 @@ def settled_rewards(collected: Collected, config: PPOConfig, controls: Controls)
     if config.truncated == "bootstrap" and collected.turns is None:
         earned = earned & ~cut  # the score of a whole answer, which this is not
         rewards[cut] = 0.0
+    elif config.truncated == "mask":
+        earned = earned & ~collected.truncated.cpu()[:, None]  # what is not trained on has no part in the scale
     if config.normalize_rewards:
         # From every turn a mean would be taken as often as an episode has turns, so that longer ones lost by it.
         rewards[earned] = controls.normalize(rewards[earned], centered=collected.turns is None)

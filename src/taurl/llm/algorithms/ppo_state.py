@@ -35,7 +35,8 @@ class Controls:
         self.changes += 1
         self.scores = updated_moments(self.scores, scores)
         mean = self.scores.mean if centered else torch.zeros_like(self.scores.mean)
-        return normalized(scores, self.scores._replace(mean=mean), bound=math.inf)
+        variance = torch.where(self.scores.variance > 0, self.scores.variance, 1.0)  # equal scores have no scale yet
+        return normalized(scores, Moments(mean, variance, self.scores.samples), bound=math.inf)
 
     def tensors(self) -> dict[str, Tensor]:
         """For the checkpoint."""

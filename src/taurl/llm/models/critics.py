@@ -142,6 +142,7 @@ def started_trunk(start: Any, policy: Policy) -> Any:
     The adapter's base then is the policy's own where they are equal.
     """
     if hasattr(start, "peft_config") and policy.has_adapter:
+        start.to(device=policy.model.device, dtype=policy.model.dtype)
         for name, weight in start.named_parameters():
             weight.requires_grad_("lora_" in name)
         share_weights(start, policy.model)

@@ -65,7 +65,7 @@ def settle_judge(judge: Any, trained: list[Any], policy: Policy) -> str | None:
     if saved := share_weights(judge, own):
         return f"the reward model reads {saved / 1e6:.1f} MB of the policy's frozen weights"
     dtypes = f"its weights are {judge.dtype}, the policy's {own.dtype}".replace("torch.", "")
-    return f"the reward model shares nothing with the policy: {dtypes}"
+    return f"the reward model shares nothing with the policy: {dtypes if judge.dtype != own.dtype else 'another base'}"
 
 
 def _require_same_tokens(role: str, name: str, policy: Policy) -> None:

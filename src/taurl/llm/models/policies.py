@@ -53,7 +53,8 @@ class Policy:
         lora: rank, alpha, targets, and whether it is a DoRA; rank 0 trains all weights.
         load_in_4bit: keep the weights below the adapter in 4 bits.
         freeze: patterns of names of parameters that are not trained.
-        keep_reference: keep the starting weights, for a KL term. With an adapter they are there already.
+        keep_reference: keep the starting weights, for a KL term. With a new adapter they are there already; of an
+            adapter that the model brings, and of all else that is trained, a copy is made.
     """
 
     adapter_task = "CAUSAL_LM"  # by peft's names
@@ -83,6 +84,7 @@ class Policy:
         else:
             self.model = cast(Any, model).to(device=device, dtype=dtype)
         self.has_adapter = hasattr(self.model, "peft_config")
+        self.adapter_is_new = False
         self.new_tokens: tuple[int, ...] = ()
         if lora[0]:
             self._add_lora(Lora(*lora))
@@ -95,8 +97,9 @@ class Policy:
         switch_off_dropout(self.model)
         self._check()
         self._reference = None
-        if keep_reference and not self.has_adapter:
+        if keep_reference and not self.adapter_is_new:
             self._reference = copy.deepcopy(self.model).requires_grad_(False)
+            share_weights(self._reference, self.model)  # what is frozen stays as it is
         if gradient_checkpointing:
             self.model.activation_checkpointing_enable()
             if self.has_adapter:
@@ -163,7 +166,7 @@ class Policy:
                 self.model = get_peft_model(self.model, config)
         except ValueError as error:
             raise InputError(f"lora_targets is {lora.targets!r}: {str(error).splitlines()[0]}") from error
-        self.has_adapter = True
+        self.has_adapter = self.adapter_is_new = True
 
     def train_tokens(self, tokens: Sequence[int]) -> None:
         """Train the embeddings of tokens that are new to the model beside the adapter, which leaves them frozen.
@@ -219,7 +222,7 @@ class Policy:
         if self._reference is not None:
             yield self._reference
         else:
-            assert self.has_adapter, "made without keep_reference"
+            assert self.adapter_is_new, "made without keep_reference"
             with self.model.disable_adapter():
                 yield self.model
 

@@ -26,23 +26,25 @@ def as_factory(spec: str) -> str:
 
 
 def reward_model(
-    model: str,
+    model: Any,
     normalize: bool = False,
     tokens_per_part: int = TOKENS_PER_PART,
     device: str = "auto",
     precision: str = "auto",
+    tokenizer: Any = None,
 ) -> "ModelReward":
     """Make a reward function of a reward model.
 
     Args:
-        model: its folder, or a hub name.
+        model: its folder, a hub name, or a model object, which stays where it is and as it is.
         normalize: subtract the mean of its scores on its own training rows, and divide by their deviation.
         tokens_per_part: tokens, padding included, that go through it together.
         precision: float32, bfloat16, or auto: float32 on a CPU, where measuring which is faster might choose
             differently when a run is resumed.
+        tokenizer: of an object; by default the one of the name that it was loaded by.
     Raises: InputError if it is no reward model, or does not know its mean.
     """
-    return ModelReward(model, normalize, tokens_per_part, device, precision)
+    return ModelReward(model, normalize, tokens_per_part, device, precision, tokenizer)
 
 
 class ModelReward:
@@ -54,31 +56,28 @@ class ModelReward:
 
     __name__ = FACTORY
 
-    def __init__(self, model: str, normalize: bool, tokens_per_part: int, device: str, precision: str):
+    def __init__(self, model: Any, normalize: bool, tokens_per_part: int, device: str, precision: str, tokenizer: Any):
         from taurl.llm.data.completion_ids import Conversations
         from taurl.llm.generation.protocol import context_length
         from taurl.llm.models.heads import causal_lm
-        from taurl.llm.models.loading import load_model, load_tokenizer, resolve_model
+        from taurl.llm.models.loading import resolve_model
+        from taurl.llm.models.policies import tokenizer_of
         from taurl.llm.models.reward_folder import RewardNote
         from taurl.llm.scoring.reward_scores import check_scores, head_kind
-        from taurl.runtime.machine import choose_device, choose_precision
 
-        folder = Path(resolve_model(model))
-        self.name, self.tokens_per_part = model, tokens_per_part
-        note = RewardNote.of(folder)
+        self.name = model if isinstance(model, str) else model.config.name_or_path
+        self.tokens_per_part = tokens_per_part
+        folder = Path(resolve_model(self.name) if isinstance(model, str) else self.name)
+        note = RewardNote.of(folder) if self.name else RewardNote()
         if normalize and not note.deviation:
             raise InputError(
-                f"reward model '{model}' does not know the mean and deviation of its scores; leave normalize"
+                f"reward model '{self.name}' does not know the mean and deviation of its scores; leave normalize"
             )
         self.mean, self.deviation = (note.mean or 0.0, note.deviation or 1.0) if normalize else (0.0, 1.0)
-        place = choose_device(device)
-        if precision == "auto" and place.type == "cpu":
-            precision = "float32"
-        dtype = choose_precision(precision, place)
-        self.model = load_model(model, dtype=dtype, device=place, head=written_head(folder))
+        self.model = loaded(model, folder, device, precision) if isinstance(model, str) else model
         if note.pad_token_id is not None:
             causal_lm(self.model).config.get_text_config().pad_token_id = note.pad_token_id
-        self.conversations = Conversations.of(note, load_tokenizer(model))
+        self.conversations = Conversations.of(note, tokenizer or tokenizer_of(model))
         self.context = context_length(causal_lm(self.model))
         self.of_steps = head_kind(self.model) == "token"
         check_scores(self.model)
@@ -131,6 +130,17 @@ class ModelReward:
 
     def _scaled(self, score: float) -> float:
         return (score - self.mean) / self.deviation
+
+
+def loaded(name: str, folder: Path, device: str, precision: str) -> Any:
+    """The reward model in a folder."""
+    from taurl.llm.models.loading import load_model
+    from taurl.runtime.machine import choose_device, choose_precision
+
+    place = choose_device(device)
+    if precision == "auto" and place.type == "cpu":
+        precision = "float32"
+    return load_model(name, dtype=choose_precision(precision, place), device=place, head=written_head(folder))
 
 
 def written_head(folder: Path) -> Any:

@@ -19,6 +19,7 @@ from taurl.llm.rewards.contract import (
     required_columns,
     select,
 )
+from taurl.llm.rewards.model import reward_model
 from taurl.llm.rewards.specs import Spec, callable_name, load, parse
 from taurl.llm.rewards.text import content_of, text_of
 from taurl.llm.rewards.worker import Worker
@@ -51,7 +52,7 @@ class RewardSet:
     they keep between batches (HTTP clients) stays usable.
 
     Args:
-        functions: functions, or what `resolve` understands.
+        functions: functions, what `resolve` understands, or models that give scores.
         weights: one for each function; 1 if not given.
         timeout: seconds for one call of an async function, which must not block its loop, and of a synchronous one if
             it runs in the worker process. None: no limit.
@@ -73,7 +74,7 @@ class RewardSet:
             raise InputError("no reward function given; name at least one, for example last_number")
         if timeout is not None and not timeout > 0:
             raise InputError(f"timeout of the reward functions is {timeout}, expected more than 0 seconds")
-        sources: list[Spec | Callable[..., Any]] = [parse(f) if isinstance(f, str) else f for f in functions]
+        sources = [_source(function) for function in functions]
         self._functions = [load(source) for source in sources]
         self.names = _distinct([s.name if isinstance(s, Spec) else callable_name(s) for s in sources])
         self.weights = _checked_weights(weights, self.names)
@@ -238,6 +239,13 @@ def _distinct(names: list[str]) -> list[str]:
         candidates = (name if number == 1 else f"{name}_{number}" for number in range(1, len(names) + 2))
         taken.append(next(c for c in candidates if c not in taken))
     return taken
+
+
+def _source(function: str | Callable[..., Any]) -> Spec | Callable[..., Any]:
+    """Where a reward function comes from, or the function; a model is made one."""
+    if isinstance(function, str):
+        return parse(function)
+    return reward_model(function) if hasattr(function, "named_parameters") else function
 
 
 def _checked_weights(weights: Sequence[float] | None, names: list[str]) -> list[float]:
