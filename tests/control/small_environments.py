@@ -1,5 +1,7 @@
 """Environments of a few lines for the tests of the control wing."""
 
+import copy
+
 import gymnasium
 import numpy as np
 from gymnasium import spaces
@@ -153,14 +155,24 @@ def unbroken_and_resumed(trainer_class, config_class, folder, *, stop_after, env
     """A run in one piece, and one that was left after so many steps and goes on from its last checkpoint."""
     configs = [config_class(out=folder / name, **settings) for name in ("whole", "parts")]
     whole = trainer_class(env, configs[0]).train()
-    for record in trainer_class(env, configs[1]).steps():
+    left = trainer_class(env, configs[1])
+    for record in left.steps():
+        if record["step"] == max(saved(folder), default=0):
+            kept = weights_of(left)
         # Not right after a checkpoint: some of it is to be done again.
         if record["step"] >= stop_after and max(saved(folder)) < record["step"]:
             break
     given = {} if env is None or isinstance(env, str) else {"env": env}
     resumed = trainer_class.resume(folder / "parts", **given)
     assert resumed.run.step == max(saved(folder)) < configs[1].steps
+    found = weights_of(resumed)  # before it goes on: what acts and is saved now
+    assert all(bool((found[name] == weight).all()) for name, weight in kept.items())
     return whole, resumed.train()
+
+
+def weights_of(trainer):
+    policy = trainer.policy
+    return copy.deepcopy(policy.actor.state_dict() if hasattr(policy, "actor") else {"values": policy.values})
 
 
 def saved(folder):

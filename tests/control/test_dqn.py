@@ -327,7 +327,9 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, options):
     for record in halved.steps():
         if record["step"] == 240:  # killed between checkpoints: 160 is the last
             break
-    again = DQN.resume(tmp_path / "halved").train()
+    again = DQN.resume(tmp_path / "halved")
+    assert again.policy.epsilon == again._epsilon(160)
+    again.train()
     assert (checkpoints / "step-000400").exists()
     for mine, theirs in zip(whole.network.parameters(), again.network.parameters(), strict=True):
         assert torch.equal(mine, theirs)

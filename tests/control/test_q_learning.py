@@ -306,7 +306,9 @@ def test_a_killed_run_that_is_resumed_equals_an_unbroken_one(tmp_path):
 
 def test_a_finished_run_that_is_resumed_keeps_its_policy(tmp_path):
     trained = learner(tmp_path, Corridor, steps=500).train()
-    again = QLearning.resume(tmp_path / "run", env=Corridor).train()
+    again = QLearning.resume(tmp_path / "run", env=Corridor)
+    assert torch.equal(again.policy.values, trained.policy.values)  # before it goes on, too
+    again.train()
     assert torch.equal(again.policy.values, trained.policy.values)
     assert torch.equal(load(tmp_path / "run").values, trained.policy.values)
 

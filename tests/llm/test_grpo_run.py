@@ -164,7 +164,10 @@ def test_the_reference_is_the_starting_weights_also_after_a_resume(config, folde
     assert records[1]["kl"] == 0  # before the first update
     assert all(record["kl"] > 1e-4 for record in records[2:])
     longer = trainer.config.model_copy(update={"steps": 4})
-    resumed = GRPO.resume(trainer.run.directory, longer, dataset=ROWS, rewards=high_ids).train()
+    resumed = GRPO.resume(trainer.run.directory, longer, dataset=ROWS, rewards=high_ids)
+    pairs = zip(trainer.policy.model.parameters(), resumed.policy.model.parameters(), strict=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in pairs)  # before it goes on: what is evaluated and exported
+    resumed.train()
     start = load_file(folder / "model.safetensors")
     with resumed.policy.reference() as reference:
         for name, tensor in start.items():

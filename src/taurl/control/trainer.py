@@ -48,6 +48,7 @@ class Trainer(ABC):
     config_class: ClassVar[type[ControlConfig]]
     sees_images: ClassVar[bool] = False
     policy: Any
+    state: dict[str, Stateful]
 
     def __init__(
         self,
@@ -104,10 +105,15 @@ class Trainer(ABC):
         before = (record for record in run.records() if record["step"] <= run.step)  # those after it are done again
         self.best = max((record.get("eval/mean_reward", -math.inf) for record in before), default=-math.inf)
         self.set_up()
+        self.restore()
+
+    def restore(self) -> None:
+        """Put back what the checkpoint of a resumed run holds: what acts now is what was trained."""
+        self.run.restore(environments=self.environments, **self.state)
 
     @abstractmethod
     def set_up(self) -> None:
-        """Make what the algorithm needs beside `self.environments`, `self.policy` first of all."""
+        """Make what the algorithm needs beside `self.environments`: `self.policy` first of all, and `self.state`."""
 
     @abstractmethod
     def steps(self) -> Iterator[Record]:
@@ -138,9 +144,9 @@ class Trainer(ABC):
         except Exception as error:
             self.run.view.note(f"no video of the policy: {one_line(error)}")
 
-    def begin(self, **state: Stateful) -> Run:
+    def begin(self) -> Run:
         """`Run.begin` with the environments among the state."""
-        run = self.run.begin(environments=self.environments, **state)
+        run = self.run.begin(environments=self.environments, **self.state)
         self._say_unsaved()
         return run
 

@@ -17,7 +17,11 @@ SHARED = ("qmap1", "qmap2")
 
 
 def learning_rate(step: int, config: RunConfig) -> float:
-    """The learning rate of step 1, 2, …, config.steps: linear warm-up, then constant, linear or cosine to 0."""
+    """The learning rate of step 1, 2, …, config.steps: linear warm-up, then constant, linear or cosine to 0.
+
+    What is left of a run past `config.steps` (a record of several environments may end there) has that of the last.
+    """
+    step = min(step, config.steps)
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     if config.schedule == "constant":

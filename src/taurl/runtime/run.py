@@ -66,6 +66,7 @@ class Run:
         self.chosen: Record = {}  # what was chosen on the machine where the run began: precision, threads, …
         self.checkpoint: tuple[dict[str, dict[str, Tensor]], Record] | None = None
         self.state: dict[str, Stateful] = {}
+        self._random: Record = {}  # random states of the checkpoint
         self.callbacks: Sequence[Callback] = ()
         self._owned = False  # whether what is in the directory is this run's
         self._saved = 0  # the newest step that has, or was refused, a checkpoint
@@ -130,15 +131,22 @@ class Run:
         self.config = self.config.model_copy(update={"steps": steps})
         self.view.set_total(steps)
 
-    def begin(self, **state: Stateful) -> Self:
-        """Create or reopen the directory, and put the state back that the checkpoint holds."""
+    def restore(self, **state: Stateful) -> None:
+        """Put the state back that the checkpoint of a resumed run holds, if that was not done yet."""
         self.state = state
         if self.checkpoint is not None:
             tensors, values = self.checkpoint
             for name, holder in state.items():
                 holder.load_tensors(tensors[name])
-            restore_random_states(values["random"])
+            self._random = values["random"]
             self.checkpoint = None  # a gigabyte that is not needed again
+
+    def begin(self, **state: Stateful) -> Self:
+        """Create or reopen the directory, with the state and the random numbers that the checkpoint holds."""
+        self.restore(**state)
+        if self._random:
+            restore_random_states(self._random)
+            self._random = {}
         self._open_directory()
         self._mark()
         self._started = self._started or time.monotonic()

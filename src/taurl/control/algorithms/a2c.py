@@ -35,17 +35,18 @@ class A2C(Trainer):
         self.critic = self.policy.new_critic()
         self.optimizer = FlatAdam({"actor": self.policy.actor, "critic": self.critic}, self._loss, config)
         self.collector = Collector(self.environments, self.policy.distribution, self.policy.normalizer)
+        self.state = {"optimizer": self.optimizer, "normalizer": self.policy.normalizer}
 
     def steps(self) -> Iterator[Record]:
         config = self.config
         steps = config.rollout_steps * config.environments
         iterations = self.iterations(steps)
-        with self.begin(optimizer=self.optimizer, normalizer=self.policy.normalizer):
+        with self.begin():
             for step in self.run.steps(width=steps * iterations):
                 found: list[dict[str, Tensor]] = []
                 norms: list[float] = []
                 for iteration in range(1, iterations + 1):
-                    rate = learning_rate(min(self.run.step + iteration * steps, config.steps), config)
+                    rate = learning_rate(self.run.step + iteration * steps, config)
                     with step.phase("rollout", "acting"):
                         rollout = self.collector.collect(self.policy.actor, self.critic, config.rollout_steps)
                     with step.phase("update", "updating"):

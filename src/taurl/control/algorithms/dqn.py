@@ -47,13 +47,18 @@ class DQN(Trainer):
         self.replay = (
             PrioritizedReplay(*space, exponent=config.priority_exponent) if config.prioritized else Replay(*space)
         )
+        self.state = {"optimizer": self.optimizer, "target": self.target, "replay": self.replay}
         # Fixed when the run begins: with more steps given on resume, those already taken keep what they had.
         self.planned_steps = self.run.chosen.setdefault("planned_steps", config.steps)
+
+    def restore(self) -> None:
+        super().restore()
+        self.policy.epsilon = self._epsilon(self.run.step)
 
     def steps(self) -> Iterator[Record]:
         config = self.config
         iterations = self.iterations(config.train_every)
-        with self.begin(optimizer=self.optimizer, target=self.target, replay=self.replay):
+        with self.begin():
             for step in self.run.steps(width=config.train_every * iterations):
                 figures: list[Record] = []
                 for iteration in range(iterations):
@@ -111,7 +116,7 @@ class DQN(Trainer):
     def _learn(self, taken: int) -> list[Record]:
         """Updates on steps drawn from replay."""
         config = self.config
-        rate = learning_rate(min(taken, config.steps), config)
+        rate = learning_rate(taken, config)
         # Targets depend on nothing that an update changes, so those of several come at once; but the double target
         # depends on the network, and what is drawn by priority on the last errors.
         at_once = 1 if config.double or config.prioritized else max(1, ROWS_AT_ONCE // config.batch_size)

@@ -63,10 +63,11 @@ class GRPO(Trainer):
         self.policy = Policy.create(self.environments, self.config)
         self.optimizer = FlatAdam({"actor": self.policy.actor}, self._loss, self.config)
         self.collector = Collector(self.environments, self.policy.distribution, self.policy.normalizer)
+        self.state = {"optimizer": self.optimizer, "normalizer": self.policy.normalizer}
 
     def steps(self) -> Iterator[Record]:
         config = self.config
-        with self.begin(optimizer=self.optimizer, normalizer=self.policy.normalizer):
+        with self.begin():
             for step in self.run.steps():
                 taken = 0
                 while taken < config.record_every:

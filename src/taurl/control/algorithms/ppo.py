@@ -29,7 +29,7 @@ from taurl.functional.surrogates import clipped_surrogate, kl_penalized
 from taurl.functional.value_losses import clipped_value_loss, explained_variance, squared_value_loss
 from taurl.functional.whitening import whiten
 from taurl.runtime.optimization import learning_rate
-from taurl.runtime.run import Record, Stateful
+from taurl.runtime.run import Record
 
 
 class Minibatch(NamedTuple):
@@ -68,7 +68,7 @@ class PPO(Trainer):
         else:
             self.critic = policy.new_critic()
         self.optimizer = FlatAdam({"actor": policy.actor, "critic": self.critic}, None, config)
-        self.state: dict[str, Stateful] = {"optimizer": self.optimizer, "normalizer": policy.normalizer}
+        self.state = {"optimizer": self.optimizer, "normalizer": policy.normalizer}
         self.collector = Collector(self.environments, policy.distribution, policy.normalizer)
         if memory:
             self.collector = self.state["memory"] = RecurrentCollector(
@@ -82,7 +82,7 @@ class PPO(Trainer):
         config = self.config
         steps = config.rollout_steps * config.environments
         iterations = self.iterations(steps)
-        with self.begin(**self.state):
+        with self.begin():
             for step in self.run.steps(width=steps * iterations):
                 for iteration in range(1, iterations + 1):
                     with step.phase("rollout", "acting"):

@@ -39,15 +39,19 @@ class QLearning(Trainer):
         self.policy = TablePolicy.create(environments, config)
         ahead = environments.count if config.rule == "sarsa" else 0
         self.table = Table(2 if config.rule == "double_q" else 1, *self.policy.values.shape, ahead=ahead)
+        self.state = {"table": self.table}
         # Fixed when the run begins: with more steps given on resume, those already taken keep the ε they had.
         self.falls_over = config.epsilon_fraction * self.run.chosen.setdefault("planned_steps", config.steps)
         self.grid = grid_of(environments.vector)
 
+    def restore(self) -> None:
+        super().restore()
+        self._publish(self.run.step)
+
     def steps(self) -> Iterator[Record]:
         config, count = self.config, self.environments.count
         iterations = self.iterations(count)
-        with self.begin(table=self.table):
-            self._publish(self.run.step)
+        with self.begin():
             for step in self.run.steps(width=count * iterations):
                 errors = torch.zeros(iterations, dtype=torch.float64)
                 with step.phase("learning", "acting and learning"):
@@ -58,7 +62,7 @@ class QLearning(Trainer):
                 figures = {
                     "train/td_error": float(errors.mean()),
                     "train/epsilon": self.policy.epsilon,
-                    "learning_rate": learning_rate(min(step.number, config.steps), config),
+                    "learning_rate": learning_rate(step.number, config),
                 }
                 record = self.finish(step, figures)
                 self._draw_picture()
@@ -92,7 +96,7 @@ class QLearning(Trainer):
         learns = ~torch.from_numpy(transition.only_reset)
         cells = which[learns], states[learns], actions[learns]
         errors = targets[learns] - self.table.values[cells]
-        rate = learning_rate(min(taken + len(states), config.steps), config)
+        rate = learning_rate(taken + len(states), config)
         self.table.learn(cells, targets[learns], rate=rate, visit_exponent=config.visit_exponent)
 
         if ahead:  # a copy that has reset already acts from where its next episode begins

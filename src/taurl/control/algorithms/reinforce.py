@@ -28,7 +28,7 @@ from taurl.functional.returns import discounted_returns
 from taurl.functional.surrogates import reinforce
 from taurl.functional.value_losses import explained_variance, squared_value_loss
 from taurl.runtime.optimization import learning_rate
-from taurl.runtime.run import Record, Stateful
+from taurl.runtime.run import Record
 
 RETAINED = 0.9  # of the moving mean at each iteration
 
@@ -71,7 +71,7 @@ class REINFORCE(Trainer):
         config = self.config
         self.policy = Policy.create(self.environments, config)
         self.optimizer = FlatAdam({"actor": self.policy.actor}, self._loss, config)
-        self.state: dict[str, Stateful] = {"optimizer": self.optimizer, "normalizer": self.policy.normalizer}
+        self.state = {"optimizer": self.optimizer, "normalizer": self.policy.normalizer}
         self.critic: Critic | None = None
         if config.baseline == "learned":
             self.critic = Critic(self.policy.width, config.hidden, config.activation)
@@ -83,7 +83,7 @@ class REINFORCE(Trainer):
 
     def steps(self) -> Iterator[Record]:
         config = self.config
-        with self.begin(**self.state):
+        with self.begin():
             for step in self.run.steps():
                 taken = 0
                 while taken < config.record_every:
@@ -102,7 +102,7 @@ class REINFORCE(Trainer):
         """Returns and baselines, steps of the policy, then of the baseline."""
         config = self.config
         episodes = self._scored(rollout)
-        rate = learning_rate(min(step, config.steps), config)
+        rate = learning_rate(step, config)
         for update in range(config.updates):
             norm, found = self.optimizer.update(rate, episodes, update == 0)
         if config.baseline == "constant" and episodes.counted.any():

@@ -65,12 +65,13 @@ class TRPO(Trainer):
         self.critic = Critic(self.policy.width, config.hidden, config.activation)
         self.optimizer = FlatAdam({"critic": self.critic}, None, config)
         self.collector = Collector(self.environments, self.policy.distribution, self.policy.normalizer)
+        self.state = {"actor": self.weights, "critic": self.optimizer, "normalizer": self.policy.normalizer}
 
     def steps(self) -> Iterator[Record]:
         config = self.config
         steps = config.rollout_steps * config.environments
         iterations = self.iterations(steps)
-        with self.begin(actor=self.weights, critic=self.optimizer, normalizer=self.policy.normalizer):
+        with self.begin():
             for step in self.run.steps(width=steps * iterations):
                 for iteration in range(1, iterations + 1):
                     with step.phase("rollout", "acting"):

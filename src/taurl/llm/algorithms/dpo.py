@@ -30,7 +30,7 @@ from taurl.llm.scoring.answer_batches import AnswerBatch, AnswerPart, batch_logp
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import out_of_memory_names
 from taurl.runtime.optimization import learning_rate
-from taurl.runtime.run import Callback, Record, Stateful, Step
+from taurl.runtime.run import Callback, Record, Step
 
 HEADLINE = {
     "loss": "loss",
@@ -133,16 +133,22 @@ class DPO(OnlineTrainer):
                 self.policy, other, forward=self._logprobs, live=live, circumstances=self._circumstances()
             )
         self.shift, self.fall_watch = RewardShift(), FallWatch()
+        self.state = {"optimizer": self.optimizer}
+        if config.reward_shift == "running":
+            self.state["reward_shift"] = self.shift
+
+    def restore(self) -> None:
+        """Put back what the checkpoint holds. The starting weights are asked before, if they are the reference."""
+        if self.run.step:
+            self._know_reference()
+        super().restore()
 
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""
         config, run = self.config, self.run
-        state: dict[str, Stateful] = {"optimizer": self.optimizer}
-        if config.reward_shift == "running":
-            state["reward_shift"] = self.shift
         with out_of_memory_names(MEMORY_SETTINGS):
             self._know_reference()
-        with run.begin(**state), out_of_memory_names(MEMORY_SETTINGS):
+        with run.begin(**self.state), out_of_memory_names(MEMORY_SETTINGS):
             self.evaluate_before()
             for step in run.steps():
                 batch, figures = self._sampled(step) if self.online else (self._given(step), {})

@@ -72,11 +72,12 @@ class GRPO(RatioTrainer):
         self.load_rewards()
         self.load_prompts()
         self.load_policy(dtype, keep_reference=self.config.kl_coefficient > 0)
+        self.state = {"optimizer": self.optimizer}
 
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""
         config, run = self.config, self.run
-        with run.begin(optimizer=self.optimizer), out_of_memory_names(MEMORY_SETTINGS):
+        with run.begin(**self.state), out_of_memory_names(MEMORY_SETTINGS):
             self.evaluate_before()
             for step in run.steps():
                 indices = self.order.take((step.number - 1) * config.prompts_per_step, config.prompts_per_step)

@@ -39,7 +39,7 @@ from taurl.llm.scoring.rollouts import Part, Rollout
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import out_of_memory_names
 from taurl.runtime.optimization import Optimizer, Update, learning_rate
-from taurl.runtime.run import Callback, Record, Stateful, Step
+from taurl.runtime.run import Callback, Record, Step
 
 
 @dataclass
@@ -136,7 +136,7 @@ class PPO(RatioTrainer):
                 check_critic(critic, reference, self.policy)
             checkpointing = config.gradient_checkpointing
             self.critic = make_critic(critic, self.policy, self.dtype, gradient_checkpointing=checkpointing)
-            self.state: dict[str, Stateful] = {"optimizer": self.optimizer}
+            self.state = {"optimizer": self.optimizer}
             if self.critic is not None:
                 self.critic_optimizer = Optimizer(self.critic.named_parameters(), config)
                 self.state["critic"] = self.critic_optimizer

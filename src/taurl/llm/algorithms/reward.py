@@ -95,11 +95,12 @@ class Reward(Trainer):
                 gradient_checkpointing=config.gradient_checkpointing,
             )
             self.optimizer = self.policy.optimizer(config, layer_decay=config.layer_decay)
+        self.state = {"optimizer": self.optimizer}
 
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""
         config, run = self.config, self.run
-        with run.begin(optimizer=self.optimizer), out_of_memory_names("tokens_per_part (or max_length, rows_per_step)"):
+        with run.begin(**self.state), out_of_memory_names("tokens_per_part (or max_length, rows_per_step)"):
             self.evaluate_before()
             for step in run.steps():
                 indices = self.order.take((step.number - 1) * config.rows_per_step, config.rows_per_step)

@@ -104,6 +104,7 @@ class SFT(Trainer):
             if reader.new_tokens and self.policy.has_adapter:
                 self.policy.train_tokens(reader.new_tokens)
             self.optimizer = self.policy.optimizer(config, layer_decay=config.layer_decay)
+        self.state = {"optimizer": self.optimizer, "data": self.position}
         self.packed = self._packed()
         self.answering = None
         if config.generate_rows:
@@ -143,7 +144,7 @@ class SFT(Trainer):
         """Yields after each update, with its record."""
         config, run = self.config, self.run
         memory_settings = "tokens_per_part (or max_length)"
-        with run.begin(optimizer=self.optimizer, data=self.position), out_of_memory_names(memory_settings):
+        with run.begin(**self.state), out_of_memory_names(memory_settings):
             self.evaluate_before()
             for step in run.steps():
                 if self._out_of_patience():

@@ -22,7 +22,7 @@ from taurl.runtime.directory import require_algorithm, write_folder
 from taurl.runtime.errors import InputError
 from taurl.runtime.given import GIVEN, require_given_again
 from taurl.runtime.machine import peak_memory_gb
-from taurl.runtime.run import Callback, Record, Run, Step
+from taurl.runtime.run import Callback, Record, Run, Stateful, Step
 from taurl.runtime.seeding import seed_everything
 
 
@@ -35,6 +35,7 @@ class Trainer(ABC):
         takes: names of what it may be given from Python as an object, in place of the setting of that name.
         policy: the model that is trained.
         device: where it lives.
+        state: what a checkpoint holds, by name.
         latest: figures of an evaluation that the run's metrics do not have yet, for the model card.
     """
 
@@ -44,6 +45,7 @@ class Trainer(ABC):
     takes: ClassVar[tuple[str, ...]]
     config: Any
     policy: Policy
+    state: dict[str, Stateful]
 
     def start(self, config: TrainingConfig | None, callbacks: Sequence[Callback], **given: Any) -> None:
         """A new run with a config and with what was given by name or as an object."""
@@ -93,6 +95,11 @@ class Trainer(ABC):
         if getattr(self.config, "compile_layers", False):
             for trained in self.trained_models():
                 run.view.note(compile_layers(trained, self.device))
+        self.restore()
+
+    def restore(self) -> None:
+        """Put back what the checkpoint of a resumed run holds, so that evaluating and exporting find it."""
+        self.run.restore(**self.state)
 
     def trained_models(self) -> list[Any]:
         """The models that gradients go through: the policy's, and what else an algorithm trains."""
@@ -115,7 +122,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def set_up(self, dtype: torch.dtype | None) -> None:
-        """Make what the loop needs: the data, `self.policy`, its optimiser.
+        """Make what the loop needs: the data, `self.policy`, its optimiser, and `self.state`.
 
         The data first, so that what is wrong with it is said before a large model is loaded.
 
