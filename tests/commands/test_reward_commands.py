@@ -16,7 +16,7 @@ def lines(path):
 @pytest.fixture
 def run(here, capsys):  # which begins before the run, to see what it prints
     (here / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-    options = "--model model --dataset pairs.jsonl --columns question=prompt --steps 2 --rows-per-step 4 --eval-rows 4"
+    options = "--model model --dataset pairs.jsonl --steps 2 --rows-per-step 4 --eval-rows 4"
     assert main(["llm", "reward", *options.split(), *["--out", "rm", "--threads", "1", "--precision", "float32"]]) == 0
     return here
 
@@ -33,7 +33,7 @@ def test_train_report_resume_score(run, capsys):
     capsys.readouterr()
 
     score = ["llm", "score", "--model", "rm/final", "--threads", "1"]
-    assert main([*score, "--dataset", "pairs.jsonl", "--columns", "question=prompt", "--out", "scored.jsonl"]) == 0
+    assert main([*score, "--dataset", "pairs.jsonl", "--out", "scored.jsonl"]) == 0
     assert "accuracy" in capsys.readouterr().err
     pairs = lines(run / "scored.jsonl")
     assert len(pairs) == 12
@@ -67,6 +67,12 @@ def test_what_is_wrong_is_said_in_one_line(here, failing):
     (here / "answers.jsonl").write_text('{"prompt": "a", "completion": 3}\n')
     line = failing(["llm", "score", "--model", "model", "--dataset", "answers.jsonl"], 2)
     assert "answers.jsonl: row 1 of the data: a completion is 3 (int)" in line
+    (here / "answers.jsonl").write_text('{"prompt": "a", "completion": "b", "score": 1}\n')
+    line = failing(["llm", "score", "--model", "model", "--dataset", "answers.jsonl"], 2)
+    assert "the data has a column score already: keep it as --columns score=another_name" in line
+    (here / "pairs.jsonl").write_text(json.dumps(PAIRS[0]) + "\n")
+    line = failing(["llm", "score", "--model", "model", "--dataset", "pairs.jsonl", "--best"], 2)
+    assert "best chooses between rows of one completion each" in line
     (here / "answers.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     line = failing(["llm", "score", "--model", "model", "--dataset", "answers.jsonl"], 2)
     assert "is no reward model" in line

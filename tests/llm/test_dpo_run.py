@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_policy import letter_a, save_tiny_policy, tiny_model, tiny_tokenizer
 
@@ -14,7 +14,7 @@ from taurl.llm.algorithms.dpo import best_and_worst
 from taurl.llm.algorithms.dpo_figures import STEPS_OF_A_FALL, FallWatch
 from taurl.llm.data.given_answers import _of_another_prompt
 from taurl.llm.models.loading import load_model
-from taurl.llm.scoring.reference_logprobs import ReferenceCache
+from taurl.llm.scoring.reference_logprobs import ReferenceCache, model_hash
 from taurl.runtime.errors import InputError
 
 ROWS = [{"prompt": f"{i}+{i % 3}?", "chosen": f"{i + i % 3}", "rejected": f"no {i}"} for i in range(12)]
@@ -44,7 +44,6 @@ def config(tmp_path):
             "threads": 1,
             "precision": "float32",
             "learning_rate": 3e-3,
-            "max_tokens": 6,
         }
         return DPOConfig(**(values | changes))
 
@@ -104,9 +103,46 @@ def test_of_rows_with_one_prompt_each_has_an_answer_to_another():
     assert _of_another_prompt([[1], [1], [1], [2], [2], [3], [1]]) == [3, 4, 3, 5, 5, 6, 3]
 
 
+def test_kto_holds_one_prompt_out_and_compares_it_with_answers_to_the_others(config, folder):
+    trainer = DPO(str(folder), ROWS, config=config(loss_type="kto", eval_rows=1, steps=1))
+    held_out, known = trainer.held_out_answers, [answer[0] for answer in trainer.train_answers.answers]
+    assert len({tuple(prompt) for prompt in held_out.prompts}) == 1
+    assert all(answer[1] in known for answer in held_out.answers)
+    assert "eval/kl" in trainer.train().run.records()[-1]
+
+
+def test_an_answer_that_was_cut_off_is_not_preferred_where_that_has_a_price(config, folder):
+    rows = [{"prompt": row["prompt"]} for row in ROWS]
+    settings = config(steps=1, prompts_per_step=8, group_size=8, max_tokens=12, samples_per_step=64, eval_rows=0)
+    run = DPO(str(folder), rows, high_ids, settings.model_copy(update={"missing_eos_penalty": 100.0})).train().run
+    groups = [run.samples()[start : start + 8] for start in range(0, 64, 8)]
+    mixed = [group for group in groups if len({sample["finish"] for sample in group}) == 2]
+    assert mixed
+    for group in mixed:
+        (chosen,) = [sample for sample in group if sample["advantage"] == 1]
+        assert chosen["finish"] == "stop"
+
+
+def test_the_hash_of_a_model_knows_how_its_adapter_is_scaled():
+    def hashed(alpha):
+        torch.manual_seed(0)
+        settings = LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"], init_lora_weights=False)
+        return model_hash(get_peft_model(tiny_model(), settings))
+
+    assert hashed(4) == hashed(4) != hashed(8)
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(config, folder, cache, capfd):
+    cache.parent.mkdir(parents=True)
+    cache.write_text("a file where the folder should be")
+    run = DPO(str(folder), ROWS, config=config(steps=1)).train().run
+    assert run.step == 1
+    assert "will be computed again by the next run" in " ".join(capfd.readouterr().err.split())
+
+
 def test_online_it_learns_a_letter_from_its_own_answers(config, folder):
     rows = [{"prompt": row["prompt"]} for row in ROWS]
-    settings = config(steps=25, prompts_per_step=8, group_size=4, learning_rate=1e-2, eval_rows=3)
+    settings = config(steps=25, prompts_per_step=8, group_size=4, learning_rate=1e-2, eval_rows=3, max_tokens=6)
     run = DPO(str(folder), rows, letter_a, settings).train().run
     records = run.records()
     assert records[-1]["eval/reward"] > records[0]["eval/reward"] + 0.3
@@ -129,7 +165,7 @@ def test_a_step_in_which_no_answers_differ_moves_by_momentum_alone(config):
         first = trainer_state.global_step == 0
         return [float(i) if first else 1.0 for i in range(len(completions))]
 
-    trainer = DPO(tiny_model(), rows, alike, config(steps=2, eval_rows=0), tokenizer=tiny_tokenizer())
+    trainer = DPO(tiny_model(), rows, alike, config(steps=2, eval_rows=0, max_tokens=6), tokenizer=tiny_tokenizer())
     steps = trainer.steps()
     next(steps)
     before = {name: tensor.clone() for name, tensor in trainer.optimizer.tensors().items()}
@@ -267,17 +303,18 @@ def test_more_steps_on_resume_equal_a_longer_run_with_another_cache(config, fold
 @pytest.mark.parametrize("online", [False, True])
 def test_epochs_set_the_steps_where_these_are_not_given(config, folder, online):
     rows, reward = ([{"prompt": row["prompt"]} for row in ROWS], high_ids) if online else (ROWS, ())
-    run = DPO(str(folder), rows, reward, config(steps=0, epochs=1.5)).train().run
+    sampled = {"max_tokens": 6} if online else {}
+    run = DPO(str(folder), rows, reward, config(steps=0, epochs=1.5, **sampled)).train().run
     assert run.config.steps == run.step == 4  # of 8 rows, 3 in a step
     assert run.records()[-1]["epoch"] == pytest.approx(4 * 3 / 8)
-    again = config(model=str(folder), steps=0, epochs=1.5)  # as the user wrote it
+    again = config(model=str(folder), steps=0, epochs=1.5, **sampled)  # as the user wrote it
     given = {"rewards": reward} if online else {}
     assert DPO.resume(run.directory, again, dataset=rows, **given).run.config.steps == 4
 
 
 def test_online_runs_resume_exactly(config, folder, tmp_path):
     rows = [{"prompt": row["prompt"]} for row in ROWS]
-    settings = config(save_every=1)
+    settings = config(save_every=1, max_tokens=6)
     whole = DPO(str(folder), rows, high_ids, settings).train().run
     first = DPO(str(folder), rows, high_ids, settings.model_copy(update={"out": tmp_path / "cut"}))
     steps = first.steps()
@@ -304,13 +341,22 @@ def test_evaluating_writes_nothing_and_needs_no_run(config, folder):
 
 
 def test_it_says_once_that_both_likelihoods_fall():
-    watch = FallWatch()
-    fall = {"rewards/chosen": -0.1, "rewards/rejected": -0.3, "rewards/margins": 0.2}
-    said = [watch.warning(fall) for _ in range(STEPS_OF_A_FALL + 5)]
-    assert [place for place, words in enumerate(said) if words] == [STEPS_OF_A_FALL - 1]
-    assert said[STEPS_OF_A_FALL - 1].startswith("both likelihoods fall: over the last 10 steps the reward is -0.1 for")
-    rise = FallWatch()
-    assert not any(rise.warning({**fall, "rewards/chosen": 0.1}) for _ in range(20))
+    def said(chosen, rejected):
+        watch, draw = FallWatch(), np.random.default_rng(0)
+        rows = zip(chosen, rejected, strict=True)
+        noisy = [(c + draw.normal(0, 0.01), r + draw.normal(0, 0.01)) for c, r in rows]
+        words = [
+            watch.warning({"rewards/chosen": c, "rewards/rejected": r, "rewards/margins": c - r}) for c, r in noisy
+        ]
+        return [(place, word) for place, word in enumerate(words) if word]
+
+    falls, rises, level = [0.0] * 10 + [-0.1] * 15, [0.0] * 10 + [0.1] * 15, [-3.0] * 25
+    ((place, words),) = said(falls, falls)
+    assert place == 2 * STEPS_OF_A_FALL - 1
+    assert words.startswith(
+        "both likelihoods fall: the reward of the last 10 steps is below that of the first ones by 0.0"
+    )
+    assert said(rises, falls) == said(falls, level) == []  # another reference may lie above from the start
 
 
 def test_a_cache_that_belongs_to_other_shapes_is_not_taken():
@@ -336,6 +382,12 @@ def test_a_cache_that_belongs_to_other_shapes_is_not_taken():
         ({"loss_type": "simpo", "reference": "other"}, "a reference is given, but simpo needs none"),
         ({"excess_weight": 0.5, "loss_type": "kto"}, "excess_weight is 0.5, but kto does not read it"),
         ({"reward_shift": "running"}, "reward_shift is 'running', but sigmoid does not read it"),
+        ({"beta": 0.5, "loss_type": "sft"}, "beta is 0.5, but sft does not read it"),
+        ({"max_tokens": 64}, "max_tokens is 64, but it is for answers that are sampled and judged"),
+        (
+            {"rewards": ("last_number",), "max_length": 64},
+            "max_length is 64, but it is not for answers",
+        ),
     ],
 )
 def test_settings_that_no_loss_reads_are_refused_before_the_model_is_loaded(config, changes, message):

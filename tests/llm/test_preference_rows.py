@@ -109,24 +109,30 @@ def test_too_long_rows_are_counted_and_limit_and_distinct_hold_for_those_that_ar
     read = reader(longest=32).read(rows)
     assert (len(read), read.too_long) == (3, 1)
     assert [row["prompt"] for row in reader(longest=32).read(rows, 2).rows] == ["1+1?", "1+1?"]
-    assert [row["prompt"] for row in reader().read(rows[1:], 5, distinct=True).rows] == ["1+1?", "2+2?"]
+    assert [row["prompt"] for row in reader().read(rows[1:], 5, distinct=True).rows] == ["1+1?", "1+1?", "2+2?"]
+    assert [row["prompt"] for row in reader().read(rows[1:], 1, distinct=True).rows] == ["1+1?", "1+1?"]
     with pytest.raises(InputError, match="all 1 rows are longer than 32 tokens; raise max_length"):
         reader(longest=32).read(rows[:1])
 
 
-def test_held_out_prompts_are_distinct_and_not_trained_on():
+def test_a_question_is_a_prompt_where_there_is_none():
+    rows = [{"question": "1+1?", "chosen": "2", "rejected": "3"}]
+    assert texts(reader().read(rows).judged[0]) == texts(reader().read([{**rows[0], "prompt": "1+1?"}]).judged[0])
+
+
+def test_all_rows_of_held_out_prompts_are_held_out_and_not_trained_on():
     rows = [{**PAIR, "prompt": f"{i % 5}+1?", "rejected": str(i)} for i in range(20)]
     notes = []
     train, held_out = train_and_held_out_preferences(reader(), rows, None, 2, 0, notes.append)
-    assert (len(train), len(held_out)) == (12, 2)
-    assert notes == ["6 training rows left out: their prompts are among the held-out ones"]
+    assert (len(train), len(held_out)) == (12, 8)
+    assert notes == []
     assert {row["prompt"] for row in train.rows}.isdisjoint(row["prompt"] for row in held_out.rows)
     for read in (train, held_out):
         for row, judged in zip(read.rows, read.judged, strict=True):
             assert texts(judged)[2] == f"{row['rejected']}<end>"
     assert train.fingerprint() != held_out.fingerprint()
     train, held_out = train_and_held_out_preferences(reader(), rows, rows[:1], 5, 0, notes.append)
-    assert (len(train), len(held_out), notes[1][:2]) == (16, 1, "4 ")
+    assert (len(train), len(held_out), notes[0][:2]) == (16, 1, "4 ")
 
 
 def test_a_file_with_renamed_columns(tmp_path):

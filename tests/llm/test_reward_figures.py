@@ -47,6 +47,8 @@ def test_labels_scores_and_steps():
     labelled = [JudgedRow([1], [[2]], values=[v]) for v in (1.0, 0.0, 1.0)]
     found = reward_figures.figures("label", labelled, [[2.0], [-1.0], [-3.0]])
     assert (found["accuracy"], found["auc"]) == (2 / 3, 0.5)
+    found = reward_figures.figures("label", labelled, [[2.0], [-1.0], [-3.0]], binary=False)  # of classes 0, 1, 2, …
+    assert "accuracy" not in found
     found = reward_figures.figures("score", labelled, [[2.0], [-1.0], [-3.0]])
     assert found["correlation"] == pytest.approx(np.corrcoef([1, 0, 1], [2, -1, -3])[0, 1])
     assert math.isnan(found["length_correlation"])

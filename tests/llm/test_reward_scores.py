@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from taurl.functional.preference import pairwise_loss
 from taurl.llm.data.preference_rows import JudgedRow
+from taurl.llm.scoring import reward_scores
 from taurl.llm.scoring.reward_scores import check_scores, part_scores, pooled_row, row_scores, score_head, scoring_parts
 from taurl.runtime.errors import InputError
 
@@ -35,6 +36,23 @@ def own_scores(model, rows):
     ids = torch.tensor([sequence + [pad] * (longest - len(sequence)) for sequence in sequences])
     mask = torch.tensor([[place < len(s) for place in range(longest)] for s in sequences])
     return model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
+
+
+def test_many_completions_of_a_prompt_go_through_by_the_token_budget(monkeypatch):
+    model = scoring_model()
+    row = JudgedRow([3, 9, 4], [[5 + place % 7] * (1 + place % 5) + [1] for place in range(40)])
+    whole, sizes = row_scores(model, [row], 8192), []
+    real = reward_scores.completion_hidden
+    monkeypatch.setattr(
+        reward_scores,
+        "completion_hidden",
+        lambda model, prompts, of, tokens: (
+            sizes.append(sum(map(len, prompts)) + tokens[:, 1:].numel()) or real(model, prompts, of, tokens)
+        ),
+    )
+    assert row_scores(model, [row], 30)[0] == pytest.approx(whole[0], rel=1e-9)
+    assert len(sizes) > 5
+    assert max(sizes) <= 30
 
 
 def gradients(model):

@@ -31,6 +31,8 @@ def main(words: Sequence[str]) -> int:
 
     with named(config.dataset):
         rows, columns = readable(load_rows(config.dataset, columns=config.columns))
+        if config.best and columns != ("completion",):
+            raise InputError("best chooses between rows of one completion each; these rows hold several")
 
     from taurl.llm.rewards import reward_model
 
@@ -64,8 +66,9 @@ def readable(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[st
     """Rows with prompts, and the columns that hold their completions. Raises: InputError by row and column."""
     from taurl.llm.data.chat import prompt_problem
     from taurl.llm.data.datasets import check_prompts, columns_of
-    from taurl.llm.data.preference_rows import with_prompt
+    from taurl.llm.data.preference_rows import with_prompt, with_question_as_prompt
 
+    rows = with_question_as_prompt(rows)
     available = columns_of(rows)
     columns = next((form for form in FORMS if set(form) <= set(available)), None)
     if columns is None:
@@ -73,6 +76,9 @@ def readable(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[st
             f"no completions; the data has {', '.join(available)}; expected completion, or chosen and rejected, or "
             "completions: rename one with --columns"
         )
+    for name in score_names(columns):
+        if name in available:
+            raise InputError(f"the data has a column {name} already: keep it as --columns {name}=another_name")
     if columns == ("chosen", "rejected"):
         rows = [with_prompt(row, number) for number, row in enumerate(rows, start=1)]
     check_prompts(rows)
@@ -92,18 +98,30 @@ def completions_of(row: dict[str, Any], columns: tuple[str, ...]) -> list[Any]:
     return list(row["completions"]) if columns == ("completions",) else [row[name] for name in columns]
 
 
+def score_names(columns: tuple[str, ...]) -> list[str]:
+    """The columns that the scores of these go to."""
+    if columns == ("completions",):
+        return ["scores"]
+    return ["score"] if len(columns) == 1 else [f"score_{name}" for name in columns]
+
+
 def scored_batches(reward: Any, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Iterator[list[dict[str, Any]]]:
     """Rows with `score`, `score_chosen` and `score_rejected`, or `scores`, as they are done."""
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = rows[start : start + ROWS_AT_ONCE]
         given = [completions_of(row, columns) for row in batch]
         prompts = [row["prompt"] for row, completions in zip(batch, given, strict=True) for _ in completions]
-        scores = iter(reward(prompts=prompts, completions=[one for completions in given for one in completions]))
+        places = [
+            f"row {start + number} of the data: its {columns[min(place, len(columns) - 1)]}"
+            for number, completions in enumerate(given, start=1)
+            for place in range(len(completions))
+        ]
+        scores = iter(reward.scores(prompts, [one for completions in given for one in completions], places))
         found = [[next(scores) for _ in completions] for completions in given]
+        names = score_names(columns)
         if columns == ("completions",):
             yield [row | {"scores": values} for row, values in zip(batch, found, strict=True)]
         else:
-            names = ["score"] if len(columns) == 1 else [f"score_{name}" for name in columns]
             yield [row | dict(zip(names, values, strict=True)) for row, values in zip(batch, found, strict=True)]
 
 
@@ -113,8 +131,6 @@ def best_of_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     best: dict[str, dict[str, Any]] = {}
     for row in rows:
-        if "score" not in row:
-            raise InputError("best chooses between rows of one completion each; these rows hold several")
         held = best.setdefault(prompt_text(row["prompt"]), row)
         if row["score"] is not None and (held["score"] is None or row["score"] > held["score"]):
             best[prompt_text(row["prompt"])] = row
@@ -127,10 +143,9 @@ def show(scored: list[dict[str, Any]], written: list[dict[str, Any]], columns: t
 
     from taurl.llm.pictures.reward_figures import wilson_interval
 
-    names = [name for name in ("score", "score_chosen", "score_rejected") if name in scored[0]]
-    groups: dict[str, list[float | None]] = {name: [row[name] for row in scored] for name in names}
-    if not groups:
-        groups["scores"] = [value for row in scored for value in row["scores"]]
+    groups: dict[str, list[float | None]] = {name: [row[name] for row in scored] for name in score_names(columns)}
+    if columns == ("completions",):
+        groups = {"scores": [value for row in scored for value in row["scores"]]}
     if len(written) < len(scored):
         groups["best"] = [row["score"] for row in written]
     table = Table(title=f"{len(scored)} rows", title_justify="left")
@@ -143,6 +158,9 @@ def show(scored: list[dict[str, Any]], written: list[dict[str, Any]], columns: t
     console.print(table)
     if columns == ("chosen", "rejected"):
         better = np.array([[row["score_chosen"], row["score_rejected"]] for row in scored], dtype=np.float64)
+        better = better[~np.isnan(better).any(1)]  # a process model may find no step
+        if not len(better):
+            return
         right = float(((better[:, 0] > better[:, 1]) + 0.5 * (better[:, 0] == better[:, 1])).sum())
-        low, high = wilson_interval(right, len(scored))
-        console.print(f"accuracy {right / len(scored):.3f} (95% interval {low:.3f} to {high:.3f})", highlight=False)
+        low, high = wilson_interval(right, len(better))
+        console.print(f"accuracy {right / len(better):.3f} (95% interval {low:.3f} to {high:.3f})", highlight=False)

@@ -42,6 +42,11 @@ HEADLINE = {
 }
 
 
+# Settings that one way of running reads; another value than the default is refused in the other.
+ONLINE_ONLY = ("group_size", "temperature", "max_tokens", "stop", "reward_weights", "missing_eos_penalty")
+OFFLINE_ONLY = ("max_length", "cache_reference")
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one update learns from.
@@ -112,6 +117,11 @@ class DPO(OnlineTrainer):
         config = self.config
         check_losses(config)
         self.online = bool(self.given("rewards"))
+        for setting in OFFLINE_ONLY if self.online else ONLINE_ONLY:
+            if (value := getattr(config, setting)) != DPOConfig.model_fields[setting].default:
+                reader = "answers that are sampled and judged (rewards)"
+                why = f"is not for {reader}" if self.online else f"is for {reader}, and none are given"
+                raise InputError(f"{setting} is {value!r}, but it {why}: leave it out")
         if self.online and config.unpaired:
             raise InputError(
                 f"rewards make pairs, but {config.loss_type[0]} takes single answers: give only one of them"
@@ -150,6 +160,8 @@ class DPO(OnlineTrainer):
             self._know_reference()
         with run.begin(**self.state), out_of_memory_names(MEMORY_SETTINGS):
             self.evaluate_before()
+            for record in run.records():  # of the steps before a resume
+                self.fall_watch.warning(record)
             for step in run.steps():
                 batch, figures = self._sampled(step) if self.online else (self._given(step), {})
                 with step.phase("update", "updating"):
@@ -158,7 +170,7 @@ class DPO(OnlineTrainer):
                 figures["epoch"] = step.number * config.prompts_per_step / self.order.count
                 if batch:
                     figures["tokens_per_second"] = batch.trained.token_count / sum(step.times.values())
-                    if config.needs_reference and (warning := self.fall_watch.warning(figures)):
+                    if warning := self.fall_watch.warning(figures):
                         run.view.note(f"step {step.number}: {warning}")
                 yield self.finish(step, figures)
 
@@ -178,7 +190,8 @@ class DPO(OnlineTrainer):
             rollout = self.sample(prompts.ids, config.group_size, step.number)
         with step.phase("reward", "scoring"):
             scores = self.score(rows, rollout.completions, step.number)
-        rewards = scores.total.reshape(len(prompts), config.group_size)
+        cut = np.array([completion.finish == "length" for completion in rollout.completions])
+        rewards = (scores.total - config.missing_eos_penalty * cut).reshape(len(prompts), config.group_size)
         pairs = best_and_worst(rewards)
         signs = np.zeros(rewards.shape)  # which answers are raised and which lowered, for samples.jsonl
         for prompt, (best, worst) in pairs.items():
@@ -225,7 +238,9 @@ class DPO(OnlineTrainer):
             return None
         whole = self._logprobs(self.policy.model, batch.answers)
         if running:
-            self.shift.update(answer_rewards(self.config, whole, batch.reference, batch.answers.lengths))
+            rewards = answer_rewards(self.config, whole, batch.reference, batch.answers.lengths)
+            if rewards.isfinite().all():  # else the update is not taken either
+                self.shift.update(rewards)
         return whole
 
     def _objective(self, batch: Batch, whole: Tensor | None = None) -> PairLoss | UnpairedLoss:
@@ -275,9 +290,8 @@ class DPO(OnlineTrainer):
         )
         self.note_nothing_held_out(held_out)
         repeat_data(run, train.fingerprint() + held_out.fingerprint())
-        self.train_answers, self.held_out_answers = (
-            GivenAnswers.of(rows, config.loss_type) for rows in (train, held_out)
-        )
+        self.train_answers = GivenAnswers.of(train, config.loss_type)
+        self.held_out_answers = GivenAnswers.of(held_out, config.loss_type, others=train)
         self.order = PromptOrder(len(self.train_answers), config.seed)
 
     def _rows_of(self, step: int) -> list[int]:

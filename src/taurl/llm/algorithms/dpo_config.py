@@ -67,6 +67,8 @@ class DPOConfig(EpochSettings, PreferenceSettings, SampledConfig):
     """Answers that are sampled to each prompt, with `rewards`."""
     temperature: float = Field(1.0, gt=0)
     """Of sampling, with `rewards`; what is trained are the log-probabilities of temperature 1."""
+    missing_eos_penalty: float = Field(0.0, ge=0)
+    """Subtracted from the reward of a sampled answer that hit max_tokens, so that one which ended is preferred."""
     loss_type: tuple[PreferenceLoss, ...] = ("sigmoid",)
     """One loss, or several whose weighted sum is descended, by TRL's names: sigmoid (DPO), sigmoid_norm (its
     log-ratios per token), robust and exo_pair (noisy labels), hinge (SLiC, RSO), ipo, discopop, nca_pair, bco_pair,

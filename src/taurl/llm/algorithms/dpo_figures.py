@@ -1,6 +1,7 @@
 """Figures of a DPO step: what the policy gives to the answers, and a word where both of a pair become less likely."""
 
 from collections import deque
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -48,23 +49,35 @@ def unpaired_figures(rewards: Tensor, logprobs: Tensor, desirable: Tensor) -> di
 
 
 class FallWatch:
-    """Notices, once, that chosen and rejected answers have both become less likely than under the reference."""
+    """Notices, once, that chosen and rejected answers have both become less likely since the run began.
+
+    The mean rewards of the last ten steps are compared with those of the first ten: what is likelier under another
+    reference than under the policy from the start does not fall. Each step has other rows, so a difference counts from
+    two standard errors on.
+    """
 
     def __init__(self) -> None:
-        self.rewards: deque[tuple[float, float]] = deque(maxlen=STEPS_OF_A_FALL)
+        self.first: list[tuple[float, float]] = []
+        self.last: deque[tuple[float, float]] = deque(maxlen=STEPS_OF_A_FALL)
         self.said = False
 
-    def warning(self, figures: dict[str, float]) -> str | None:
-        """The words, at the step where the mean rewards of the last ten steps first are both below 0."""
+    def warning(self, figures: dict[str, Any]) -> str | None:
+        """The words, at the step where both have first fallen."""
         if "rewards/margins" not in figures:
             return None
-        self.rewards.append((figures["rewards/chosen"], figures["rewards/rejected"]))
-        chosen, rejected = np.mean(self.rewards, axis=0)
-        if self.said or len(self.rewards) < STEPS_OF_A_FALL or max(chosen, rejected) >= 0:
+        rewards = figures["rewards/chosen"], figures["rewards/rejected"]
+        if len(self.first) < STEPS_OF_A_FALL:
+            self.first.append(rewards)
+            return None
+        self.last.append(rewards)
+        before, after = np.array(self.first), np.array(self.last)
+        error = np.sqrt((before.var(0, ddof=1) + after.var(0, ddof=1)) / STEPS_OF_A_FALL) if len(after) > 1 else np.inf
+        fall = before.mean(0) - after.mean(0)
+        if self.said or len(after) < STEPS_OF_A_FALL or not (fall > 2 * error).all():
             return None
         self.said = True
         return (
-            f"both likelihoods fall: over the last {STEPS_OF_A_FALL} steps the reward is {chosen:.3g} for chosen and "
-            f"{rejected:.3g} for rejected answers; a larger beta, a lower learning_rate or sft in loss_type holds the "
-            "chosen ones up"
+            f"both likelihoods fall: the reward of the last {STEPS_OF_A_FALL} steps is below that of the first ones by "
+            f"{fall[0]:.3g} for chosen and by {fall[1]:.3g} for rejected answers; a larger beta, a lower learning_rate "
+            "or sft in loss_type holds the chosen ones up"
         )

@@ -25,6 +25,7 @@ from taurl.runtime.errors import InputError
 
 # Settings that some losses read; another value than the default is refused where none of the run's does.
 READERS: Mapping[str, frozenset[str]] = {
+    "beta": frozenset(get_args(PreferenceLoss)) - {"sft"},
     "label_smoothing": SMOOTHED_LOSSES | {"cpo", "simpo"},
     "divergence": DIVERGENCE_LOSSES,
     "discopop_temperature": frozenset({"discopop"}),

@@ -78,7 +78,8 @@ class Reference:
                 done += len(missing)
                 if missing and cache.put(missing, self.forward(model, answers.take(missing, device))):
                     note(f"reference: {done:,} of {count:,} rows")
-        cache.save()
+        if problem := cache.save():
+            note(f"{problem}; the reference will be computed again by the next run")
         self._loaded = None  # its memory is wanted for training
 
     def cache(self, answers: GivenAnswers) -> ReferenceCache:

@@ -82,6 +82,8 @@ class Reward(Trainer):
         )
         self.note_nothing_held_out(self.held_out)
         self.classes = checked_classes(self.train_rows.judged + self.held_out.judged, config)
+        judged = self.train_rows.judged + self.held_out.judged
+        self.binary = all(value in (0, 1) for row in judged for value in row.values)
         repeat_data(run, self.train_rows.fingerprint() + self.held_out.fingerprint())
         self.order = PromptOrder(len(self.train_rows), config.seed)
         self.count_steps(len(self.train_rows), config.rows_per_step)
@@ -134,7 +136,7 @@ class Reward(Trainer):
                 for place, values in part.by_row(found):
                     scores[place] = values
         flat = np.array([value for values in scores for value in values])
-        said = figures(self.form, rows, scores)
+        said = figures(self.form, rows, scores, binary=self.binary)
         return {
             "loss": backward.loss,
             **{name: said[name] for name in STEP_FIGURES if name in said},
@@ -168,7 +170,8 @@ class Reward(Trainer):
         rows = self.held_out.judged
         flat = torch.tensor([value for values in scores for value in values], dtype=torch.float64)
         loss = float(unit_losses(self.config, rows, flat, self.classes).sum()) / unit_count(rows, self.form)
-        return {f"eval/{name}": value for name, value in {**figures(self.form, rows, scores), "loss": loss}.items()}
+        found = figures(self.form, rows, scores, binary=self.binary)
+        return {f"eval/{name}": value for name, value in {**found, "loss": loss}.items()}
 
     def _scores(self, rows: Preferences) -> list[list[float]]:
         self.run.view.status(f"scoring {len(rows)} rows")

@@ -54,4 +54,8 @@ class RewardConfig(
     def _fits_together(self) -> Self:
         if self.centering and self.loss != "bradley_terry":
             raise ValueError(f"centering is {self.centering}, but {self.loss} compares no pairs: leave it out")
+        if self.huber_threshold != type(self).model_fields["huber_threshold"].default and self.loss != "huber":
+            raise ValueError(
+                f"huber_threshold is {self.huber_threshold:g}, but {self.loss} does not read it: leave it out"
+            )
         return self

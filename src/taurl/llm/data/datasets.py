@@ -203,12 +203,14 @@ def key(row: Row) -> str:
     return " ".join(question(row).split())
 
 
-def split(rows: Rows, held_out: int, seed: int) -> tuple[Rows, Rows, int]:
+def split(rows: Rows, held_out: int, seed: int, *, whole_prompts: bool = False) -> tuple[Rows, Rows, int]:
     """Hold out `held_out` rows of distinct prompt text, and train on no row whose text is among them.
 
     Rows are drawn by `seed`, one whose text was drawn already is passed over. So what is frequent in the data is
     frequent in the held-out rows too, up to the number of its distinct texts.
 
+    Args:
+        whole_prompts: hold out every row of the drawn texts, not one of each.
     Returns: training rows (in order, repeats among themselves kept), held-out rows (in order), and how many further
         rows were left out of training because they repeat a held-out text.
     Raises: InputError if there are not more distinct texts than rows to hold out.
@@ -227,7 +229,8 @@ def split(rows: Rows, held_out: int, seed: int) -> tuple[Rows, Rows, int]:
         if len(chosen) == held_out:
             break
     train, _ = _without(rows, chosen)
-    return train, [rows[index] for index in sorted(chosen.values())], len(rows) - len(train) - held_out
+    found = [row for row in rows if key(row) in chosen] if whole_prompts else [rows[i] for i in sorted(chosen.values())]
+    return train, found, len(rows) - len(train) - len(found)
 
 
 def distinct_rows(rows: Rows) -> Rows:

@@ -31,10 +31,14 @@ class GivenAnswers:
     desirable: list[bool]
 
     @classmethod
-    def of(cls, rows: Preferences, losses: Sequence[str]) -> Self:
-        """What these losses take: pairs, or single answers for kto and apo_zero_unpaired."""
+    def of(cls, rows: Preferences, losses: Sequence[str], others: Preferences | None = None) -> Self:
+        """What these losses take: pairs, or single answers for kto and apo_zero_unpaired.
+
+        Args:
+            others: further rows, whose answers kto compares with where `rows` have one prompt only.
+        """
         if UNPAIRED_LOSSES & set(losses):
-            return cls.single(rows, mismatched="kto" in losses)
+            return cls.single(rows, mismatched="kto" in losses, others=others)
         return cls.pairs(rows)
 
     @classmethod
@@ -43,13 +47,14 @@ class GivenAnswers:
         return cls([row.prompt for row in rows.judged], [row.completions for row in rows.judged], [])
 
     @classmethod
-    def single(cls, rows: Preferences, *, mismatched: bool) -> Self:
+    def single(cls, rows: Preferences, *, mismatched: bool, others: Preferences | None = None) -> Self:
         """Answers with a label, 0 or 1; of a pair the chosen one is liked and the rejected one is not.
 
         Args:
             mismatched: add to each an answer to the next prompt, for KTO's reference point: the first one to its
                 prompt has the first one to the next, the second the second, so that both kinds of a pair are there.
                 It is chosen once, and not in each batch, so that the reference has to judge it once.
+            others: rows whose answers are taken for that where all prompts of `rows` are one.
         Raises: InputError where all prompts are one.
         """
         prompts, answers, desirable = [], [], []
@@ -59,8 +64,13 @@ class GivenAnswers:
                 answers.append([completion])
                 desirable.append(label == 1)
         if mismatched and prompts:
-            others = _of_another_prompt(prompts)
-            answers = [[*answer, answers[other][0]] for answer, other in zip(answers, others, strict=True)]
+            beyond = [row for row in others.judged if row.prompt != prompts[0]] if others else []
+            if beyond and all(prompt == prompts[0] for prompt in prompts):
+                given = [completion for row in beyond for completion in row.completions]
+                answers = [[*answer, given[place % len(given)]] for place, answer in enumerate(answers)]
+            else:
+                places = _of_another_prompt(prompts)
+                answers = [[*answer, answers[place][0]] for answer, place in zip(answers, places, strict=True)]
         return cls(prompts, answers, desirable)
 
     def __len__(self) -> int:

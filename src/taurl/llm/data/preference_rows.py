@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taurl.llm.data.chat import Prompt, prompt_problem
 from taurl.llm.data.completion_ids import Conversations
 from taurl.llm.data.data_files import Row
-from taurl.llm.data.datasets import Rows, check_prompts, columns_of, distinct_rows, is_task, load_rows, prepare_rows
+from taurl.llm.data.datasets import Rows, check_prompts, columns_of, is_task, key, load_rows, prepare_rows
 from taurl.llm.data.tasks import Prompts, named, train_and_held_out
 from taurl.llm.generation.protocol import context_length
 from taurl.runtime.errors import InputError, shorten
@@ -137,8 +137,8 @@ class PreferenceReader:
     def read(self, source: object, limit: int | None = None, *, distinct: bool = False) -> Preferences:
         """The first `limit` rows of a data set given by name or as an object.
 
-        Rows longer than `longest` tokens are passed over and counted. With `distinct`, so are rows whose prompt came
-        before, uncounted.
+        Rows longer than `longest` tokens are passed over and counted. With `distinct`, `limit` counts prompts, and all
+        rows of a prompt are there: its other answers say as much about a judge as the first.
 
         Raises: InputError, which names source, row and column, for what cannot be read, or where no row is left.
         """
@@ -157,6 +157,7 @@ class PreferenceReader:
 
     def _explicit(self, rows: Rows) -> Rows:
         """Rows that have the form's columns, and a prompt of their own."""
+        rows = with_question_as_prompt(rows)
         available = columns_of(rows)
         unpaired = self.form in ("label", "score") and "completion" in available
         needed = COLUMNS[self.form] if unpaired or self.form not in ("label", "score") else COLUMNS["pairs"]
@@ -178,13 +179,16 @@ class PreferenceReader:
         kept: Rows = []
         judged: list[JudgedRow] = []
         too_long = 0
-        for row in distinct_rows(rows) if distinct else rows:
-            if len(kept) == limit:
-                break
+        prompts: set[str] = set()
+        for row in rows:
+            full = limit is not None and (len(prompts) if distinct else len(kept)) >= limit
+            if full and (not distinct or key(row) not in prompts):
+                continue
             found = self._judged(row, f"row {number_of[id(row)]} of the data")
             if self.longest is not None and found.longest > self.longest:
                 too_long += 1
                 continue
+            prompts.add(key(row))
             kept.append(row)
             judged.append(found)
         if not kept and limit != 0:
@@ -238,12 +242,13 @@ def train_and_held_out_preferences(
     seed: int,
     note: Callable[[str], None],
 ) -> tuple[Preferences, Preferences]:
-    """`tasks.train_and_held_out` of judged rows: no prompt is in both, and held-out prompts are distinct.
+    """`tasks.train_and_held_out` of judged rows: no prompt is in both, and all rows of a held-out prompt are held out.
 
     Args:
+        eval_rows: how many prompts are held out.
         note: told how many rows were left out, and why.
     """
-    found = train_and_held_out(cast(Any, reader), dataset, eval_dataset, eval_rows, seed)
+    found = train_and_held_out(cast(Any, reader), dataset, eval_dataset, eval_rows, seed, whole_prompts=True)
     train, held_out, dropped = cast(tuple[Preferences, Preferences, int], found)
     if dropped:
         note(f"{dropped} training rows left out: their prompts are among the held-out ones")
@@ -251,6 +256,14 @@ def train_and_held_out_preferences(
     if too_long := train.too_long + (0 if eval_dataset is None else held_out.too_long):
         note(f"{too_long} rows left out: longer than max_length or than the model's context")
     return train, held_out
+
+
+def with_question_as_prompt(rows: Rows) -> Rows:
+    """Rows of `question`, chosen, rejected as those of `prompt`, chosen, rejected, where none has a prompt."""
+    available = columns_of(rows)
+    if "prompt" in available or "question" not in available:
+        return rows
+    return [{"prompt" if name == "question" else name: value for name, value in row.items()} for row in rows]
 
 
 def with_prompt(row: Row, number: int) -> Row:

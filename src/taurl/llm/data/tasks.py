@@ -158,12 +158,21 @@ def held_out_count(eval_rows: int | None) -> int:
 
 
 def train_and_held_out(
-    reader: Reader[Read], dataset: object, eval_dataset: object, eval_rows: int | None, seed: int
+    reader: Reader[Read],
+    dataset: object,
+    eval_dataset: object,
+    eval_rows: int | None,
+    seed: int,
+    *,
+    whole_prompts: bool = False,
 ) -> tuple[Read, Read, int]:
     """Training and held-out rows that share no question, and how many training rows were dropped for that.
 
     Without `eval_dataset` the held-out rows are taken out of `dataset`: where their number is not given, a tenth of its
     distinct questions, up to 200. With it, its first `eval_rows` (200) distinct ones are used.
+
+    Args:
+        whole_prompts: hold out all rows of a held-out question, not one of them.
     """
     read = reader.read(dataset)
     if eval_dataset is not None:
@@ -173,7 +182,7 @@ def train_and_held_out(
     if eval_rows is None:
         eval_rows = min(HELD_OUT, len(distinct_rows(read.rows)) // 10)
     try:
-        train, chosen, dropped = split(read.rows, eval_rows, seed)
+        train, chosen, dropped = split(read.rows, eval_rows, seed, whole_prompts=whole_prompts)
     except InputError as error:
         raise InputError(f"eval_rows is {eval_rows}: {error}") from error
     return read.of(train), read.of(chosen), dropped

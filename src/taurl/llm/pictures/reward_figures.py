@@ -44,11 +44,14 @@ class Comparisons:
         return cls(*columns, independent=all(len(row.completions) <= 2 for row in rows))  # type: ignore[misc]
 
 
-def figures(form: Form, rows: Sequence[JudgedRow], scores: Sequence[Sequence[float]]) -> dict[str, float]:
+def figures(
+    form: Form, rows: Sequence[JudgedRow], scores: Sequence[Sequence[float]], *, binary: bool = True
+) -> dict[str, float]:
     """Everything that can be said of these scores, by name.
 
     Args:
         scores: of each row's completions, or of a process's steps.
+        binary: whether all labels of the data are 0 or 1, whatever these rows happen to hold.
     """
     if form == "process":
         labels = np.array([label for row in rows for label in row.step_labels])
@@ -59,7 +62,7 @@ def figures(form: Form, rows: Sequence[JudgedRow], scores: Sequence[Sequence[flo
     if any(len(row.completions) > 1 for row in rows):
         found |= compared(Comparisons.of(rows, scores))
     values = np.array([value for row in rows for value in row.values])
-    if form == "label" and set(values.tolist()) <= {0.0, 1.0}:
+    if form == "label" and binary:
         found = classified(values, flat) | found  # the accuracy is that of the pairs, if there are any
     elif form in ("label", "score"):
         found |= {"correlation": correlation(values, flat), "rank_correlation": correlation(ranks(values), ranks(flat))}

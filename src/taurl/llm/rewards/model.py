@@ -18,7 +18,9 @@ def as_factory(spec: str) -> str:
 
     Raises: InputError where no folder or name stands there.
     """
-    match = re.fullmatch(r"(?P<name>[^()]+)(?:\((?P<settings>.*)\))?", spec.strip().removeprefix(PREFIX), re.DOTALL)
+    match = re.fullmatch(
+        r"(?P<name>.+?)(?:\((?P<settings>\s*|\s*\w+\s*=.*)\))?", spec.strip().removeprefix(PREFIX), re.DOTALL
+    )
     if match is None:
         raise InputError(f"reward {spec!r} not understood: expected {PREFIX}runs/NAME/final, or a hub name after it")
     settings = f", {match['settings']}" if (match["settings"] or "").strip() else ""
@@ -83,8 +85,15 @@ class ModelReward:
         check_scores(self.model)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | None]:
+        """One score a completion; see `scores`."""
+        count = len(completions)
+        return self.scores(prompts, completions, [f"completion {line} of {count}" for line in range(1, count + 1)])
+
+    def scores(self, prompts: Sequence[Any], completions: Sequence[Any], places: Sequence[str]) -> list[float | None]:
         """One score a completion. None where a process model finds no step in it.
 
+        Args:
+            places: where each completion stands, for an error.
         Raises: InputError for a conversation that the template refuses, or that is longer than the model's context.
         """
         from taurl.llm.data.preference_rows import JudgedRow
@@ -93,7 +102,7 @@ class ModelReward:
         lines: dict[tuple[int, ...], list[int]] = {}
         rows: list[JudgedRow] = []
         for line, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            rows.append(self._row(prompt, completion, f"completion {line + 1} of {len(completions)}"))
+            rows.append(self._row(prompt, completion, places[line]))
             lines.setdefault(tuple(rows[-1].prompt), []).append(line)
         if self.of_steps:
             scores = row_scores(self.model, [row for row in rows if row.step_ends], self.tokens_per_part)

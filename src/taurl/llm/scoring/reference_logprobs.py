@@ -17,6 +17,7 @@ from torch import Tensor
 
 from taurl.llm.models.embedded import cache_folder
 from taurl.llm.models.heads import causal_lm
+from taurl.runtime.errors import RunError
 from taurl.runtime.files import write_whole, writing
 
 SECONDS_BETWEEN_SAVES = 20
@@ -24,12 +25,15 @@ GROUP = "logprobs"
 
 
 def model_hash(model: Any) -> str:
-    """SHA-256 of a model's weights, as they lie in memory, and of its config; an adapter counts as weights."""
+    """SHA-256 of a model's weights, as they lie in memory, and of its config; those of its adapters count as well."""
     plain: Any = causal_lm(model)
     found = hashlib.sha256()
     config = plain.config.to_dict()
     config.pop("_name_or_path", None)
     found.update(json.dumps(config, default=str, sort_keys=True).encode())
+    if hasattr(model, "peft_config"):
+        adapters = [[name, sorted(map(str, vars(settings).items()))] for name, settings in model.peft_config.items()]
+        found.update(json.dumps([adapters, model.active_adapter]).encode())
     for name, tensor in sorted(plain.state_dict().items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -70,9 +74,13 @@ class ReferenceCache:
             self.save()
         return due
 
-    def save(self) -> None:
-        """Write the file, whole. Raises: RunError where it cannot be written."""
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, save({GROUP: self.values}))
+    def save(self) -> str | None:
+        """Write the file, whole. Returns: why it could not be written; the values are here all the same."""
         self._saved = time.monotonic()
+        try:
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path, save({GROUP: self.values}))
+        except RunError as error:
+            return str(error)
+        return None

@@ -126,12 +126,31 @@ def part_scores(model: PreTrainedModel, part: ScoringPart) -> Tensor:
 @torch.inference_mode()
 def row_scores(model: PreTrainedModel, rows: Sequence[JudgedRow], tokens_per_part: int) -> list[list[float]]:
     """Scores of each row's completions (of a process: of its steps), without gradient."""
-    found: list[list[float]] = [[] for _ in rows]
+    owners, pieces = [], []
+    for place, row in enumerate(rows):
+        for piece in _pieces(row, tokens_per_part):
+            owners.append(place)
+            pieces.append(piece)
+    scored: list[list[float]] = [[] for _ in pieces]
     with evaluating(model):
-        for part in scoring_parts(rows, tokens_per_part, pad=pad_token_id(model), device=causal_lm(model).device):
+        for part in scoring_parts(pieces, tokens_per_part, pad=pad_token_id(model), device=causal_lm(model).device):
             for place, values in part.by_row(part_scores(model, part)):
-                found[place] = values
+                scored[place] = values
+    found: list[list[float]] = [[] for _ in rows]
+    for owner, values in zip(owners, scored, strict=True):
+        found[owner] += values
     return found
+
+
+def _pieces(row: JudgedRow, tokens_per_part: int) -> Iterator[JudgedRow]:
+    """A row whose completions do not fit into a part with their prompt, as several; without a loss they may part."""
+    longest = max(map(len, row.completions))
+    count = max(1, (tokens_per_part - len(row.prompt)) // max(1, longest))
+    if len(row.completions) <= count:
+        yield row
+        return
+    for start in range(0, len(row.completions), count):
+        yield JudgedRow(row.prompt, row.completions[start : start + count])
 
 
 def score_head(model: PreTrainedModel) -> nn.Module:
