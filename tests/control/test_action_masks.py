@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from small_environments import resetting_on_the_next_step, same_records, same_weights, unbroken_and_resumed
+from small_environments import Showing, resetting_on_the_next_step, same_records, same_weights, unbroken_and_resumed
 
 from taurl.control import load
 from taurl.control.algorithms.ppo import PPO, flat
@@ -198,6 +198,22 @@ def test_a_mask_that_forbids_everything_is_refused():
 def test_environments_without_masks_are_refused(env, message):
     with pytest.raises(InputError, match=message):
         Environments(env, 2, seed=0, mask_actions=True).reset()
+
+
+def test_masks_are_asked_for_once_a_step_and_what_fails_within_is_not_called_absent():
+    class Counted(Showing):
+        asked = 0
+
+        def action_masks(self):
+            Counted.asked += 1
+            return np.ones(2, dtype=bool) if Counted.asked < 3 else self.no_such_thing
+
+    environments = Environments(lambda: Counted(spaces.Box(0, 1, (1,))), 1, seed=0, mask_actions=True)
+    environments.reset()
+    environments.step(np.zeros(1, dtype=int))
+    assert Counted.asked == 2
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        environments.step(np.zeros(1, dtype=int))
 
 
 def test_a_mask_of_another_width_is_refused():

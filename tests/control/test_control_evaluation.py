@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from gymnasium import spaces
-from small_environments import Counting, resetting_on_the_next_step
+from small_environments import Counting, Endless, resetting_on_the_next_step
 
 from taurl.control import load
 from taurl.control.algorithms.ppo import PPO
@@ -47,6 +47,23 @@ def test_each_copy_plays_its_share(mode, episodes, monkeypatch):
     short = {8: 4, 9: 5, 3: 2}[episodes]  # the first to finish would all be short ones
     assert sorted(found.lengths) == [1] * short + [10] * (episodes - short)
     assert found.returns == [float(length) for length in found.lengths]
+
+
+def test_an_evaluation_ends_though_an_episode_does_not():
+    found = evaluate(Zeros(), Environments(lambda: Endless(limit=10**9), 2, seed=0), 4, longest=50)
+    assert found.lengths == [50] * 4
+    with pytest.raises(InputError, match="episodes is 0: expected at least one"):
+        evaluate(Zeros(), Environments(Uneven, 2, seed=0), 0)
+
+
+def test_a_target_that_no_evaluation_could_reach_is_refused():
+    with pytest.raises(ValueError, match="stop_at is 475, but nothing is evaluated along the way"):
+        PPOConfig(stop_at=475.0)
+
+
+def test_one_environment_object_is_one_copy_and_its_rollout_one_minibatch(tmp_path):
+    trainer = PPO(Counting(), PPOConfig(out=tmp_path / "run", steps=128, eval_episodes=0)).train()
+    assert trainer.config.environments == 1
 
 
 def test_the_metrics():

@@ -176,7 +176,7 @@ def test_continuous_actions_are_trained_on(tmp_path):
 
 
 def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path):
-    settings = {**SMALL, "normalize_observations": True, "save_every": 900, "steps": 3000}
+    settings = {**SMALL, "normalize_observations": True, "save_every": 1000, "steps": 3000}
     whole, resumed = unbroken_and_resumed(GRPO, GRPOConfig, tmp_path, stop_after=1000, env="CartPole-v1", **settings)
     assert same_weights(whole, resumed)
     assert same_records(whole, resumed)

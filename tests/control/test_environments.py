@@ -126,6 +126,19 @@ def test_parts_of_observations_are_looked_at_too():
         environments.step(np.zeros(2, dtype=int))
 
 
+@pytest.mark.parametrize(("space", "shown"), [(spaces.Discrete(3), -1), (spaces.MultiDiscrete([2, 3]), [0, 3])])
+def test_a_choice_that_is_none_is_named_with_copy_and_step(space, shown):
+    class Wrong(Showing):
+        def step(self, action):
+            _, *rest = super().step(action)
+            return np.array(shown), *rest
+
+    environments = Environments(lambda: Wrong(space), 2, seed=0)
+    environments.reset()
+    with pytest.raises(RunError, match=r"copy 0 gave the observation .* at step 1, expected from"):
+        environments.step(np.zeros(2, dtype=int))
+
+
 def test_a_sum_that_overflows_is_no_error():
     class Large(Counting):
         def step(self, action):

@@ -10,6 +10,7 @@ from small_environments import Endless, Hidden, Identity, same_records, same_wei
 from taurl.control.algorithms.ppo import PPO, flat
 from taurl.control.algorithms.ppo_config import PPOConfig
 from taurl.control.rollouts import Collector
+from taurl.runtime.errors import InputError
 
 SMALL = {"environments": 4, "rollout_steps": 16, "minibatch_size": 32, "epochs": 2, "record_every": 64}
 QUIET = {**SMALL, "eval_episodes": 0}
@@ -134,6 +135,14 @@ def test_a_resumed_run_is_an_unbroken_one(environment, tmp_path):
     assert same_records(whole, resumed)
     assert same_weights(whole, resumed)
     assert torch.equal(whole.optimizer.mean, resumed.optimizer.mean)
+
+
+def test_a_clip_that_falls_with_the_steps_does_not_go_on_with_more_of_them(tmp_path):
+    config = PPOConfig(env="CartPole-v1", out=tmp_path / "run", steps=256, anneal_clip=True, eval_episodes=0)
+    PPO(config=config.model_copy(update={"environments": 2, "rollout_steps": 32})).train()
+    longer = PPO.config_class(**{**config.model_dump(), "environments": 2, "rollout_steps": 32, "steps": 512})
+    with pytest.raises(InputError, match="steps was 256 and cannot become 512: anneal_clip spreads over all steps"):
+        PPO.resume(tmp_path / "run", longer)
 
 
 def test_saving_changes_nothing_where_the_state_can_be_had(tmp_path):

@@ -205,6 +205,17 @@ def test_a_critic_bootstraps_at_time_limits(tmp_path):
     torch.testing.assert_close(episodes.returns[-1], 1 + 0.5 * rollout.next_values[-1])
 
 
+def test_an_episode_that_never_ends_is_cut_as_by_a_time_limit(tmp_path):
+    settings = REINFORCEConfig(out=tmp_path / "run", steps=64, max_episode_steps=7, **SMALL)
+    trainer = REINFORCE(lambda: Endless(limit=10**9), settings)
+    rollout = trainer.collector.collect_episodes(trainer.policy.actor, trainer.critic, longest=7)
+    assert rollout.rewards.shape == (7, 4)
+    assert rollout.truncated[-1].all()
+    assert not rollout.truncated[:-1].any()
+    assert {episode.length for episode in trainer.environments.take_episodes()} == {7}
+    assert trainer.train().run.step >= 64
+
+
 def test_without_a_critic_truncated_episodes_count_or_do_not(tmp_path):
     counted, _ = endless_returns(tmp_path / "a", baseline="none")
     assert counted.returns[:, 0].tolist() == [1.9375, 1.875, 1.75, 1.5, 1.0]
@@ -260,7 +271,7 @@ def test_the_identity_is_learned(space, updates, rate, tmp_path):
 def test_a_resumed_run_is_an_unbroken_one(environment, settings, tmp_path):
     shared = {"steps": 2000, "save_every": 400, "normalize_observations": True, **SMALL, **settings}
     whole, resumed = unbroken_and_resumed(
-        REINFORCE, REINFORCEConfig, tmp_path, env=environment, stop_after=1500, **shared
+        REINFORCE, REINFORCEConfig, tmp_path, env=environment, stop_after=1000, **shared
     )
     assert same_records(whole, resumed)
     assert same_weights(whole, resumed)

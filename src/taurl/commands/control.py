@@ -30,7 +30,7 @@ def train(name: str, words: Sequence[str]) -> int:
     if tuned is not None:
         default = validated(config_class, read_yaml(tuned), source=str(tuned))
     config = parse(config_class, words, prog=f"taurl control {command}", default=default, more=RESUMING + NO_PRESET)
-    if config.env is None:
+    if config.env is None and not resume:
         raise InputError(f"no environment given: taurl control {command} --env CartPole-v1")
 
     from taurl.runtime.machine import keep_freed_memory

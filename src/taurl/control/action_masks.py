@@ -66,10 +66,11 @@ class ActionMasks:
 
     def _asked(self, vector: Any) -> Any:
         try:
-            vector.get_attr(METHOD)
-        except AttributeError:
+            return vector.call(METHOD)
+        except AttributeError as error:
+            if METHOD not in str(error):  # its own, from within
+                raise
             raise missing(self.name) from None
-        return vector.call(METHOD)
 
 
 def single_mask(environment: gymnasium.Env[Any, Any], info: dict[str, Any]) -> Any:

@@ -251,17 +251,22 @@ class Environments:
             case spaces.Tuple():
                 for place, part in enumerate(space.spaces):
                     self._check(f"{what} [{place}]", part, values[place], copies)
+            case spaces.Discrete() | spaces.MultiDiscrete():
+                past = space.start + (space.n if isinstance(space, spaces.Discrete) else space.nvec)
+                if ((values < space.start) | (values >= past)).any():
+                    wrong = (values < space.start) | (values >= past)
+                    self._report(what, values, copies, wrong, f"from {space.start} to {past - 1}")
             case spaces.Box() | None:
                 if values.dtype.kind == "f" and not np.isfinite(values.sum()):
-                    self._report(what, values, copies)
+                    self._report(what, values, copies, ~np.isfinite(values), "finite numbers")
 
-    def _report(self, what: str, values: Array, copies: Sequence[int]) -> None:
-        rows = ~np.isfinite(values.reshape(len(values), -1)).all(1)
+    def _report(self, what: str, values: Array, copies: Sequence[int], wrong: Array, expected: str) -> None:
+        rows = wrong.reshape(len(values), -1).any(1)
         if rows.any():  # a sum may overflow where no value is wrong
             row = int(np.flatnonzero(rows)[0])
             raise RunError(
-                f"{self.name}: copy {copies[row]} gave the {what} {values[row]} at step {self._steps}, expected finite "
-                "numbers; mend the environment"
+                f"{self.name}: copy {copies[row]} gave the {what} {values[row]} at step {self._steps}, expected "
+                f"{expected}; mend the environment"
             )
 
 
@@ -284,6 +289,14 @@ class SingleEpisodes(Environments):
         last = {place: seen for place, seen in given.last_observations.items() if playing[place]}
         rewards, only_reset = np.where(playing, given.rewards, 0.0), given.only_reset | finished
         return Transition(given.observations, rewards, terminated, truncated, only_reset, last)
+
+    def cut(self) -> Array:
+        """Count the episodes that still go on as finished. Returns: which they were, bool [B]."""
+        cut = ~self.finished
+        everywhere = np.ones(self.count, dtype=bool)
+        self._count(np.zeros(self.count), done=everywhere, only_reset=everywhere)
+        self.finished = everywhere
+        return cut
 
     def tensors(self) -> dict[str, Tensor]:
         self.begin_anew()

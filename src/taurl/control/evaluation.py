@@ -8,10 +8,12 @@ import numpy as np
 
 from taurl.control.environments import Environments
 from taurl.control.making import is_atari
+from taurl.runtime.errors import InputError
 
 COPIES, MOST_COPIES = 10, 100
 EPISODES_A_COPY = 100  # where there are many: more copies cost less each, but take longer to make
 LONGEST = 10_000  # steps of an episode of an environment that sets no limit: a greedy policy may walk in circles
+LONGEST_OF_OTHERS = 100_000  # of one that is not named by an id, so that its limit is not known
 PERCENTILES = (10, 50, 90)
 EVALUATION_KEY = (1,)  # of the stream of seeds that evaluations have for themselves
 
@@ -58,12 +60,25 @@ class Evaluation(NamedTuple):
         return found | {"eval/mean_ep_length": float(np.mean(self.lengths))}
 
 
-def evaluate(policy: Acting, environments: Environments, episodes: int, *, deterministic: bool = True) -> Evaluation:
+def evaluate(
+    policy: Acting,
+    environments: Environments,
+    episodes: int,
+    *,
+    deterministic: bool = True,
+    longest: int | None = None,
+) -> Evaluation:
     """Play so many whole episodes.
 
     Every copy plays its share, and what it plays beyond is left out: taking the first to finish would favour short
     episodes.
+
+    Args:
+        longest: count an episode as over after so many steps; what follows counts as the next. None: no bound.
+    Raises: InputError for less than one episode.
     """
+    if episodes < 1:
+        raise InputError(f"episodes is {episodes}: expected at least one to play")
     shares = np.full(environments.count, episodes // environments.count)
     shares[: episodes % environments.count] += 1
     returns, lengths = np.zeros(environments.count), np.zeros(environments.count, dtype=int)
@@ -77,6 +92,8 @@ def evaluate(policy: Acting, environments: Environments, episodes: int, *, deter
         returns += one.rewards
         lengths += ~one.only_reset
         done = one.terminated | one.truncated
+        if longest is not None:
+            done = done | (lengths >= longest)
         for copy in np.flatnonzero(done):
             if shares[copy]:
                 shares[copy] -= 1

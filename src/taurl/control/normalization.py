@@ -1,11 +1,15 @@
 """Running normalisation of observations and rewards. Its state travels with the policy; evaluation leaves it alone."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from taurl.functional.running import Moments, no_moments, normalized, updated_moments
 
 BOUND = 10.0
+Array = np.ndarray[Any, Any]
 
 
 class Normalizer:
@@ -24,10 +28,10 @@ class Normalizer:
         self.running_returns = torch.zeros(count)
         self.changes = 0
 
-    def observe(self, observations: Tensor) -> Tensor:
-        """Count a batch of observations [B, d] in, and normalise it."""
+    def observe(self, observations: Tensor, counted: Array | None = None) -> Tensor:
+        """Count a batch of observations [B, d] in, or of it those that are counted, bool [B], and normalise it."""
         if self.scales_observations:
-            self.seen = updated_moments(self.seen, observations)
+            self.seen = updated_moments(self.seen, observations if counted is None else observations[counted])
             self.changes += 1
         return self.apply(observations)
 

@@ -78,12 +78,14 @@ class Collector:
 
         Args:
             seeds: of each environment's beginning; None for any.
-            longest: episodes that are longer are left off after so many steps.
+            longest: episodes that are longer are cut after so many steps, as by a time limit.
         """
         environments = self.environments
         assert isinstance(environments, SingleEpisodes)
         environments.reset(seeds)
-        return self._collect(actor, critic, lambda taken: taken != longest and not environments.finished.all())
+        rollout = self._collect(actor, critic, lambda taken: taken != longest and not environments.finished.all())
+        rollout.truncated[-1] |= torch.from_numpy(environments.cut())
+        return rollout
 
     @torch.no_grad()  # not inference mode: what it makes is differentiated through later
     def _collect(self, actor: Network, critic: Network | None, goes_on: Callable[[int], bool]) -> Rollout:
@@ -101,8 +103,10 @@ class Collector:
                 allowed.append(environments.action_masks)
                 outputs = np.where(allowed[-1], outputs, FORBIDDEN)
             drawn.append(distribution.drawn(outputs, noise[place]))
+            # What a copy shows while it waits for the longest episode is acted on nowhere.
+            playing = ~environments.finished if isinstance(environments, SingleEpisodes) else None
             transition = environments.step(distribution.to_environment(drawn[-1]))
-            seen.append(normalizer.observe(encode(self.space, transition.observations)))
+            seen.append(normalizer.observe(encode(self.space, transition.observations), playing))
             given.append(transition)
         observations = torch.stack(seen)
         masks = torch.from_numpy(np.stack(allowed)) if allowed else None

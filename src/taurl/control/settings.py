@@ -1,8 +1,8 @@
 """Settings that the algorithms of the wing share. Imports no torch."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from taurl.runtime.config import FREE, OptimizerSettings, RunConfig, Settings
 
@@ -46,6 +46,15 @@ class ControlConfig(RunConfig, EnvironmentSettings):
     """Stop when the mean return of an evaluation reaches this."""
     video: bool = Field(True, json_schema_extra=FREE)
     """Leave a short GIF of the trained policy for the report, where the environment can be drawn."""
+
+    @model_validator(mode="after")
+    def _stops_by_evaluations(self) -> Self:
+        if self.stop_at is not None and not (self.eval_every and self.eval_episodes):
+            raise ValueError(
+                f"stop_at is {self.stop_at:g}, but nothing is evaluated along the way (eval_every {self.eval_every}, "
+                f"eval_episodes {self.eval_episodes}): give eval_every"
+            )
+        return self
 
 
 class AdamSettings(OptimizerSettings):

@@ -110,8 +110,12 @@ def _leaf_misfit(space: gymnasium.Space[Any], value: np.ndarray[Any, Any]) -> st
         return f"is {value!r}, no number"
     if value.shape != space.shape:
         return f"has shape {value.shape}, not {space.shape}"
-    if isinstance(space, spaces.Discrete) and not 0 <= int(value) - space.start < space.n:
-        return f"is {value}, outside {space.start} to {space.start + space.n - 1}"
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        sizes = np.asarray(space.n if isinstance(space, spaces.Discrete) else space.nvec)
+        if value.dtype.kind not in "biu":
+            return f"is {value} of {value.dtype}, no whole number"
+        if not ((value >= space.start) & (value < space.start + sizes)).all():
+            return f"is {value}, outside {space.start} to {space.start + sizes - 1}"
     return ""
 
 

@@ -10,7 +10,15 @@ import gymnasium
 import torch
 
 from taurl.control.environments import Environments
-from taurl.control.evaluation import Acting, Evaluation, copies_for, evaluate, evaluation_seed, with_limit
+from taurl.control.evaluation import (
+    LONGEST_OF_OTHERS,
+    Acting,
+    Evaluation,
+    copies_for,
+    evaluate,
+    evaluation_seed,
+    with_limit,
+)
 from taurl.control.making import EnvironmentLike
 from taurl.control.playing import recorded
 from taurl.control.saved import load
@@ -58,6 +66,8 @@ class Trainer(ABC):
         callbacks: Sequence[Callback] = (),
     ):
         config = config or self.config_class()
+        if isinstance(env, gymnasium.Env) and "environments" not in config.model_fields_set:
+            config = config.model_copy(update={"environments": 1})  # the one there is
         if isinstance(env, str):
             config = config.model_copy(update={"env": env})
         run = Run.start(config, algorithm=self.algorithm, headline=HEADLINE)
@@ -168,7 +178,7 @@ class Trainer(ABC):
         found = evaluate_policy(
             self.policy,
             self.environment,
-            episodes or self.config.eval_episodes,
+            self.config.eval_episodes if episodes is None else episodes,
             seed=evaluation_seed(self.config.seed),
             arguments=self.config.env_args,
             vectorization=self.config.vectorization,
@@ -266,7 +276,8 @@ def evaluate_policy(
         mask_actions=getattr(policy, "masks_actions", False),
     )
     try:
-        return evaluate(policy, environments, episodes, deterministic=deterministic)
+        longest = None if isinstance(environment, str) else LONGEST_OF_OTHERS
+        return evaluate(policy, environments, episodes, deterministic=deterministic, longest=longest)
     finally:
         if not given_object:
             environments.close()

@@ -62,6 +62,11 @@ class RunConfig(ThreadSettings):
     keep_checkpoints: int = Field(2, ge=1, json_schema_extra=FREE)
     """How many of the newest checkpoints stay."""
 
+    @property
+    def spread_over_steps(self) -> str | None:
+        """What depends on the number of steps from the first one on, so that it cannot be changed; None: nothing."""
+        return None if self.schedule == "constant" else f"the {self.schedule} schedule"
+
     def to_yaml(self) -> str:
         """The settings as YAML that `read_yaml` and `validated` take back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

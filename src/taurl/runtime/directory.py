@@ -49,10 +49,10 @@ def refuse_other_past(directory: Path, stored: RunConfig, config: RunConfig) -> 
             )
     if config.out not in (None, stored.out, directory):
         raise InputError(f"{directory}: a resumed run stays where it is, but out is {config.out}; leave it out")
-    if config.steps != stored.steps and config.schedule != "constant":
+    if config.steps != stored.steps and (spread := config.spread_over_steps):
         raise InputError(
-            f"{directory}: steps was {stored.steps} and cannot become {config.steps}: the {config.schedule} schedule "
-            "spreads over all steps, so those already taken would have had another learning rate; start a new run"
+            f"{directory}: steps was {stored.steps} and cannot become {config.steps}: {spread} spreads over all steps, "
+            "so those already taken would have been others; start a new run"
         )
 
 

@@ -43,21 +43,12 @@ class Episodes(NamedTuple):
     advantages: Tensor
 
 
-class CutEpisodes(SingleEpisodes):
-    """Copies that play one episode each, which may be cut before the environment ends it."""
-
-    def cut(self) -> None:
-        """Count the episodes that still go on as finished."""
-        everywhere = np.ones(self.count, dtype=bool)
-        self._count(np.zeros(self.count), done=everywhere, only_reset=everywhere)
-
-
 class GRPO(Trainer):
     __doc__ = Trainer.__doc__
     algorithm = "grpo"
     config_class = GRPOConfig
     config: GRPOConfig
-    environments: CutEpisodes
+    environments: SingleEpisodes
 
     def set_up(self) -> None:
         self.policy = Policy.create(self.environments, self.config)
@@ -88,11 +79,9 @@ class GRPO(Trainer):
         config = self.config
         groups = config.environments // config.group_size
         seeds = np.random.default_rng([config.seed, step]).integers(2**31, size=groups).repeat(config.group_size)
-        rollout = self.collector.collect_episodes(
+        return self.collector.collect_episodes(
             self.policy.actor, None, seeds=seeds.tolist(), longest=config.max_episode_steps
         )
-        self.environments.cut()
-        return rollout
 
     def _update(self, rollout: Rollout, step: int) -> Record:
         """Advantages within the groups, then epochs of minibatches."""
@@ -148,8 +137,8 @@ class GRPO(Trainer):
             figures = {name: value.sum() / max(1, len(found)) for name, value in values.items()}
         return loss, {"loss": loss.detach(), **figures}
 
-    def _environments(self, count: int, seed: int) -> CutEpisodes:
+    def _environments(self, count: int, seed: int) -> SingleEpisodes:
         config = self.config
-        return CutEpisodes(
+        return SingleEpisodes(
             self.environment, count, seed=seed, arguments=config.env_args, vectorization=config.vectorization
         )

@@ -77,6 +77,8 @@ class PPO(Trainer):
         self.penalty: KLPenalty | None = None
         if config.kl_penalty_target is not None:
             self.penalty = self.state["penalty"] = KLPenalty(config.kl_coefficient, config.kl_penalty_target)
+            if config.anneal_clip:
+                self.run.view.note("kl_penalty_target takes the place of the clip, so anneal_clip does nothing")
 
     def steps(self) -> Iterator[Record]:
         config = self.config

@@ -11,8 +11,8 @@ class PPOConfig(NetworkSettings, ControlConfig):
     """Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347).
 
     Each iteration acts for `rollout_steps` steps in every environment, estimates advantages by GAE, and climbs the
-    clipped surrogate for some epochs of minibatches. The defaults are those of the reference code for continuous
-    control, with shorter rollouts.
+    clipped surrogate for some epochs of minibatches. The defaults are much as in the reference code for continuous
+    control, without clipped values, annealing and normalisation.
     """
 
     learning_rate: float = Field(3e-4, gt=0)
@@ -28,7 +28,8 @@ class PPOConfig(NetworkSettings, ControlConfig):
     epochs: int = Field(10, ge=1)
     """Passes over an iteration's steps."""
     minibatch_size: int = Field(256, ge=2)
-    """Steps in one update; an epoch's last minibatch takes what is left."""
+    """Steps in one update; an epoch's last minibatch takes what is left, the only one all of an iteration's steps where
+    these are fewer."""
     clip: float = Field(0.2, gt=0)
     """ε: ratios outside 1 ± ε gain nothing more."""
     anneal_clip: bool = False
@@ -47,7 +48,8 @@ class PPOConfig(NetworkSettings, ControlConfig):
     kl_coefficient: float = Field(1.0, gt=0)
     """β at first, with kl_penalty_target."""
     target_kl: float | None = Field(None, gt=0)
-    """End an iteration's epochs when the divergence from the policy that acted exceeds 1.5 times this."""
+    """End an iteration's epochs when the divergence from the policy that acted exceeds 1.5 times this, as measured on
+    an epoch's last minibatch before its update."""
 
     memory: int = Field(0, ge=0)
     """Width of an LSTM between the hidden layers and the outputs, of policy and value each, for environments that do
@@ -55,11 +57,12 @@ class PPOConfig(NetworkSettings, ControlConfig):
     mask_actions: bool = False
     """Never take an action that the environment forbids, by info["action_mask"] or by a method action_masks()."""
 
+    @property
+    def spread_over_steps(self) -> str | None:
+        return super().spread_over_steps or ("anneal_clip" if self.anneal_clip else None)
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.minibatch_size > self.rollout_steps * self.environments:
-            steps = self.rollout_steps * self.environments
-            raise ValueError(f"minibatch_size {self.minibatch_size} exceeds an iteration's {steps} steps")
         if self.memory and self.minibatch_size % self.rollout_steps:
             raise ValueError(
                 f"minibatch_size {self.minibatch_size} is no multiple of rollout_steps {self.rollout_steps}; with "

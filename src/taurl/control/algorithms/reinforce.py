@@ -88,7 +88,9 @@ class REINFORCE(Trainer):
                 taken = 0
                 while taken < config.record_every:
                     with step.phase("rollout", "acting"):
-                        rollout = self.collector.collect_episodes(self.policy.actor, self.critic)
+                        rollout = self.collector.collect_episodes(
+                            self.policy.actor, self.critic, longest=config.max_episode_steps
+                        )
                     taken += rollout.valid.numel()
                     with step.phase("update", "updating"):
                         figures = self._iterate(rollout, self.run.step + taken)

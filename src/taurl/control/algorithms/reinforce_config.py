@@ -34,6 +34,8 @@ class REINFORCEConfig(NetworkSettings, ControlConfig):
     count_truncated: bool = True
     """What becomes of episodes that a time limit cut, where no critic knows what would have followed: they count as if
     nothing had, or are left out. A critic bootstraps."""
+    max_episode_steps: int = Field(10_000, ge=1)
+    """An episode that is longer is cut here, as by a time limit: an early policy may walk in circles."""
     entropy_coefficient: float = Field(0.0, ge=0)
     """Weight of the entropy bonus."""
     updates: int = Field(1, ge=1)
