@@ -21,6 +21,7 @@ from taurl.llm.models.loading import load_tokenizer, resolve_model
 
 PAIRS = 8
 TITLES = {"dpo": "DPO step", "reward": "Reward model step"}
+RATES = {"dpo": 2e-6, "reward": 2e-5}  # of examples/dpo_gsm8k.yaml and reward_gsm8k.yaml
 TARGETS = {"dpo": Target({INSTALLED: 5, SAME: 3.5}), "reward": Target({INSTALLED: 3, SAME: 2.5})}
 
 
@@ -35,13 +36,13 @@ def main() -> None:
     pairs = [pair_row(tokenizer, row) for row in read(options.data, "preferences-train.jsonl", count)]
     held_out = [pair_row(tokenizer, row) for row in read(options.data, "preferences-test.jsonl", options.held_out)]
     order = PromptOrder(len(pairs), 0).take(0, count)
-    job |= {"rows_per_step": PAIRS, "rows_per_part": PAIRS, "tokens_per_part": 2048, "learning_rate": 1e-6, "beta": 0.1}
+    job |= {"rows_per_step": PAIRS, "rows_per_part": PAIRS, "tokens_per_part": 2048, "beta": 0.1}
     job |= {"rows": pairs, "held_out": held_out, "order": order}
     options.minutes /= len(options.only)
     for kind in options.only:
         with TemporaryDirectory() as folder:
             model = job["model"] if kind == "dpo" else with_scalar_head(job["model"], tokenizer, Path(folder))
-            asked = job | {"kind": kind, "model": model}
+            asked = job | {"kind": kind, "model": model, "learning_rate": RATES[kind]}
             found = in_turn(options, asked)
             finish(options, TITLES[kind], asked, found, TARGETS[kind], *notes(kind, asked, found))
 

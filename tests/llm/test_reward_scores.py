@@ -55,6 +55,18 @@ def test_many_completions_of_a_prompt_go_through_by_the_token_budget(monkeypatch
     assert max(sizes) <= 30
 
 
+def test_a_head_in_bfloat16_gives_scores_in_float32():
+    model = scoring_model(torch.bfloat16)
+    with torch.no_grad():
+        score_head(model).weight.mul_(40)
+    found = torch.tensor(row_scores(model, ROWS, 1000)).flatten()
+    assert not torch.equal(found, found.bfloat16().float())
+    part = next(scoring_parts(ROWS, 1000, pad=model.config.pad_token_id))
+    part_scores(model, part).sum().backward()
+    assert score_head(model).weight.grad.dtype == torch.bfloat16
+    check_scores(model)
+
+
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

@@ -117,9 +117,14 @@ def _part(rows: Sequence[JudgedRow], chosen: list[int], device: torch.device | s
 
 
 def part_scores(model: PreTrainedModel, part: ScoringPart) -> Tensor:
-    """Scores [M] of a part, with gradient, each prompt forwarded once."""
-    hidden = completion_hidden(model, part.prompts, part.prompt_of, part.tokens)
-    scores: Tensor = score_head(model)(hidden[part.at_row, part.at_token])
+    """Scores [M] of a part, with gradient, each prompt forwarded once.
+
+    The head computes in float32 at least: in bfloat16 scores from 4 to 8 would be multiples of 1/32, and many equal.
+    """
+    hidden = completion_hidden(model, part.prompts, part.prompt_of, part.tokens)[part.at_row, part.at_token]
+    head, dtype = score_head(model), torch.promote_types(hidden.dtype, torch.float32)
+    weights = {name: weight.to(dtype) for name, weight in head.named_parameters()}
+    scores: Tensor = torch.func.functional_call(head, weights, (hidden.to(dtype),))
     return scores.squeeze(-1)
 
 
