@@ -10,7 +10,7 @@ import yaml
 
 from taurl import __version__
 from taurl.cli import COMMANDS, main
-from taurl.commands.options import parse, take_option
+from taurl.commands.options import pair, parse, take_option
 from taurl.llm.algorithms.grpo_config import GRPOConfig
 from taurl.runtime.errors import InputError
 
@@ -77,6 +77,11 @@ def test_options_are_the_fields_of_the_config():
     assert config.importance_cap is None
     assert config.mask_truncated is True
     assert config.dataset_args == {"min_terms": 2, "max_terms": 2}
+    assert pair("velocity=1e-2") == ("velocity", 0.01)
+    assert pair("name=@a") == ("name", "@a")  # which YAML has another use for
+    for words in (["--resume", ""], ["--resume="]):
+        with pytest.raises(InputError, match="--resume needs a value"):
+            take_option(words, "--resume")
     assert config.columns == {"question": "prompt"}
     assert config.lora_targets == ("q_proj", "v_proj")
     assert config.stop == ("</answer>",)

@@ -1,5 +1,7 @@
 """Evaluation: whole episodes, each copy its share, in environments of its own."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -64,6 +66,14 @@ def test_a_target_that_no_evaluation_could_reach_is_refused():
 def test_one_environment_object_is_one_copy_and_its_rollout_one_minibatch(tmp_path):
     trainer = PPO(Counting(), PPOConfig(out=tmp_path / "run", steps=128, eval_episodes=0)).train()
     assert trainer.config.environments == 1
+
+
+def test_an_evaluation_that_fails_does_not_undo_what_was_learned(tmp_path, monkeypatch):
+    trainer = PPO("CartPole-v1", PPOConfig(out=tmp_path / "run", steps=32, **SMALL))
+    monkeypatch.setattr(trainer, "evaluate", Mock(side_effect=RuntimeError("no memory for copies")))
+    with pytest.raises(RuntimeError, match="no memory for copies"):
+        trainer.train()
+    assert PPO.resume(tmp_path / "run").run.step == 32
 
 
 def test_the_metrics():

@@ -1,6 +1,11 @@
 """Environments: what followed each action in both autoreset modes, what is passed on, and what is refused."""
 
 import functools
+import os
+import signal
+import subprocess
+import sys
+import time
 from typing import ClassVar
 
 import gymnasium
@@ -275,3 +280,25 @@ def test_an_environment_that_gives_something_else_is_named(given, problem):
     environments.reset()
     with pytest.raises(RunError, match=rf"Faulty: step 1 failed with {problem}.*check_env"):
         environments.step(np.zeros(2, dtype=np.int64))
+
+
+def test_ctrl_c_reaches_no_environment_in_a_process_of_its_own(tmp_path):
+    """The terminal signals the whole group; the run finishes its step and saves, which its environments outlive."""
+    program = (
+        "from taurl.control import PPO, PPOConfig\n"
+        "if __name__ == '__main__':\n"
+        f"    settings = dict(out={str(tmp_path / 'run')!r}, steps=10**7, record_every=256, eval_episodes=0)\n"
+        "    PPO('CartPole-v1', PPOConfig(environments=2, vectorization='async', **settings)).train()\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "program.py"], start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert "Interrupted: SIGINT: stopped after step" in said
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))

@@ -153,6 +153,21 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run(config, folder):
     assert resumed.run.step == trainer.run.step
 
 
+def test_a_held_out_loss_that_is_not_finite_is_no_best_one_and_stops_nothing(config, folder, monkeypatch):
+    found, real = [], SFT._held_out
+
+    def held_out(self):
+        found.append(real(self))
+        return found[-1] if len(found) != 3 else {**found[-1], "eval/loss": math.nan, "eval/perplexity": math.nan}
+
+    monkeypatch.setattr(SFT, "_held_out", held_out)
+    trainer = SFT(str(folder), ROWS, config(steps=5, eval_every=1, patience=4, rows_per_step=2)).train()
+    losses = [record["eval/loss"] for record in trainer.run.records() if record["step"]]
+    assert losses[1] is None
+    assert trainer.run.step == 5
+    assert (trainer.run.directory / "best" / "model.safetensors").exists()
+
+
 # --- resuming
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import plotly.graph_objects
 import pytest
 from report_run import evaluation_record, training_record
@@ -115,6 +116,14 @@ def test_phases_are_stacked_and_totals_are_not():
     run = record({"step": 1, "time/sample": 2.0, "time/update": 3.0, "time/fps": 100.0})
     phases = charts(run)["Speed", "Time per phase"].figure["data"]
     assert [(trace["name"], trace["stackgroup"]) for trace in phases] == [("sample", "all"), ("update", "all")]
+
+
+def test_stacked_lines_of_a_long_run_have_the_same_steps():
+    rng = np.random.default_rng(0)
+    run = record(*({"step": s, "time/sample": rng.random(), "time/update": rng.random()} for s in range(1, 3000)))
+    sample, update = charts(run)["Speed", "Time per phase"].figure["data"]
+    assert sample["x"] == update["x"]
+    assert 500 <= len(sample["x"]) <= 1000
 
 
 def test_a_single_point_shows_as_a_marker():

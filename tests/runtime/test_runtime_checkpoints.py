@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from taurl.runtime.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from taurl.runtime.errors import RunError
+from taurl.runtime.errors import InputError, RunError
 
 TENSORS = {
     "optimizer": {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.tensor(3)},  # a is not contiguous
@@ -43,6 +44,21 @@ def test_round_trip(tmp_path):
             assert torch.equal(tensors[group][name], tensor)
             assert tensors[group][name].dtype == tensor.dtype
     assert values == VALUES
+
+
+def test_a_step_that_is_saved_already_stays_as_it_is(tmp_path):
+    manifest = save(tmp_path, 7) / "manifest.json"
+    before = manifest.stat().st_mtime_ns
+    assert save(tmp_path, 7) == manifest.parent
+    assert manifest.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError("no memory")])
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch, error):
+    save(tmp_path, 7)
+    monkeypatch.setattr("taurl.runtime.checkpoints.load_file", Mock(side_effect=error))
+    with pytest.raises(InputError, match=r"safetensors: cannot be read \(.*\); resume when it can"):
+        load_checkpoint(tmp_path, 7)
 
 
 def test_only_the_newest_stay(tmp_path):

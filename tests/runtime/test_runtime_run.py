@@ -1,6 +1,7 @@
 """The run directory in one process: what it refuses, what it writes, and how it goes on."""
 
 import json
+import os
 import random
 import signal
 import time
@@ -14,7 +15,7 @@ from counting_algorithm import CountingConfig, new, resumed, without_times
 
 from taurl.runtime.checkpoints import checkpoint_steps, load_checkpoint
 from taurl.runtime.config import validated
-from taurl.runtime.errors import InputError, RunError
+from taurl.runtime.errors import InputError, Interrupted, RunError
 from taurl.runtime.metrics import read_lines
 from taurl.runtime.run import Run
 from taurl.runtime.seeding import random_states, restore_random_states, seed_everything
@@ -206,6 +207,15 @@ def test_a_loop_that_is_left_can_be_taken_up_again(tmp_path):
     assert_same_end(tmp_path / "run", tmp_path / "whole", 5)
 
 
+def test_a_run_that_was_interrupted_is_taken_up_again_from_python(tmp_path):
+    trainer = new(tmp_path / "run", steps=4)
+    trainer.run.callbacks = [lambda record: record["step"] == 2 and os.kill(os.getpid(), signal.SIGTERM)]
+    with pytest.raises(Interrupted):
+        trainer.train()
+    trainer.train()
+    assert trainer.run.step == 4
+
+
 @pytest.mark.parametrize("save_every", [0, 1, 2])
 def test_resuming_with_more_steps(tmp_path, save_every):
     new(tmp_path / "whole", steps=6).train()
@@ -242,7 +252,7 @@ def test_a_finished_run_resumed_says_so_and_stays_as_it_is(tmp_path, capsys):
     assert checkpoint_steps(out / "checkpoints") == [3]
 
 
-def test_resuming_without_a_checkpoint_begins_again(tmp_path):
+def test_resuming_without_a_checkpoint_begins_again_and_says_so(tmp_path, capsys):
     new(tmp_path / "whole", steps=4).train()
     trainer = new(tmp_path / "run", steps=4)
     for record in trainer.steps():
@@ -250,6 +260,7 @@ def test_resuming_without_a_checkpoint_begins_again(tmp_path):
             break
     again = resumed(tmp_path / "run")
     assert again.run.step == 0
+    assert "no checkpoint was written yet, so the run begins again" in " ".join(capsys.readouterr().err.split())
     again.train()
     assert_same_end(tmp_path / "run", tmp_path / "whole", 4)
 

@@ -58,8 +58,8 @@ def show(run: object) -> None:
         mean, spread = figures(last["eval/mean_reward"], last["eval/std_reward"])
         episodes = run.config.model_dump()["eval_episodes"]
         console.print(f"return         {mean} ± {spread} over {episodes:,} episodes", highlight=False)
-    seconds = run.elapsed()
-    console.print(f"{run.step:,} steps in {seconds // 60:.0f} min {seconds % 60:.0f} s", highlight=False)
+    seconds = round(run.elapsed())
+    console.print(f"{run.step:,} steps in {seconds // 60} min {seconds % 60} s", highlight=False)
     console.print(f"run directory  {run.directory}", highlight=False, soft_wrap=True)
     console.print(f"policy         {run.directory / 'final'}", highlight=False, soft_wrap=True)
     console.print(f"report         {run.directory / 'report.html'}", highlight=False, soft_wrap=True)

@@ -1,6 +1,5 @@
 """`taurl llm generate`: complete the prompts of a file."""
 
-import json
 import sys
 from collections.abc import Sequence
 
@@ -20,10 +19,12 @@ def main(words: Sequence[str]) -> int:
     from taurl.llm.data.tasks import PromptReader
     from taurl.llm.evaluation import decode
     from taurl.llm.inference import Model
-    from taurl.runtime.metrics import append_lines
+    from taurl.runtime.metrics import append_lines, print_lines
 
     model = Model(config)
     prompts = PromptReader.of(config, model.tokenizer, model.model).read(config.prompts)
+    if any("completion" in row for row in prompts.rows):
+        raise InputError("the data has a column completion already: keep it as --columns completion=another_name")
     rows = iter(prompts.rows)
     for groups in answers(model, prompts.ids, config.count):
         records = [
@@ -34,8 +35,7 @@ def main(words: Sequence[str]) -> int:
         if config.out is not None:
             append_lines(config.out, records)
         else:
-            for record in records:
-                print(json.dumps(record, ensure_ascii=False, default=str), flush=True)
+            print_lines(records)
     if config.out is not None:
         print(f"{len(prompts) * config.count} completions in {config.out}", file=sys.stderr)
     return 0

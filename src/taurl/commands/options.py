@@ -20,6 +20,8 @@ Config = TypeVar("Config", bound=BaseModel)
 
 RESUMING = "\n    --resume RUN goes on with the run in that directory."
 
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML takes 1e-2 for a text
+
 registry = tyro.constructors.ConstructorRegistry()
 
 
@@ -41,7 +43,10 @@ def pair(word: str) -> tuple[str, Any]:
     name, equals, value = word.partition("=")
     if not equals or not name:
         raise ValueError(f"{word!r} is not NAME=VALUE")
-    return name, yaml.safe_load(value)
+    try:
+        return name, float(value) if NUMBER.fullmatch(value) else yaml.safe_load(value)
+    except yaml.YAMLError:
+        return name, value  # a word that YAML has another use for
 
 
 def take_option(words: Sequence[str], name: str) -> tuple[str | None, list[str]]:
@@ -50,11 +55,12 @@ def take_option(words: Sequence[str], name: str) -> tuple[str | None, list[str]]
     while left:
         word = left.pop(0)
         if word == name:
-            if not left or left[0].startswith("--"):
+            if not left or not left[0] or left[0].startswith("--"):
                 raise InputError(f"{name} needs a value")
             value = left.pop(0)
         elif word.startswith(f"{name}="):
-            value = word.partition("=")[2]
+            left.insert(0, word.partition("=")[2])
+            left.insert(0, name)
         else:
             rest.append(word)
     return value, rest

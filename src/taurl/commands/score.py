@@ -1,8 +1,8 @@
 """`taurl llm score`: the completions of a file with a reward model's scores."""
 
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -27,7 +27,7 @@ def main(words: Sequence[str]) -> int:
     from taurl.llm.data.datasets import load_rows
     from taurl.llm.data.tasks import named
     from taurl.runtime.machine import keep_freed_memory, set_threads
-    from taurl.runtime.metrics import append_lines
+    from taurl.runtime.metrics import append_lines, print_lines
 
     with named(config.dataset):
         rows, columns = readable(load_rows(config.dataset, columns=config.columns))
@@ -45,17 +45,16 @@ def main(words: Sequence[str]) -> int:
         device=config.device,
         precision=config.precision,
     )
+    put: Callable[[list[dict[str, Any]]], None]
+    put = print_lines if config.out is None else partial(append_lines, config.out)
     scored: list[dict[str, Any]] = []
     for batch in scored_batches(reward, rows, columns):
         scored += batch
-        if config.out is not None and not config.best:
-            append_lines(config.out, batch)
+        if not config.best:
+            put(batch)
     written = best_of_each(scored) if config.best else scored
-    if config.out is None:
-        for row in written:
-            print(json.dumps(row, ensure_ascii=False, default=str))
-    elif config.best:
-        append_lines(config.out, written)
+    if config.best:
+        put(written)
     show(scored, written, columns)
     if config.out is not None:
         print(f"scores: {config.out}", file=sys.stderr)

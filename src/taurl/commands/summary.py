@@ -20,8 +20,8 @@ def show_summary(run: Run, console: Console | None = None) -> None:
         console.print(scores(evaluations[0], evaluations[-1]))
         if samples := [sample for sample in run.samples() if sample["kind"] == "evaluation"]:
             console.print(answers(samples, evaluations[0]["step"], evaluations[-1]["step"]))
-    seconds = run.elapsed()
-    console.print(f"{run.step} steps in {seconds // 60:.0f} min {seconds % 60:.0f} s", highlight=False)
+    seconds = round(run.elapsed())
+    console.print(f"{run.step} steps in {seconds // 60} min {seconds % 60} s", highlight=False)
     console.print(f"run directory  {run.directory}", highlight=False, soft_wrap=True)
     console.print(f"model          {run.directory / 'final'}", highlight=False, soft_wrap=True)
     console.print(f"report         {run.directory / 'report.html'}", highlight=False, soft_wrap=True)

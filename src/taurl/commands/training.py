@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from taurl.runtime.config import RunConfig, read_config
+from taurl.runtime.errors import one_line
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -27,4 +28,7 @@ def train_and_report(trainer: Any) -> None:
         with contextlib.suppress(Exception):  # the first failure is the one to tell
             write_report(trainer.run.directory)
         raise
-    write_report(trainer.run.directory)
+    try:
+        write_report(trainer.run.directory)
+    except Exception as error:  # the training stands
+        trainer.run.view.note(f"the report could not be written: {one_line(error)}; taurl report makes it again")

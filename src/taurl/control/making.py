@@ -6,6 +6,8 @@ import difflib
 import functools
 import importlib
 import inspect
+import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -145,4 +147,6 @@ def asynchronous(makers: list[Callable[[], gymnasium.Env[Any, Any]]]) -> VectorE
 
 
 def _made_copied(maker: Callable[[], gymnasium.Env[Any, Any]]) -> gymnasium.Env[Any, Any]:
+    if multiprocessing.parent_process() is not None:  # Ctrl-C goes to all processes; the run's own finishes its step
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     return Copied(maker())

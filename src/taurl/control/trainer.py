@@ -212,14 +212,16 @@ class Trainer(ABC):
             figures["rollout/ep_rew_mean"] = sum(episode.reward for episode in recent) / len(recent)
             figures["rollout/ep_len_mean"] = sum(episode.length for episode in recent) / len(recent)
         figures["time/fps"] = (step.number - self.run.step) / step.elapsed()
-        if self._evaluation_due(step.number):
-            with step.phase("evaluation", "evaluating"):
-                found = self.evaluate().metrics()
-            figures |= found
-            if found["eval/mean_reward"] > self.best:
-                self.best = found["eval/mean_reward"]
-                write_folder(self.run.directory / "best", self.save)
-        record = step.finish(**figures, **{"memory/peak_gb": peak_memory_gb(torch.device("cpu"))})
+        try:
+            if self._evaluation_due(step.number):
+                with step.phase("evaluation", "evaluating"):
+                    found = self.evaluate().metrics()
+                figures |= found
+                if found["eval/mean_reward"] > self.best:
+                    self.best = found["eval/mean_reward"]
+                    write_folder(self.run.directory / "best", self.save)
+        finally:  # an evaluation that fails does not undo the updates
+            record = step.finish(**figures, **{"memory/peak_gb": peak_memory_gb(torch.device("cpu"))})
         if step.number < self.config.steps:
             self._say_unsaved()
         return record

@@ -141,8 +141,10 @@ def _summary(lines: list[Line]) -> str:
 
 def _figure(panel: Panel, lines: list[Line], band: Band, step_name: str) -> dict[str, Any]:
     data = _band_traces(lines[0], band)
+    steps = sorted({step for line in lines for step, _ in line.points})
+    kept = set(steps[:: -(-len(steps) // MAXIMUM_POINTS)])  # stacked lines need the same steps
     for line in lines:
-        points = thin(line.points)
+        points = [point for point in line.points if point[0] in kept] if panel.stacked else thin(line.points)
         trace = {
             "type": "scatter",
             "name": html.escape(line.label),  # plotly reads some tags in names

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from taurl.runtime.errors import RunError, reason
+from taurl.runtime.errors import InputError, RunError, reason
 from taurl.runtime.files import flush_to_disk
 
 MANIFEST, STATE = "manifest.json", "state.pt"
@@ -48,6 +48,8 @@ def save_checkpoint(
     Raises: RunError when writing fails (disk full); earlier checkpoints stay.
     """
     target, partial = folder(directory, step), directory / f".partial-{step:06d}"
+    if (target / MANIFEST).exists():  # whole, and of this very step: a run that resumes removes those past its step
+        return target
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -61,7 +63,6 @@ def save_checkpoint(
         (partial / MANIFEST).write_text(json.dumps({"step": step, "sizes": sizes}))
         for path in [*partial.iterdir(), partial]:
             flush_to_disk(path)
-        shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         flush_to_disk(directory)
     except (OSError, SafetensorError) as error:
@@ -78,7 +79,8 @@ def save_checkpoint(
 def load_checkpoint(directory: Path, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read a checkpoint back: tensors by group, and the plain values.
 
-    Raises: RunError naming the file that is missing, damaged, or of another size than the manifest says.
+    Raises: RunError naming the file that is missing, damaged, or of another size than the manifest says; InputError
+        for one that cannot be read for another reason.
     """
     source = folder(directory, step)
     sizes = _read(source / MANIFEST, lambda path: dict(json.loads(path.read_text())["sizes"]))
@@ -93,9 +95,12 @@ def load_checkpoint(directory: Path, step: int) -> tuple[dict[str, dict[str, Ten
 def _read(path: Path, reader: Callable[[Path], Content]) -> Content:
     try:
         return reader(path)
+    except FileNotFoundError as error:
+        raise RunError(f"{path}: missing") from error
+    except (OSError, MemoryError) as error:  # the file may be whole: nothing is to be removed for that
+        raise InputError(f"{path}: cannot be read ({reason(error)}); resume when it can") from error
     except Exception as error:  # a damaged file makes its reader raise nearly anything
-        kind = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({type(error).__name__})"
-        raise RunError(f"{path}: {kind}") from error
+        raise RunError(f"{path}: damaged ({type(error).__name__})") from error
 
 
 def discard_leftovers(directory: Path, *, after: int) -> None:

@@ -128,6 +128,8 @@ def read_config(directory: Path, config: type[Config]) -> Config:
     path = directory / "config.yaml"
     if not path.exists():
         raise InputError(f"{directory}: not a run directory: config.yaml is missing")
+    if not path.stat().st_size:
+        raise InputError(f"{path}: empty, as after a power cut: write the run's settings into it again")
     return validated(config, read_yaml(path), source=str(path))
 
 

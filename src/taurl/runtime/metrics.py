@@ -21,7 +21,19 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     # A lone surrogate has no UTF-8; written as its escape it is what JSON itself calls it.
     with writing(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         for record in records:
-            file.write(json.dumps(finite(record), ensure_ascii=False, default=str) + "\n")
+            file.write(json_line(record) + "\n")
+
+
+def print_lines(records: Iterable[Mapping[str, Any]]) -> None:
+    """The same to standard output, at once."""
+    for record in records:
+        line = json_line(record).encode(errors="backslashreplace").decode()
+        print(line, flush=True)
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """A record as one line of JSON, as `append_lines` writes it."""
+    return json.dumps(finite(record), ensure_ascii=False, default=str)
 
 
 def finite(value: Any) -> Any:

@@ -32,4 +32,5 @@ def restore_random_states(states: dict[str, Any]) -> None:
     np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
     if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+        for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):  # there may be fewer than before
+            torch.cuda.set_rng_state(state, device)

@@ -21,6 +21,7 @@ class StopSignals:
 
     def listen(self) -> None:
         """Take the signals over; elsewhere than in the main thread, which alone may, do nothing."""
+        self.received = None  # of a part of the run that is over
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 

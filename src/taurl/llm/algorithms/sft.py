@@ -237,20 +237,17 @@ class SFT(Trainer):
             self.run.log_samples(found.samples)
             figures |= found.metrics
         before = [loss for at, loss in self._losses_held_out() if at < step]
-        if (
-            self.config.eval_every
-            and step > 0
-            and figures["eval/loss"] < min(filter(math.isfinite, before), default=math.inf)
-        ):
+        if self.config.eval_every and step > 0 and figures["eval/loss"] < min(before, default=math.inf):
             self.latest = {"step": step, **figures}
             write_folder(self.run.directory / "best", self.export)
             self.latest = {}
         return figures
 
     def _losses_held_out(self) -> list[tuple[int, float]]:
-        """Step and held-out loss of each evaluation after the first step, up to the present one."""
+        """Step and held-out loss of each evaluation after the first step, up to the present one; ∞ if not finite."""
         records = [record for record in self.run.records() if 0 < record["step"] <= self.run.step]
-        return [(record["step"], record["eval/loss"]) for record in records if "eval/loss" in record]
+        found = [(record["step"], record["eval/loss"]) for record in records if "eval/loss" in record]
+        return [(step, math.inf if loss is None else loss) for step, loss in found]  # JSON has no ∞
 
     def _out_of_patience(self) -> bool:
         """Whether the last `patience` evaluations brought no lower loss than the best before them."""
