@@ -190,11 +190,27 @@ def test_an_answer_that_the_template_leaves_open_is_closed():
     assert trained(asked, tokenizer) == ["four\n", "six\n"]
 
 
+def test_a_greeting_of_the_assistant_is_context():
+    tokenizer = character_tokenizer(CHATML_TEXT)
+    row = encoder(tokenizer).chat(Chat([says("assistant", "Hello."), *TALK]))
+    assert trained(row, tokenizer) == ["four<|im_end|>", "six<|im_end|>"]
+
+
+@pytest.mark.parametrize("mask", ["auto", "last"])
+def test_an_end_of_sequence_behind_the_last_turn_is_not_trained(mask):
+    """As Phi's templates have it: a render up to an earlier answer then ends in what the whole has not."""
+    closed = CHATML_TEXT + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    tokenizer = character_tokenizer(closed)
+    row = encoder(tokenizer, mask).chat(Chat(TALK))
+    assert trained(row, tokenizer) == ["four<|im_end|>", "six<|im_end|>"][-1 if mask == "last" else 0 :]
+    assert tokenizer.decode(row.ids).endswith("six<|im_end|>\n</s>")
+
+
 def test_what_has_no_target_is_named():
     tokenizer = character_tokenizer(CHATML_TEXT)
     for chat, mask, problem in [
         (Chat(TALK[:1]), "auto", "no message has the role assistant"),
-        (Chat(TALK[1:]), "auto", "the first message is the assistant's"),
+        (Chat(TALK[1:3]), "auto", "the first message is the assistant's"),
         (Chat(TALK), "completion", "mask completion needs a prompt with a completion"),
     ]:
         with pytest.raises(InputError, match=problem):

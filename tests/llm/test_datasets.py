@@ -97,6 +97,15 @@ def test_every_format_gives_the_same_rows(tmp_path):
         assert load_rows(name) == ROWS, name
 
 
+def test_messages_stand_as_json_in_a_csv_file(tmp_path):
+    messages = [{"role": "user", "content": "2 + 4?"}]
+    cell = json.dumps(messages).replace('"', '""')
+    name = written(tmp_path / "m.csv", f'prompt,completion\r\n"{cell}","[{{6}}]"\r\n')
+    assert load_rows(name) == [{"prompt": messages, "completion": "[{6}]"}]
+    long = written(tmp_path / "long.csv", f"prompt\r\n{'a' * 200_000}\r\n")
+    assert len(load_rows(long)[0]["prompt"]) == 200_000
+
+
 def test_message_prompts_survive_parquet(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "2 + 4?"}]}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "m.parquet")

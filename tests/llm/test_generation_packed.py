@@ -69,6 +69,33 @@ def test_every_linear_layer_and_the_head_is_packed_and_adapters_within():
     torch.testing.assert_close(logits(model, packed), logits(model), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_an_adapter_has_learned_in_a_few_steps_is_sampled_from(dtype):
+    """Less than half a step of bfloat16 of most weights: merged into them, it would be rounded away."""
+    model = with_lora(tiny_model("llama", dtype=dtype), r=8, lora_alpha=8)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float() * (1e-3 if "lora_B" in name else 1)
+    with model.disable_adapter():
+        before = logits(model)
+    moved = logits(model) - before
+    assert moved.abs().max() > 0
+    difference = logits(model, PackedLinears(model)) - logits(model)
+    assert difference.float().norm() < 0.3 * moved.float().norm()
+
+
+def test_adapters_that_stay_apart_are_added_as_peft_adds_them(monkeypatch):
+    """As in half precision; here in float32, where it can be told from rounding, and on processors without the other."""
+    monkeypatch.setattr("taurl.llm.generation.packed.is_half", lambda dtype: True)
+    model = with_lora(tiny_model("llama"))
+    packed = PackedLinears(model)
+    torch.testing.assert_close(logits(model, packed), logits(model), atol=1e-4, rtol=1e-4)
+    set_by_copy(model)
+    torch.testing.assert_close(logits(model, packed), logits(model), atol=1e-4, rtol=1e-4)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model, packed), logits(model), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"bias": "lora_only", "lora_bias": True}])
 def test_an_adapter_that_does_more_is_not_merged(settings):
     base = tiny_model("phi")

@@ -121,6 +121,22 @@ def test_answers_to_held_out_rows_are_scored(config, folder):
         SFT(str(folder), [{"text": f"{i}."} for i in range(9)], config(generate_rows=1, out=None), rewards=right)
 
 
+def test_without_an_answer_the_completion_is_what_rewards_compare_with(config, folder):
+    rows = [{"prompt": f"{i}?", "completion": f"it is {i}"} for i in range(9)]
+    trainer = SFT(str(folder), rows, config(generate_rows=3, eval_rows=4), rewards=["last_number"])
+    assert [row["answer"] for row in trainer.answering.rows] == [
+        row["completion"] for row in trainer.data.held_out.rows[:3]
+    ]
+
+
+def test_epochs_of_a_mixture_are_those_of_the_data_set(config, folder, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"prompt": f"b{i}?", "completion": "b"}) + "\n" for i in range(50)))
+    rows = [{"prompt": f"a{i}?", "completion": "a"} for i in range(8)]
+    trainer = SFT(str(folder), rows, config(steps=0, epochs=1, eval_rows=0, rows_per_step=4, mix={str(other): 0.25}))
+    assert trainer.run.config.steps == math.ceil(8 * 1.25 / 4)
+
+
 def test_a_split_row_is_asked_its_whole_question(config, folder):
     rows = [{"prompt": f"{i}?", "completion": f"{i}" * 20} for i in range(9)]
     settings = config(generate_rows=2, max_length=8, overlong="split", rewards=("last_number",))

@@ -4,6 +4,7 @@ import csv
 import json
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -15,6 +16,7 @@ from taurl.llm import GRPOConfig
 from taurl.llm.data.chat import encode_prompt, stop_token_ids
 from taurl.llm.data.chat_templates import CHATML_TEXT, set_chat_template
 from taurl.llm.data.datasets import key
+from taurl.llm.data.row_forms import question, read_form
 from taurl.llm.data.row_order import Mixture, RowCycle, RowStream
 from taurl.llm.data.row_reader import RowReader
 from taurl.llm.data.tasks import PromptReader, train_and_held_out
@@ -93,6 +95,52 @@ def test_every_form_by_hand():
     assert reader_of().read([padded]).token_rows == [TokenRow([5, 6], [False, True])]
 
 
+def test_masks_of_token_ids_by_trls_names():
+    for name in ("completion_mask", "assistant_masks"):
+        (row,) = reader_of().read([{"input_ids": [5, 6, 7, 8], name: [0, 0, 1, 0]}]).token_rows
+        assert row == TokenRow([5, 6, 7, 8], [False, False, True, False])
+    with pytest.raises(InputError, match="column 'completion_mask': it has 1 values for 2 input_ids"):
+        reader_of().read([{"input_ids": [5, 6], "completion_mask": [1]}])
+
+
+def test_sharegpts_system_column_and_function_calls():
+    talk = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "four"}]
+    assert read([{"conversations": talk, "system": "Sing."}]) == [
+        "<|im_start|>system\nSing.<|im_end|>\n" + ASKED + "[four<|im_end|>]\n"
+    ]
+    call = {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'}
+    chat = read_form({"conversations": [talk[0], call]}, strings_are_messages=True)
+    assert chat.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]
+    with pytest.raises(InputError, match="message 2 is a function_call, but no JSON"):
+        read_form({"conversations": [talk[0], {"from": "function_call", "value": "add"}]}, strings_are_messages=True)
+
+
+def test_what_makes_two_rows_the_same_question():
+    assert question({"messages": TALK}) == question({"messages": TALK[:2]})  # one goes on where the other ends
+    assert question({"messages": TALK}) != question({"messages": TALK[2:]})
+    first, other = ({"input_ids": np.array([5, 6, last]), "labels": [-100, -100, last]} for last in (7, 8))
+    assert question(first) == question(other) == "[5, 6]"
+    assert question({"input_ids": torch.tensor([5, 6])}) == "[5, 6]"
+
+
+def test_empty_cells_are_no_values_where_a_list_would_stand():
+    row = {"messages": "", "tools": "", "chat_template_kwargs": "", "prompt": "2+2?", "completion": "four"}
+    assert read([row]) == [ASKED + "[four<|im_end|>]\n"]
+
+
+def test_nothing_is_evaluated_where_that_is_asked_for(tmp_path):
+    rows = [{"prompt": f"{i}?", "completion": "x"} for i in range(3)]
+    train, held_out, _ = train_and_held_out(reader_of(), rows, rows, 0, 0)
+    assert (len(train), len(held_out)) == (3, 0)
+
+
+def test_an_answer_is_cut_in_a_mixed_data_set_whose_column_is_renamed(tmp_path):
+    other = jsonl(tmp_path / "other.jsonl", [{"prompt": "a", "solution": "x #### 7"}])
+    reader = reader_of(mix={other: 1}, answer_after="####", columns={"solution": "answer"})
+    found = reader.prepare([{"prompt": "a", "solution": "x #### 7"}], further=True)
+    assert found == [{"prompt": "a", "answer": "7"}]
+
+
 def test_strings_are_raw_text_without_a_template_or_where_asked():
     row = {"prompt": "2+2=", "completion": "4"}
     assert read([row], template=None) == read([row], prompt_format="text") == ["2+2=[4</s>]"]
@@ -160,6 +208,10 @@ def test_settings_of_masks_and_turns():
         ({"text": TALK}, "column 'text': it is .*expected a string"),
         ({"messages": "hello"}, r"column 'messages': it is 'hello' \(str\); expected a list, or JSON of one"),
         ({"messages": [{"role": "user"}]}, "column 'messages': message 1 has no 'content'"),
+        (
+            {"prompt": [{"role": "assistant", "content": None, "tool_calls": [{}]}], "completion": "x"},
+            "column 'prompt': its last message is the assistant's and has no content",
+        ),
         ({"messages": TALK[:1]}, "nothing to train on: no message has the role assistant"),
         (
             {"conversations": [{"from": "bing", "value": "x"}]},

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
+from taurl.llm.data.data_files import Row
 from taurl.llm.data.row_forms import question
 from taurl.llm.data.token_rows import TokenRow, TokenRows
 from taurl.llm.evaluation import Evaluation, TrainerState, evaluate, reward_columns
@@ -44,7 +45,7 @@ class Answering:
         Raises: InputError for a row without a question, and for a function that needs a column which is not there.
         """
         chosen = range(min(settings.generate_rows, len(held_out.rows)))
-        rows = [{"prompt": question(held_out.rows[i]), **held_out.rows[i]} for i in chosen]
+        rows = [as_asked(held_out.rows[i]) for i in chosen]
         ids = [question_ids(held_out.lasts[i]) for i in chosen]
         if [] in ids:
             raise InputError(
@@ -81,3 +82,10 @@ def question_ids(row: TokenRow) -> list[int]:
     while row.trained[start - 1]:
         start -= 1
     return row.ids[:start] if start > 1 else []
+
+
+def as_asked(row: Row) -> Row:
+    """A row as reward functions see it: with its question as `prompt`, and its completion as `answer` where none is."""
+    filled = {name: value for name, value in row.items() if value is not None}
+    answer = {"answer": row["completion"]} if isinstance(row.get("completion"), str) else {}
+    return row | answer | {"prompt": question(row)} | filled

@@ -1,8 +1,9 @@
 """Settings of the commands that use a model without training it. Imports no torch."""
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from taurl.llm.settings import ModelSettings, PromptSettings, RewardSettings, RowSettings, SamplerSettings
 from taurl.runtime.config import MachineSettings
@@ -13,7 +14,7 @@ class InferenceConfig(SamplerSettings, PromptSettings, MachineSettings, ModelSet
 
     model: str = "smollm2-135m-instruct"
     """Local folder (runs/NAME/final), smollm2-135m-instruct, or a Hugging Face hub name."""
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Of sampling; 0 takes the most likely token."""
     top_k: int = Field(0, ge=0)
     """Sample among the k most likely tokens; 0: all."""
@@ -23,6 +24,14 @@ class InferenceConfig(SamplerSettings, PromptSettings, MachineSettings, ModelSet
     """Sample among the tokens with at least this share of the most likely one's probability; 0: all."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Of sampling."""
+
+    @model_validator(mode="after")
+    def _samples_where_it_chooses(self) -> Self:
+        narrowed = {"top_k": self.top_k > 0, "top_p": self.top_p < 1, "min_p": self.min_p > 0}
+        narrowed["count"] = getattr(self, "count", 1) > 1
+        if self.temperature == 0 and (names := [name for name, is_set in narrowed.items() if is_set]):
+            raise ValueError(f"{', '.join(names)} is for sampling, and temperature is 0: give a temperature, such as 1")
+        return self
 
 
 class EvaluateConfig(RewardSettings, InferenceConfig):
@@ -50,7 +59,7 @@ class GenerateConfig(InferenceConfig):
 class ChatConfig(InferenceConfig):
     """Talk to a model in the terminal; its answers stream. An empty line or end of input ends the talk."""
 
-    temperature: float = Field(0.7, ge=0)
+    temperature: float = Field(0.7, ge=0, allow_inf_nan=False)
     """Of sampling; 0 takes the most likely token."""
     max_tokens: int = Field(512, ge=1)
     """Longest answer."""

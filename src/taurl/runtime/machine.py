@@ -112,7 +112,9 @@ def free_memory_gb(device: torch.device) -> float:
         free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
     with suppress(OSError, ValueError):  # a container's own limit; "max" where it has none
         limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, max(0, limit - used))
+        counted = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        cached = sum(int(counted.get(name, 0)) for name in ("inactive_file", "active_file"))  # given back when wanted
+        free = min(free, max(0, limit - used + cached))
     return free / 1e9
 
 

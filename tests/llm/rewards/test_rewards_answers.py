@@ -36,6 +36,9 @@ from taurl.llm.rewards import last_number, math_verify, reasoning_gym, tagged_an
         ("18", "#### 18"),
         ("1234", "1,234"),
         ("007", "7"),
+        ("1e-05", "0.00001"),
+        ("10000000000000000", 1e16),
+        ("16 eggs", "16"),
         ("9" * 5000, "9" * 5000),  # more digits than int() reads
     ],
 )
@@ -66,6 +69,8 @@ def test_last_number_does_not_apply_without_an_answer_and_refuses_one_without_a_
     assert last_number(completions=["4", "4"], answer=[None, "4"]) == [None, 1.0]
     with pytest.raises(ValueError, match=r"number in the column `answer`, found 'four'"):
         last_number(completions=["4"], answer=["four"])
+    with pytest.raises(ValueError, match="compares with one number"):
+        last_number(completions=["2"], answer=["1/2"])
 
 
 def test_text_of_strings_and_messages():

@@ -65,7 +65,7 @@ class DPOConfig(EpochSettings, PreferenceSettings, SampledConfig):
     """Rows in one step: pairs, single answers (KTO), or prompts that are sampled from."""
     group_size: int = Field(2, ge=2)
     """Answers that are sampled to each prompt, with `rewards`."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Of sampling, with `rewards`; what is trained are the log-probabilities of temperature 1."""
     missing_eos_penalty: float = Field(0.0, ge=0)
     """Subtracted from the reward of a sampled answer that hit max_tokens, so that one which ended is preferred."""

@@ -83,7 +83,7 @@ def whole_spec(spec: str) -> str:
         name, bracket, settings = spec.removeprefix(PREFIX).partition("(")
         return f"{PREFIX}{Path(name).resolve() if Path(name).exists() else name}{bracket}{settings}"
     file, colon, function = spec.partition(".py:")
-    return f"{Path(file).resolve()}{colon}{function}" if colon else spec
+    return f"{Path(file).expanduser().resolve()}{colon}{function}" if colon else spec
 
 
 def repeat_data(run: Run, fingerprint: str) -> None:

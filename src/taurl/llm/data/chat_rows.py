@@ -88,9 +88,10 @@ class RowEncoder:
         turns = [i for i, message in enumerate(row.messages) if message["role"] == "assistant" and i >= first]
         if not turns:
             raise InputError("nothing to train on: no message has the role assistant")
-        if turns[0] == 0:
+        answers = [turn for turn in turns if turn > 0]  # a greeting at the beginning answers nothing
+        if not answers:
             raise InputError("the first message is the assistant's; expected one to answer before it")
-        return turns[-1:] if mask == "last" else turns
+        return answers[-1:] if mask == "last" else answers
 
     def _has_marks(self, row: Chat) -> bool:
         template = self.tokenizer.get_chat_template(tools=row.options.get("tools"))
@@ -120,6 +121,8 @@ class RowEncoder:
         for turn in turns:
             at_end = turn == len(row.messages) - 1
             answered = whole if at_end else self._render(row.messages[: turn + 1], row)
+            if not whole.startswith(answered) and (end := self.tokenizer.eos_token):
+                answered = answered.removesuffix(str(end))  # which some templates write behind the last turn only
             pieces += [(turn, self._opening(row, turn)), (turn, answered)]
         ids, prefixes = self._places(whole, pieces)
         trained = [False] * len(ids)
@@ -158,13 +161,17 @@ class RowEncoder:
         return cut[-1], cut[1:-1]
 
     def _stop(self, ids: Sequence[int], start: int, end: int) -> int | None:
-        """The place behind the stop token that ends ids[start:end], white space apart; None where none does."""
+        """The place behind the stop token that ends ids[start:end], white space apart; None where none does.
+
+        Of several in a row it is the first: some templates write the end of sequence behind the end of the last turn.
+        """
+        found = None
         for place in reversed(range(start, end)):
             if ids[place] in self.stops:
-                return place + 1
-            if not self._is_blank(ids[place]):
-                return None
-        return None
+                found = place + 1
+            elif not self._is_blank(ids[place]):
+                break
+        return found
 
     def _is_blank(self, token: int) -> bool:
         return token not in self.stops and not str(self.tokenizer.decode([token])).strip()

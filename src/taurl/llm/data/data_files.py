@@ -11,6 +11,7 @@ from typing import Any
 from taurl.runtime.errors import InputError, one_line
 
 Row = dict[str, Any]
+LONGEST_CELL = 2**31 - 1  # characters of a CSV cell: a text may be long
 
 
 def read_file(name: str) -> list[Row]:
@@ -24,7 +25,7 @@ def read_file(name: str) -> list[Row]:
 def iterate_file(name: str) -> Iterator[Row]:
     """The rows of a data file, one dict a row, read as they are taken (but for a .json that is one array).
 
-    The file's ending chooses how it is read (see `READERS`). CSV values stay strings.
+    The file's ending chooses how it is read (see `READERS`). CSV values stay strings, but for messages as JSON.
 
     Raises: InputError for a missing file, an unknown ending, or the first row that cannot be read, with its line.
     """
@@ -89,6 +90,7 @@ def _excerpt(text: str) -> str:
 
 def _read_csv(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
+        csv.field_size_limit(LONGEST_CELL)
         reader = csv.reader(file, strict=True)
         header: list[str] | None = None
         try:
@@ -104,9 +106,20 @@ def _read_csv(path: Path) -> Iterator[Row]:
                         "quote a value that holds commas or line breaks"
                     )
                 else:
-                    yield dict(zip(header, values, strict=True))
+                    yield {name: _messages_or_text(value) for name, value in zip(header, values, strict=True)}
         except csv.Error as error:
             raise InputError(f"{path}:{reader.line_num}: not CSV: {one_line(error)}") from error
+
+
+def _messages_or_text(value: str) -> Any:
+    """The messages of a cell that holds them as JSON; any other text as it is."""
+    if not value.lstrip().startswith("[{"):
+        return value
+    try:
+        found = json.loads(value)
+    except ValueError:
+        return value
+    return found if all(isinstance(item, dict) and {"role", "content"} <= set(item) for item in found) else value
 
 
 def _header(names: list[str], path: Path) -> list[str]:

@@ -102,7 +102,7 @@ def hub_rows(name: str, *, streaming: bool = False) -> Any:
     """A split of a hub data set, as `load_rows` names it: a `datasets.Dataset`, or an `IterableDataset`."""
     import datasets
 
-    repository, *selection = name.split(":")
+    repository, *selection = re.split(r":(?![^\[]*\])", name)  # a split may be cut: train[:100]
     if len(selection) > 2:
         raise InputError(f"data set '{name}': expected owner/name, owner/name:split or owner/name:config:split")
     split_name = selection[-1] if selection else "train"

@@ -33,7 +33,8 @@ class RowData:
     Attributes:
         order: gives the training rows, endlessly.
         held_out: to evaluate on.
-        count: training rows in one pass; None for a stream.
+        count: rows drawn until the data set was gone through once, those of data sets mixed in among them; None for a
+            stream.
         fingerprint: of what has been read.
         counts: training rows `truncated`, `split` or `dropped` for their length; a stream has its own. (A dropped row
             could have been held out as well, or come after the first `train_rows`.)
@@ -64,7 +65,8 @@ class RowData:
         if dropped:
             notes.append(f"{dropped} training rows left out: their questions are among the held-out ones")
         order = RowCycle(rows, settings.seed)
-        return cls(order, held_out, len(rows), rows.fingerprint() + held_out.fingerprint(), rows.counts, notes)
+        count = round(len(order.places[0]) * sum(rows.weights) / rows.weights[0])
+        return cls(order, held_out, count, rows.fingerprint() + held_out.fingerprint(), rows.counts, notes)
 
     @classmethod
     def _stream(cls, reader: RowReader, dataset: object, eval_dataset: object, settings: DataSizes) -> Self:

@@ -27,7 +27,10 @@ SHAREGPT_ROLES = {
     "assistant": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "function_call": "assistant",
 }
+NO_TEXTS = ("input_ids", "labels", "attention_mask", "messages", "conversations", "tools", "chat_template_kwargs")
+MASKS = ("completion_mask", "assistant_masks")  # of token ids, by TRL's names: what is trained on
 EXPECTED = "input_ids, messages, conversations, prompt with completion, or text"
 
 Messages: TypeAlias = list[dict[str, Any]]
@@ -88,7 +91,8 @@ def _expected(row: Row) -> str:
 
 
 def _has(row: Row, column: str) -> bool:
-    return row.get(column) is not None
+    value = row.get(column)
+    return value is not None and not (isinstance(value, str) and value == "" and column in NO_TEXTS)
 
 
 @contextmanager
@@ -101,13 +105,21 @@ def in_row(number: int) -> Iterator[None]:
 
 
 def question(row: Row) -> str:
-    """What makes two rows the same question: the text before the last answer, or all of a text without one.
+    """What makes two rows the same question: the prompt, or what stands before the first answer of a conversation.
 
-    Of a row that is not well formed, all of it.
+    One that goes on is so held out with its beginning. Of token ids it is those before the first target; of a text,
+    and of a row that is not well formed, all of it.
     """
     column = next((name for name in ("prompt", "messages", "conversations") if _has(row, name)), None)
+    if column is None and _has(row, "input_ids"):
+        try:
+            ids = _ids(row)
+        except InputError:
+            return str(row)
+        first = ids.trained.index(True) if True in ids.trained else 0
+        return str(ids.ids[:first] if first > 1 else ids.ids)
     if column is None:
-        return str(row.get("text") or row.get("input_ids") or row)
+        return str(row["text"] if _has(row, "text") else row)
     try:
         asked = row["prompt"] if column == "prompt" else _messages(row, column)
     except InputError:
@@ -115,7 +127,7 @@ def question(row: Row) -> str:
     if prompt_problem(asked):
         return str(row)
     answers = [place for place, message in enumerate(asked) if column != "prompt" and message["role"] == "assistant"]
-    return prompt_text(asked[: answers[-1]] if answers else asked)
+    return prompt_text(asked[: next(filter(None, answers), None)])
 
 
 def _messages(row: Row, column: str) -> Messages:
@@ -123,9 +135,15 @@ def _messages(row: Row, column: str) -> Messages:
     value = _parsed(row, column)
     if column == "conversations" and isinstance(value, Sequence):
         value = [_from_sharegpt(message, number) for number, message in enumerate(value, start=1)]
+        if isinstance(row.get("system"), str) and row["system"] and not (value and _role(value[0]) == "system"):
+            value = [{"role": "system", "content": row["system"]}, *value]
     if problem := prompt_problem(value, "it"):
         raise InputError(f"column '{column}': {problem}")
     return [without_none(message) for message in value]
+
+
+def _role(message: object) -> object:
+    return message.get("role") if isinstance(message, Mapping) else None
 
 
 def _from_sharegpt(message: object, number: int) -> object:
@@ -137,7 +155,16 @@ def _from_sharegpt(message: object, number: int) -> object:
             f"column 'conversations': message {number} is from {message['from']!r}; "
             f"expected one of {', '.join(SHAREGPT_ROLES)}"
         )
-    return {"role": role, "content": message.get("value")}
+    if message["from"] != "function_call":
+        return {"role": role, "content": message.get("value")}
+    try:
+        called = json.loads(message.get("value") or "")
+    except ValueError as error:
+        raise InputError(
+            f"column 'conversations': message {number} is a function_call, but no JSON: {error}"
+        ) from error
+    calls = called if isinstance(called, list) else [called]
+    return {"role": role, "content": "", "tool_calls": [{"type": "function", "function": call} for call in calls]}
 
 
 def _completion(row: Row, strings_are_messages: bool) -> Chat | Text:
@@ -157,7 +184,9 @@ def _completion(row: Row, strings_are_messages: bool) -> Chat | Text:
         raise InputError(f"column 'completion': its first message is of role {answer[0]['role']!r}; expected assistant")
     if prompt[-1]["role"] != "assistant":
         return Chat(prompt + answer, len(prompt), options=_options(row))
-    whole = {**answer[0], "content": prompt[-1]["content"] + answer[0].get("content", "")}
+    if not isinstance(prompt[-1].get("content"), str):
+        raise InputError("column 'prompt': its last message is the assistant's and has no content to go on with")
+    whole = {**prompt[-1], **answer[0], "content": prompt[-1]["content"] + answer[0].get("content", "")}
     return Chat([*prompt[:-1], whole, *answer[1:]], len(prompt) - 1, prompt, _options(row))
 
 
@@ -196,6 +225,11 @@ def without_none(value: Any) -> Any:
 def _ids(row: Row) -> TokenRow:
     ids = _integers(row, "input_ids")
     labels = _integers(row, "labels") if _has(row, "labels") else ids
+    for mask in (name for name in MASKS if _has(row, name) and not _has(row, "labels")):
+        marks = _integers(row, mask)
+        if len(marks) != len(ids):
+            raise InputError(f"column '{mask}': it has {len(marks)} values for {len(ids)} input_ids")
+        labels = [token if mark else UNTRAINED for token, mark in zip(ids, marks, strict=True)]
     kept = _integers(row, "attention_mask") if _has(row, "attention_mask") else [1] * len(ids)
     if len(labels) != len(ids) or len(kept) != len(ids):
         other = ("labels", labels) if len(labels) != len(ids) else ("attention_mask", kept)

@@ -103,7 +103,7 @@ class RowReader:
                         lasts.append(wholes[-1] if self.settings.overlong == "split" else row_parts[-1])
                     else:
                         left_out += cut
-                if len(rows) == before:
+                if len(rows) == before and limit != 0:
                     raise InputError(f"none of {len(found)} rows is left within {self.longest} tokens: see overlong")
             sources += [index] * (len(rows) - before)
         return TokenRows(rows, parts, sources, self.weights, cuts, left_out, lasts)
@@ -137,7 +137,7 @@ class RowReader:
         if further:
             there = columns_of(rows)
             columns = {old: new for old, new in columns.items() if old in there}
-            answer_after = answer_after if "answer" in there else None
+            answer_after = answer_after if "answer" in [columns.get(name, name) for name in there] else None
         return prepare_rows(rows, columns=columns, answer_after=answer_after, first=first)
 
     def encode(self, row: Row, number: int, counts: Counter[str]) -> list[TokenRow]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from taurl.runtime.errors import InputError
 
@@ -118,8 +118,16 @@ def ends(
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """The most tokens the model can see; None if its config does not say."""
-    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """The most tokens the model can see; None if its config does not say.
+
+    Of a model with two sets of rotary factors (longrope: Phi-3, Phi-4-mini) as far as the first reaches: beyond, a
+    longer row in a batch would turn the keys of all others.
+    """
+    config: Any = model.config.get_text_config()
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if rotary.get("rope_type") == "longrope" and rotary.get("original_max_position_embeddings"):
+        return int(rotary["original_max_position_embeddings"])
+    length: int | None = getattr(config, "max_position_embeddings", None)
     return length
 
 

@@ -174,6 +174,7 @@ class Batch:
         """The next waiting prompt, prefilled, with others that the free slots can start on."""
         if self.prefilled is None or self.waiting[0].prompt_ids not in self.prefilled.rows:
             chosen = self._next_prompts(self.slots - len(self.running))
+            self.prefilled = None  # its memory is wanted for the next
             cache, logits = self.model.prefill(chosen)
             self.prefilled = Prefilled({ids: row for row, ids in enumerate(chosen)}, cache, logits)
         return self.prefilled

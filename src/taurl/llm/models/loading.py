@@ -87,7 +87,6 @@ def _looks_like_path(name: str) -> bool:
         or parts[-1] == ""
         or len(parts) > 2
         or name.endswith(MODEL_SUFFIXES)
-        or (len(parts) == 2 and Path(parts[0]).is_dir())  # `runs/demmo` where there is a folder runs
     )
 
 
@@ -104,6 +103,8 @@ def _fetch_from_hub(name: str) -> str:
             local_files_only=reason is not None,
         )
     except Exception as error:  # the HTTP client's own classes, the hub's, and the disk's
+        if Path(name).parent.name and Path(name).parent.is_dir():  # `runs/demmo` where there is a folder runs
+            raise InputError(f"no such model folder: '{name}'; {HOW_TO_NAME}") from error
         because = reason or one_line(error)
         raise InputError(
             f"model '{name}': no folder, and not to be had from the hub ({because}); {HOW_TO_NAME}"

@@ -82,7 +82,9 @@ class Policy:
         elif load_in_4bit:
             raise InputError("load_in_4bit loads a model by its name; this one came as an object, loaded already")
         else:
-            self.model = cast(Any, model).to(device=device, dtype=dtype)
+            self.model = model
+            if not getattr(model, "is_quantized", False):  # which is where it is, in its own precision
+                self.model = cast(Any, model).to(device=device, dtype=dtype)
         self.has_adapter = hasattr(self.model, "peft_config")
         self.adapter_is_new = False
         self.new_tokens: tuple[int, ...] = ()
@@ -91,6 +93,8 @@ class Policy:
             self.model.peft_config["default"].base_model_name_or_path = base_name(
                 name or "", self.model.config.name_or_path
             )
+        if getattr(self.model, "is_quantized", False) and not self.has_adapter:
+            raise InputError(f"the weights of model {name!r} are quantised and cannot be trained: give lora_rank")
         freeze_parameters(self.model, freeze)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise InputError(f"model {name!r} has no weights to train: all are frozen (an adapter loads frozen)")
@@ -105,6 +109,7 @@ class Policy:
             if self.has_adapter:
                 self.model.enable_input_require_grads()
             self.model.train()  # transformers checkpoints in training mode only; dropout is off either way
+            self._require_repeatable()
         else:
             self.model.eval()
 
@@ -137,6 +142,17 @@ class Policy:
     def _load(self, name: str | Path, **options: Any) -> PreTrainedModel:
         """`load_model`, with the head that this kind of policy has."""
         return load_model(name, **options)
+
+    @torch.no_grad()
+    def _require_repeatable(self) -> None:
+        """Refuse a model that draws numbers in training mode: what it samples would not be what is trained."""
+        ids = torch.tensor([[1, 2, 3, 1]], device=self.model.device)
+        one, other = (self.model(ids, use_cache=False)[0] for _ in range(2))
+        if not torch.equal(one, other):
+            raise InputError(
+                f"gradient_checkpointing runs model {self.name!r} in training mode, where it is random (a dropout or a "
+                "noise that could not be switched off): leave it out, and lower tokens_per_part"
+            )
 
     def _check(self) -> None:
         """Refuse a model whose output would be read wrongly."""
@@ -246,10 +262,15 @@ class Policy:
         with quiet_transformers():
             model, chosen = self.model, {}
             if self.exports_adapter(merge=merge):
-                chosen = {"selected_adapters": [self.model.active_adapter]}  # of several the policy's own
+                name = self.model.active_adapter
+                chosen = {"selected_adapters": [name]}  # of several the policy's own
             elif self.has_adapter:
                 model = self.merged()
             model.save_pretrained(directory, safe_serialization=True, **chosen)
+            if chosen and (directory / name).is_dir():  # where peft puts an adapter that has a name
+                for path in (directory / name).iterdir():
+                    path.replace(directory / path.name)
+                (directory / name).rmdir()
             if getattr(model, "generation_config", None) is not None:  # a model that gives scores has none
                 model.generation_config.save_pretrained(directory)  # which peft leaves out
             self.tokenizer.save_pretrained(directory)
@@ -291,12 +312,26 @@ def make_generator(
     return TransformersSampler(model, stop_token_ids=stops, tokenizer=tokenizer)
 
 
+DROPOUTS = (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "residual_dropout",
+    "embedding_dropout",
+    "hidden_dropout",
+    "attn_pdrop",
+    "resid_pdrop",
+    "dropout_p",
+    "layerdrop",
+)
+
+
 def switch_off_dropout(model: nn.Module) -> None:
     """Dropout off for good, in modules and in attention: sampled and trained distribution are then the same."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("dropout", "attention_dropout", "activation_dropout", "attn_pdrop", "dropout_p"):
+        for name in DROPOUTS:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
 

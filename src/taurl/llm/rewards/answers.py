@@ -14,9 +14,11 @@ NUMBER = re.compile(
         (?P<digits> [0-9]{1,3} (?: ,[0-9]{3} )+ (?! [0-9] )       # 1,234,567
                     (?: \.[0-9]+ )?
                   | [0-9]+ (?: \.[0-9]+ )?                        # a full stop that ends a sentence stays outside
-                  | (?<! \. ) \.[0-9]+ )""",
+                  | (?<! \. ) \.[0-9]+ )
+        (?P<exponent> [eE][-+]?[0-9]+ (?! \w ) )?""",
     re.VERBOSE,
 )
+FRACTION = re.compile(r"[0-9]\s*/\s*[0-9]+\s*$")  # at the end of an answer
 MATH_VERIFY_SECONDS = 5  # math-verify's own default for one parse and for one comparison
 
 
@@ -82,12 +84,16 @@ def _last_number(text: str) -> Decimal | None:
     if not numbers:
         return None
     match = numbers[-1]
-    value = Decimal(match["digits"].replace(",", ""))
+    value = Decimal(match["digits"].replace(",", "") + (match["exponent"] or ""))
     return -value if match["sign"] in ("-", "\u2212") else value
 
 
 def _expected_number(answer: Any) -> Decimal:
     number = _last_number(str(answer))
+    if FRACTION.search(str(answer)):
+        raise ValueError(
+            f"last_number compares with one number, and the column `answer` has {answer!r}: see math_verify"
+        )
     if number is None:
         raise ValueError(f"last_number needs a number in the column `answer`, found {answer!r}")
     return number
