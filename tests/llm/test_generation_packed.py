@@ -85,7 +85,7 @@ def test_what_an_adapter_has_learned_in_a_few_steps_is_sampled_from(dtype):
 
 
 def test_adapters_that_stay_apart_are_added_as_peft_adds_them(monkeypatch):
-    """As in half precision; here in float32, where it can be told from rounding, and on processors without the other."""
+    """As in half precision; here in float32, where a mistake can be told from rounding."""
     monkeypatch.setattr("taurl.llm.generation.packed.is_half", lambda dtype: True)
     model = with_lora(tiny_model("llama"))
     packed = PackedLinears(model)
