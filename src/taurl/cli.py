@@ -1,6 +1,7 @@
 """The command line: `taurl llm grpo …`, `taurl report RUN`. Nothing heavy is imported until it is needed."""
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -53,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("taurl: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read the output wanted no more, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor to hear of it at the end
+        return 1
     except Exception as error:
         # Errors meant for a person bring their exit code; another one is a defect, which its traceback tells best.
         code = getattr(error, "exit_code", None)

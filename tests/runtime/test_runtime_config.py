@@ -125,3 +125,7 @@ def test_changed_from():
     config = Settings(mapping={"range": (1, 2)}, words=("a",))
     stored = Settings(mapping={"range": [1, 2]}, words=["a"])
     assert config.changed_from(stored) == []
+
+
+def test_a_home_directory_is_read_in_out():
+    assert TrainingConfig(out="~/runs/a").out == Path.home() / "runs" / "a"

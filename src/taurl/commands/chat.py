@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from taurl.commands.options import parse
 from taurl.llm.inference_config import ChatConfig
 from taurl.runtime.errors import InputError
+from taurl.runtime.terminal import obeyed_by_none
 
 if TYPE_CHECKING:
     from taurl.llm.inference import Model
@@ -27,7 +28,13 @@ def main(words: Sequence[str]) -> int:
         print("an empty line ends the talk", file=sys.stderr)
     while question := read_line():
         messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": answer(model, messages)})
+        try:
+            messages.append({"role": "assistant", "content": answer(model, messages)})
+        except InputError as error:  # one line that is too long does not end the talk
+            if not sys.stdin.isatty():
+                raise
+            messages.pop()
+            print(f"taurl: {error}", file=sys.stderr)
     return 0
 
 
@@ -51,13 +58,13 @@ def answer(model: "Model", messages: Messages) -> str:
         tokens.append(token)
         text = decode(model.tokenizer, tokens)
         if not text.endswith("\ufffd"):  # a character whose last bytes are still to come
-            print(text[len(shown) :], end="", flush=True)
+            print(obeyed_by_none(text[len(shown) :]), end="", flush=True)
             shown = text
 
     key = (model.config.seed, len(messages))
     model.generator.generate([encode(model, messages)], 1, model.sampling, key=key, on_token=show)
     text = decode(model.tokenizer, tokens)
-    print(text[len(shown) :])
+    print(obeyed_by_none(text[len(shown) :]))
     return text
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from taurl.commands.answers import require_new
 from taurl.commands.options import parse
 from taurl.control.play_config import EvaluateConfig, PlayConfig
 from taurl.runtime.errors import InputError
@@ -72,6 +73,7 @@ def play(words: Sequence[str]) -> int:
     config = parse(PlayConfig, words, prog="taurl control play RUN")
     if (config.video is None) == (config.render is None):
         raise InputError("give either --video FILE.mp4 (or .gif) or --render human")
+    require_new(config.video)
     policy, env = load(run)
 
     from taurl.control import playing

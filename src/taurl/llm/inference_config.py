@@ -1,12 +1,11 @@
 """Settings of the commands that use a model without training it. Imports no torch."""
 
-from pathlib import Path
 from typing import Self
 
 from pydantic import Field, model_validator
 
 from taurl.llm.settings import ModelSettings, PromptSettings, RewardSettings, RowSettings, SamplerSettings
-from taurl.runtime.config import MachineSettings
+from taurl.runtime.config import MachineSettings, OutPath
 
 
 class InferenceConfig(SamplerSettings, PromptSettings, MachineSettings, ModelSettings):
@@ -41,7 +40,7 @@ class EvaluateConfig(RewardSettings, InferenceConfig):
     """reasoning-gym:TASK, a .jsonl, .json, .csv or .parquet file, or a hub name."""
     rows: int | None = Field(None, ge=1)
     """Score the first rows only."""
-    out: Path | None = None
+    out: OutPath | None = None
     """Write every answer with its rewards to this .jsonl file."""
 
 
@@ -50,7 +49,7 @@ class GenerateConfig(InferenceConfig):
 
     prompts: str | None = None
     """A .jsonl, .json, .csv or .parquet file with a column `prompt`, or what `dataset` is elsewhere."""
-    out: Path | None = None
+    out: OutPath | None = None
     """Answers, one JSON object a line: the row with its `completion`. Default: standard output."""
     count: int = Field(1, ge=1)
     """Completions of each prompt."""
@@ -87,7 +86,7 @@ class ScoreConfig(MachineSettings, ModelSettings):
     """A .jsonl, .json, .csv or .parquet file, or a hub name."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Columns to rename, for example question=prompt."""
-    out: Path | None = None
+    out: OutPath | None = None
     """Rows with their scores, one JSON object a line. Default: standard output."""
     normalize: bool = False
     """Subtract the mean of the model's scores on its training rows, and divide by their deviation."""

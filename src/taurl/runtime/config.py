@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.config import JsonDict
 
 from taurl.runtime.errors import InputError, reason
@@ -40,10 +40,18 @@ class MachineSettings(ThreadSettings):
     product is faster here, once."""
 
 
+def from_home(path: object) -> object:
+    """A path with `~` as the shell would have it: YAML and Python do not read it."""
+    return Path(path).expanduser() if isinstance(path, str | Path) else path
+
+
+OutPath = Annotated[Path, BeforeValidator(from_home)]
+
+
 class RunConfig(ThreadSettings):
     """The settings that every training run has."""
 
-    out: Path | None = Field(None, json_schema_extra=FREE)
+    out: OutPath | None = Field(None, json_schema_extra=FREE)
     """Run directory; must not exist yet. Default: runs/ALGORITHM-DATE-TIME."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Everything random is drawn from this number: first weights, order of the data, sampling, environments."""

@@ -29,7 +29,7 @@ def model_card(algorithm: str, config: Any, records: Sequence[dict[str, Any]], *
         header["base_model"] = base
     if data and is_on_hub(data):
         header["datasets"] = [data.partition(":")[0]]
-    settings = {name: getattr(config, name) for name in PRINTED if getattr(config, name, None)}
+    settings = {name: getattr(config, name) for name in PRINTED if getattr(config, name, None) is not None}
     lines = [
         "---",
         yaml.safe_dump(header, sort_keys=False).strip(),

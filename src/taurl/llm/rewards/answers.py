@@ -46,10 +46,14 @@ def reasoning_gym(
 ) -> list[float | None]:
     """The score in [0, 1] that the row's own reasoning-gym task gives, found by `metadata["source_dataset"]`.
 
-    Scored is what stands between the last <answer> tags, or without tags the whole completion, stripped.
+    Scored is what stands between the last <answer> tags, or without tags the whole completion, stripped. None where
+    the row has no metadata: it is of no such task.
     """
     scores: list[float | None] = []
     for completion, *entry in zip(completions, question, answer, metadata, strict=True):
+        if entry[-1] is None:
+            scores.append(None)
+            continue
         text = text_of(completion)
         tagged = tagged_answer(text)
         row = dict(zip(("question", "answer", "metadata"), entry, strict=True))
