@@ -54,10 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("taurl: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # who read the output wanted no more, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor to hear of it at the end
-        return 1
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and output_is_gone():
+            return 1
         # Errors meant for a person bring their exit code; another one is a defect, which its traceback tells best.
         code = getattr(error, "exit_code", None)
         if debug or code is None:
@@ -65,6 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print("taurl: " + "; ".join([str(error), *getattr(error, "__notes__", [])]), file=sys.stderr)
         return code or 1
+
+
+def output_is_gone() -> bool:
+    """Whether who read the output wanted no more, as `head` does; what is still buffered is then let go."""
+    try:
+        sys.stdout.flush()  # again, which tells a broken standard output from another broken pipe
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def run(words: list[str]) -> int:

@@ -198,6 +198,8 @@ def test_a_mask_that_forbids_everything_is_refused():
 def test_environments_without_masks_are_refused(env, message):
     with pytest.raises(InputError, match=message):
         Environments(env, 2, seed=0, mask_actions=True).reset()
+    with pytest.raises(InputError, match=message):  # from 4 copies on it may be a vector class of its own
+        Environments(env, 4, seed=0, mask_actions=True).reset()
 
 
 def test_masks_are_asked_for_once_a_step_and_what_fails_within_is_not_called_absent():

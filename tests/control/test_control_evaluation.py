@@ -8,6 +8,8 @@ from gymnasium import spaces
 from small_environments import Counting, Endless, resetting_on_the_next_step
 
 from taurl.control import load
+from taurl.control.algorithms.grpo import GRPO
+from taurl.control.algorithms.grpo_config import GRPOConfig
 from taurl.control.algorithms.ppo import PPO
 from taurl.control.algorithms.ppo_config import PPOConfig
 from taurl.control.environments import Environments
@@ -66,6 +68,12 @@ def test_a_target_that_no_evaluation_could_reach_is_refused():
 def test_one_environment_object_is_one_copy_and_its_rollout_one_minibatch(tmp_path):
     trainer = PPO(Counting(), PPOConfig(out=tmp_path / "run", steps=128, eval_episodes=0)).train()
     assert trainer.config.environments == 1
+    longer = PPO.resume(tmp_path / "run", PPOConfig(steps=4096, eval_episodes=0), env=Counting()).train()
+    assert longer.run.step == 4096
+    with pytest.raises(InputError, match="episodes is 0"):
+        PPO("CartPole-v1", PPOConfig(out=tmp_path / "other", eval_episodes=0)).evaluate()
+    with pytest.raises(InputError, match="environments is 64, but one environment object was given"):
+        GRPO(Counting(), GRPOConfig(out=tmp_path / "grpo"))
 
 
 def test_an_evaluation_that_fails_does_not_undo_what_was_learned(tmp_path, monkeypatch):

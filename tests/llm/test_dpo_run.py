@@ -1,6 +1,11 @@
 """DPO from Python: what is trained, against what, what is kept, what is refused."""
 
 import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,6 +126,30 @@ def test_an_answer_that_was_cut_off_is_not_preferred_where_that_has_a_price(conf
     for group in mixed:
         (chosen,) = [sample for sample in group if sample["advantage"] == 1]
         assert chosen["finish"] == "stop"
+
+
+def test_the_hash_of_an_adapter_is_the_same_in_every_process():
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import torch\n"
+        "from peft import LoraConfig, get_peft_model\n"
+        "from tiny_policy import tiny_model\n"
+        "from taurl.llm.scoring.reference_logprobs import model_hash\n"
+        "torch.manual_seed(0)\n"
+        "print(model_hash(get_peft_model(tiny_model(), LoraConfig(r=1, target_modules='all-linear'))))\n"
+    )
+    hashes = {
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", program, str(Path(__file__).parent)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert len(hashes) == 1
+    assert len(hashes.pop()) == 64
 
 
 def test_the_hash_of_a_model_knows_how_its_adapter_is_scaled():
@@ -356,6 +385,9 @@ def test_it_says_once_that_both_likelihoods_fall():
     assert words.startswith(
         "both likelihoods fall: the reward of the last 10 steps is below that of the first ones by 0.0"
     )
+    watch = FallWatch()
+    assert watch.warning({"rewards/chosen": None, "rewards/rejected": math.nan, "rewards/margins": None}) is None
+    assert not watch.first  # a step that was not taken
     assert said(rises, falls) == said(falls, level) == []  # another reference may lie above from the start
 
 

@@ -13,10 +13,10 @@ from chat_families import CHATML_MARKED, QWEN3, SPECIAL, character_tokenizer
 from tiny_policy import tiny_model
 
 from taurl.llm import GRPOConfig
-from taurl.llm.data.chat import encode_prompt, stop_token_ids
+from taurl.llm.data.chat import encode_prompt, prompt_text, stop_token_ids
 from taurl.llm.data.chat_templates import CHATML_TEXT, set_chat_template
 from taurl.llm.data.datasets import key
-from taurl.llm.data.row_forms import question, read_form
+from taurl.llm.data.row_forms import last_question, question, read_form
 from taurl.llm.data.row_order import Mixture, RowCycle, RowStream
 from taurl.llm.data.row_reader import RowReader
 from taurl.llm.data.tasks import PromptReader, train_and_held_out
@@ -111,6 +111,9 @@ def test_sharegpts_system_column_and_function_calls():
     call = {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'}
     chat = read_form({"conversations": [talk[0], call]}, strings_are_messages=True)
     assert chat.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]
+    parsed = {**call, "value": {"name": "add", "arguments": {"a": 2}}}
+    again = read_form({"conversations": [talk[0], parsed]}, strings_are_messages=True)
+    assert again.messages == chat.messages
     with pytest.raises(InputError, match="message 2 is a function_call, but no JSON"):
         read_form({"conversations": [talk[0], {"from": "function_call", "value": "add"}]}, strings_are_messages=True)
 
@@ -118,6 +121,7 @@ def test_sharegpts_system_column_and_function_calls():
 def test_what_makes_two_rows_the_same_question():
     assert question({"messages": TALK}) == question({"messages": TALK[:2]})  # one goes on where the other ends
     assert question({"messages": TALK}) != question({"messages": TALK[2:]})
+    assert last_question({"messages": TALK}) == prompt_text(TALK[:3])  # what its last answer answers
     first, other = ({"input_ids": np.array([5, 6, last]), "labels": [-100, -100, last]} for last in (7, 8))
     assert question(first) == question(other) == "[5, 6]"
     assert question({"input_ids": torch.tensor([5, 6])}) == "[5, 6]"

@@ -1,13 +1,13 @@
 """`taurl llm chat`: talk to a model in the terminal."""
 
 import sys
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from taurl.commands.options import parse
 from taurl.llm.inference_config import ChatConfig
 from taurl.runtime.errors import InputError
-from taurl.runtime.terminal import obeyed_by_none
 
 if TYPE_CHECKING:
     from taurl.llm.inference import Model
@@ -58,14 +58,19 @@ def answer(model: "Model", messages: Messages) -> str:
         tokens.append(token)
         text = decode(model.tokenizer, tokens)
         if not text.endswith("\ufffd"):  # a character whose last bytes are still to come
-            print(obeyed_by_none(text[len(shown) :]), end="", flush=True)
+            print(plain(text[len(shown) :]), end="", flush=True)
             shown = text
 
     key = (model.config.seed, len(messages))
     model.generator.generate([encode(model, messages)], 1, model.sampling, key=key, on_token=show)
     text = decode(model.tokenizer, tokens)
-    print(obeyed_by_none(text[len(shown) :]))
+    print(plain(text[len(shown) :]))
     return text
+
+
+def plain(text: str) -> str:
+    """A text without the control characters that a terminal would obey."""
+    return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")
 
 
 def encode(model: "Model", messages: Messages) -> list[int]:

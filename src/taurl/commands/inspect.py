@@ -109,5 +109,5 @@ def painted(row: TokenRow, tokenizer: PreTrainedTokenizerBase, coloured: bool) -
 
 def visible(text: str) -> str:
     """Line breaks with a mark, and nothing that a terminal would obey."""
-    shown = "".join(letter if letter.isprintable() or letter.isspace() else "�" for letter in text)
+    shown = "".join(letter if letter.isprintable() or letter in "\n\t\u00a0\u3000" else "�" for letter in text)
     return shown.replace("\n", "↵\n")

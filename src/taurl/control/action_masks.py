@@ -65,6 +65,8 @@ class ActionMasks:
         return masks
 
     def _asked(self, vector: Any) -> Any:
+        if not hasattr(vector, "call"):  # a vector class of its own
+            raise missing(self.name)
         try:
             return vector.call(METHOD)
         except AttributeError as error:

@@ -60,6 +60,12 @@ class Evaluation(NamedTuple):
         return found | {"eval/mean_ep_length": float(np.mean(self.lengths))}
 
 
+def require_episodes(episodes: int) -> None:
+    """Raises: InputError for less than one episode."""
+    if episodes < 1:
+        raise InputError(f"episodes is {episodes}: expected at least one to play")
+
+
 def evaluate(
     policy: Acting,
     environments: Environments,
@@ -77,8 +83,7 @@ def evaluate(
         longest: count an episode as over after so many steps; what follows counts as the next. None: no bound.
     Raises: InputError for less than one episode.
     """
-    if episodes < 1:
-        raise InputError(f"episodes is {episodes}: expected at least one to play")
+    require_episodes(episodes)
     shares = np.full(environments.count, episodes // environments.count)
     shares[: episodes % environments.count] += 1
     returns, lengths = np.zeros(environments.count), np.zeros(environments.count, dtype=int)

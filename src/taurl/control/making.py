@@ -147,6 +147,7 @@ def asynchronous(makers: list[Callable[[], gymnasium.Env[Any, Any]]]) -> VectorE
 
 
 def _made_copied(maker: Callable[[], gymnasium.Env[Any, Any]]) -> gymnasium.Env[Any, Any]:
-    if multiprocessing.parent_process() is not None:  # Ctrl-C goes to all processes; the run's own finishes its step
+    if multiprocessing.current_process().name.startswith("Worker<"):  # as gymnasium names them
+        # Ctrl-C goes to all processes of the terminal; the run's own finishes its step.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     return Copied(maker())

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import gymnasium
 import torch
@@ -17,6 +17,7 @@ from taurl.control.evaluation import (
     copies_for,
     evaluate,
     evaluation_seed,
+    require_episodes,
     with_limit,
 )
 from taurl.control.making import EnvironmentLike
@@ -66,8 +67,7 @@ class Trainer(ABC):
         callbacks: Sequence[Callback] = (),
     ):
         config = config or self.config_class()
-        if isinstance(env, gymnasium.Env) and "environments" not in config.model_fields_set:
-            config = config.model_copy(update={"environments": 1})  # the one there is
+        config = for_one_object(config, env)
         if isinstance(env, str):
             config = config.model_copy(update={"env": env})
         run = Run.start(config, algorithm=self.algorithm, headline=HEADLINE)
@@ -86,7 +86,7 @@ class Trainer(ABC):
     ) -> Self:
         """Go on with a run; an environment that it was given as an object or function is given again."""
         require_algorithm(Path(directory), cls.algorithm)
-        config = config or read_config(Path(directory), cls.config_class)
+        config = for_one_object(config or read_config(Path(directory), cls.config_class), env)
         run = Run.resume(Path(directory), config, headline=HEADLINE)
         require_given_again(run, [] if env is None else ["env"])
         trainer = cls.__new__(cls)
@@ -254,6 +254,20 @@ class Trainer(ABC):
         )
 
 
+Config = TypeVar("Config", bound=ControlConfig)
+
+
+def for_one_object(config: Config, env: object) -> Config:
+    """The config with one copy where an environment object was given, which is the one there is.
+
+    Not where the config says otherwise, nor where one copy would not do: it is then refused in its own words.
+    """
+    least = next((limit.ge for limit in type(config).model_fields["environments"].metadata if hasattr(limit, "ge")), 1)
+    if isinstance(env, gymnasium.Env) and "environments" not in config.model_fields_set and least <= 1:
+        return config.model_copy(update={"environments": 1})
+    return config
+
+
 def evaluate_policy(
     policy: Acting,
     environment: EnvironmentLike,
@@ -265,6 +279,7 @@ def evaluate_policy(
     deterministic: bool = True,
 ) -> Evaluation:
     """Play whole episodes in new environments, several at once, and close them."""
+    require_episodes(episodes)
     given_object = not isinstance(environment, str) and not callable(environment)
     copies = 1 if given_object else copies_for(episodes)
     arguments = with_limit(environment, arguments)

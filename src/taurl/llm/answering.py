@@ -7,7 +7,7 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerBase
 
 from taurl.llm.data.data_files import Row
-from taurl.llm.data.row_forms import question
+from taurl.llm.data.row_forms import last_question
 from taurl.llm.data.token_rows import TokenRow, TokenRows
 from taurl.llm.evaluation import Evaluation, TrainerState, evaluate, reward_columns
 from taurl.llm.generation import Generator, Sampling
@@ -88,4 +88,4 @@ def as_asked(row: Row) -> Row:
     """A row as reward functions see it: with its question as `prompt`, and its completion as `answer` where none is."""
     filled = {name: value for name, value in row.items() if value is not None}
     answer = {"answer": row["completion"]} if isinstance(row.get("completion"), str) else {}
-    return row | answer | {"prompt": question(row)} | filled
+    return row | answer | {"prompt": last_question(row)} | filled

@@ -42,7 +42,10 @@ class MachineSettings(ThreadSettings):
 
 def from_home(path: object) -> object:
     """A path with `~` as the shell would have it: YAML and Python do not read it."""
-    return Path(path).expanduser() if isinstance(path, str | Path) else path
+    try:
+        return Path(path).expanduser() if isinstance(path, str | Path) else path
+    except RuntimeError:  # there is no such person
+        return path
 
 
 OutPath = Annotated[Path, BeforeValidator(from_home)]

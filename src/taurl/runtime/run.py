@@ -123,10 +123,10 @@ class Run:
             self.step = self._saved = step
             self.seconds, self.chosen = values["seconds"], values["chosen"]
             return
-        if self.records():
-            self.view.note(f"{self.directory}: no checkpoint was written yet, so the run begins again")
         if damaged:  # to begin again would cut away the metrics and samples there are: not without being asked
             raise RunError(f"{damaged[0]}; no whole checkpoint is left: remove {checkpoints} to begin again")
+        if self.records():
+            self.view.note(f"{self.directory}: no checkpoint was written yet, so the run begins again")
 
     def set_steps(self, steps: int) -> None:
         """The number of steps, where it is known only once the data has been read."""

@@ -37,14 +37,9 @@ def minutes(seconds: float) -> str:
     return f"{whole // 60}:{whole % 60:02d}"
 
 
-def obeyed_by_none(text: str) -> str:
-    """A text with blanks in place of what a terminal would obey."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
-
-
 def excerpt(text: str) -> str:
     """The start and the end of a text, in a few lines, with nothing in it that a terminal would obey."""
-    text = obeyed_by_none(text.strip())
+    text = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text.strip())
     if len(text) > SAMPLE_CHARACTERS:
         half = SAMPLE_CHARACTERS // 2
         text = f"{text[:half]} … {text[-half:]}"

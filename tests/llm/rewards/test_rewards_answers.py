@@ -58,6 +58,7 @@ def test_last_number_equals_the_answer(text, answer):
         ("18 and then 4", "18"),
         ("1,234", "234"),
         ("no number at all", "0"),
+        ("1e99999999999999999999", "1"),  # further than a number can be
         ("", "0"),
     ],
 )

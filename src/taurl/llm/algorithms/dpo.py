@@ -142,7 +142,7 @@ class DPO(OnlineTrainer):
             self.reference = Reference(
                 self.policy, other, forward=self._logprobs, live=live, circumstances=self._circumstances()
             )
-        self.shift, self.fall_watch = RewardShift(), FallWatch()
+        self.shift = RewardShift()
         self.state = {"optimizer": self.optimizer}
         if config.reward_shift == "running":
             self.state["reward_shift"] = self.shift
@@ -150,7 +150,8 @@ class DPO(OnlineTrainer):
     def restore(self) -> None:
         """Put back what the checkpoint holds. The starting weights are asked before, if they are the reference."""
         if self.run.step:
-            self._know_reference()
+            with out_of_memory_names(MEMORY_SETTINGS):
+                self._know_reference()
         super().restore()
 
     def steps(self) -> Iterator[Record]:
@@ -160,6 +161,7 @@ class DPO(OnlineTrainer):
             self._know_reference()
         with run.begin(**self.state), out_of_memory_names(MEMORY_SETTINGS):
             self.evaluate_before()
+            self.fall_watch = FallWatch()
             for record in run.records():  # of the steps before a resume
                 self.fall_watch.warning(record)
             for step in run.steps():

@@ -1,5 +1,6 @@
 """Figures of a DPO step: what the policy gives to the answers, and a word where both of a pair become less likely."""
 
+import math
 from collections import deque
 from typing import Any
 
@@ -66,6 +67,8 @@ class FallWatch:
         if "rewards/margins" not in figures:
             return None
         rewards = figures["rewards/chosen"], figures["rewards/rejected"]
+        if not all(isinstance(reward, float) and math.isfinite(reward) for reward in rewards):
+            return None  # of a step that was not taken
         if len(self.first) < STEPS_OF_A_FALL:
             self.first.append(rewards)
             return None

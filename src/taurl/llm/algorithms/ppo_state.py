@@ -35,7 +35,8 @@ class Controls:
         self.changes += 1
         self.scores = updated_moments(self.scores, scores)
         mean = self.scores.mean if centered else torch.zeros_like(self.scores.mean)
-        variance = torch.where(self.scores.variance > 0, self.scores.variance, 1.0)  # equal scores have no scale yet
+        known = self.scores.variance > 1e-12 * self.scores.mean.square()  # equal scores have no scale, but rounding
+        variance = torch.where(known & (self.scores.variance > 0), self.scores.variance, 1.0)
         return normalized(scores, Moments(mean, variance, self.scores.samples), bound=math.inf)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -126,8 +126,20 @@ def question(row: Row) -> str:
         return str(row)
     if prompt_problem(asked):
         return str(row)
-    answers = [place for place, message in enumerate(asked) if column != "prompt" and message["role"] == "assistant"]
-    return prompt_text(asked[: next(filter(None, answers), None)])
+    return prompt_text(asked if column == "prompt" else asked[: next(filter(None, _answers(asked)), None)])
+
+
+def last_question(row: Row) -> str:
+    """What stands before the last answer: what a model is asked that is to give it."""
+    column = next((name for name in ("messages", "conversations") if not _has(row, "prompt") and _has(row, name)), None)
+    if column is None:
+        return question(row)
+    messages = _messages(row, column)
+    return prompt_text(messages[: next(filter(None, reversed(_answers(messages))), None)])
+
+
+def _answers(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [place for place, message in enumerate(messages) if message["role"] == "assistant"]
 
 
 def _messages(row: Row, column: str) -> Messages:
@@ -157,8 +169,9 @@ def _from_sharegpt(message: object, number: int) -> object:
         )
     if message["from"] != "function_call":
         return {"role": role, "content": message.get("value")}
+    called = message.get("value")
     try:
-        called = json.loads(message.get("value") or "")
+        called = json.loads(called or "") if isinstance(called, str | None) else called
     except ValueError as error:
         raise InputError(
             f"column 'conversations': message {number} is a function_call, but no JSON: {error}"

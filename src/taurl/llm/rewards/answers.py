@@ -15,7 +15,7 @@ NUMBER = re.compile(
                     (?: \.[0-9]+ )?
                   | [0-9]+ (?: \.[0-9]+ )?                        # a full stop that ends a sentence stays outside
                   | (?<! \. ) \.[0-9]+ )
-        (?P<exponent> [eE][-+]?[0-9]+ (?! \w ) )?""",
+        (?P<exponent> [eE][-+]?[0-9]{1,3} (?! \w ) )?""",
     re.VERBOSE,
 )
 FRACTION = re.compile(r"[0-9]\s*/\s*[0-9]+\s*$")  # at the end of an answer

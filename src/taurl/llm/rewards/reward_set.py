@@ -245,7 +245,7 @@ def _source(function: str | Callable[..., Any]) -> Spec | Callable[..., Any]:
     """Where a reward function comes from, or the function; a model is made one."""
     if isinstance(function, str):
         return parse(function)
-    return reward_model(function) if hasattr(function, "named_parameters") else function
+    return reward_model(function) if hasattr(function, "named_parameters") and hasattr(function, "config") else function
 
 
 def _checked_weights(weights: Sequence[float] | None, names: list[str]) -> list[float]:

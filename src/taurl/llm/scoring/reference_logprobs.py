@@ -32,8 +32,11 @@ def model_hash(model: Any) -> str:
     config.pop("_name_or_path", None)
     found.update(json.dumps(config, default=str, sort_keys=True).encode())
     if hasattr(model, "peft_config"):
-        adapters = [[name, sorted(map(str, vars(settings).items()))] for name, settings in model.peft_config.items()]
-        found.update(json.dumps([adapters, model.active_adapter]).encode())
+        for adapter, settings in sorted(model.peft_config.items()):
+            for key, value in sorted(vars(settings).items()):
+                if key not in ("base_model_name_or_path", "revision"):  # where the base lies, whose weights follow
+                    found.update(f"{adapter} {key} {sorted(value) if isinstance(value, set) else value}".encode())
+        found.update(str(model.active_adapter).encode())
     for name, tensor in sorted(plain.state_dict().items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
