@@ -243,7 +243,7 @@ def compared(tmp_path, **changes):
     [
         {},
         {"critic": "head", "entropy_coefficient": 0.1},
-        {"critic": "none", "truncated": "penalty", "missing_eos_penalty": 0.7},
+        {"critic": "none", "trace_decay": 1.0, "truncated": "penalty", "missing_eos_penalty": 0.7},
         {"critic": "copy", "lora_rank": 2, "lora_targets": ("q_proj", "down_proj")},
         {"critic": "head", "lora_rank": 2, "lora_targets": ("q_proj", "v_proj")},
         {"kl_place": "loss", "kl_estimator": "k2", "truncated": "mask"},
