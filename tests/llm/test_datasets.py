@@ -106,6 +106,17 @@ def test_messages_stand_as_json_in_a_csv_file(tmp_path):
     assert len(load_rows(long)[0]["prompt"]) == 200_000
 
 
+def test_what_arrow_fills_in_is_left_out_and_what_json_says_is_null_stays(tmp_path):
+    calls = [{"a": 1, "b": None}, {"b": 2}]
+    rows = [{"prompt": [{"role": "user", "content": "x", "arguments": call}]} for call in calls]
+    lines = written(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert load_rows(lines) == rows
+    expected = [{"a": 1}, {"b": 2}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "m.parquet")
+    for found in (load_rows(str(tmp_path / "m.parquet")), as_rows(datasets.Dataset.from_list(rows))):
+        assert [row["prompt"][0]["arguments"] for row in found] == expected
+
+
 def test_message_prompts_survive_parquet(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "2 + 4?"}]}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "m.parquet")

@@ -136,9 +136,23 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
-                yield from batch.to_pylist()
+                yield from map(without_filled_keys, batch.to_pylist())
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a readable Parquet file: {one_line(error)}") from error
+
+
+def without_filled_keys(row: Row) -> Row:
+    """A row without the None that Arrow fills in, where it gives every dict of a column the keys of all of them.
+
+    What JSON lines say is null stays: a call of a tool may mean it.
+    """
+    return {name: _without_none(value) for name, value in row.items()}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

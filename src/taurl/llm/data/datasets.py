@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from taurl.llm.data.chat import prompt_problem
-from taurl.llm.data.data_files import READERS, Row, iterate_file, read_file
+from taurl.llm.data.data_files import READERS, Row, iterate_file, read_file, without_filled_keys
 from taurl.llm.data.reasoning_tasks import PREFIX, reasoning_rows
 from taurl.llm.data.row_forms import question
 from taurl.llm.models.hub import hub_cache_only, hub_problem
@@ -68,7 +68,7 @@ def iterate_rows(source: object, *, arguments: Mapping[str, Any] | None = None, 
             return islice(iterate_file(source), start, None)
         source = hub_rows(source, streaming=True)
     if hasattr(source, "skip"):  # a data set of `datasets`
-        return (dict(row) for row in source.skip(start))
+        return (without_filled_keys(dict(row)) for row in source.skip(start))
     return islice(as_rows(source), start, None)
 
 
@@ -134,12 +134,13 @@ def as_rows(rows: object) -> Rows:
     ):
         raise InputError(f"the data is a {type(rows).__name__}; expected a datasets.Dataset or a list of dicts")
     plain: Rows = []
+    from_arrow = hasattr(rows, "column_names")
     for number, row in enumerate(rows, start=1):  # type: ignore[arg-type, var-annotated]
         if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
             raise InputError(
                 f"row {number} of the data is a {type(row).__name__}; expected a dict with column names as keys"
             )
-        plain.append(dict(row))
+        plain.append(without_filled_keys(dict(row)) if from_arrow else dict(row))
     if not plain:
         raise InputError("the data set is empty")
     names = columns_of(plain)

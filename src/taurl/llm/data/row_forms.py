@@ -151,7 +151,7 @@ def _messages(row: Row, column: str) -> Messages:
             value = [{"role": "system", "content": row["system"]}, *value]
     if problem := prompt_problem(value, "it"):
         raise InputError(f"column '{column}': {problem}")
-    return [without_none(message) for message in value]
+    return [said(message) for message in value]
 
 
 def _role(message: object) -> object:
@@ -192,7 +192,7 @@ def _completion(row: Row, strings_are_messages: bool) -> Chat | Text:
         answer = _messages(row, "completion")
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    prompt = [without_none(message) for message in prompt]
+    prompt = [said(message) for message in prompt]
     if answer[0]["role"] != "assistant":
         raise InputError(f"column 'completion': its first message is of role {answer[0]['role']!r}; expected assistant")
     if prompt[-1]["role"] != "assistant":
@@ -214,7 +214,7 @@ def _options(row: Row) -> dict[str, Any]:
         if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
             raise InputError(f"column 'tools': it is {shown(tools)}; expected a list of JSON schemas")
         options = {**options, "tools": list(tools)}
-    return {name: without_none(value) for name, value in options.items() if value is not None}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _parsed(row: Row, column: str) -> Any:
@@ -228,11 +228,9 @@ def _parsed(row: Row, column: str) -> Any:
         raise InputError(f"column '{column}': it is {shown(value)}; expected a list, or JSON of one") from error
 
 
-def without_none(value: Any) -> Any:
-    """Without the keys that are None, at any depth: Parquet gives every dict of a column the keys of all."""
-    if isinstance(value, Mapping):
-        return {key: without_none(item) for key, item in value.items() if item is not None}
-    return [without_none(item) for item in value] if isinstance(value, list | tuple) else value
+def said(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without the keys that are None, such as the calls of one that calls nothing."""
+    return {key: value for key, value in message.items() if value is not None}
 
 
 def _ids(row: Row) -> TokenRow:
