@@ -142,9 +142,11 @@ def show(scored: list[dict[str, Any]], written: list[dict[str, Any]], columns: t
 
     from taurl.llm.pictures.reward_figures import wilson_interval
 
-    groups: dict[str, list[float | None]] = {name: [row[name] for row in scored] for name in score_names(columns)}
+    groups: dict[str, list[float | None]]
     if columns == ("completions",):
         groups = {"scores": [value for row in scored for value in row["scores"]]}
+    else:
+        groups = {name: [row[name] for row in scored] for name in score_names(columns)}
     if len(written) < len(scored):
         groups["best"] = [row["score"] for row in written]
     table = Table(title=f"{len(scored)} rows", title_justify="left")

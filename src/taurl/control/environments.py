@@ -253,8 +253,8 @@ class Environments:
                     self._check(f"{what} [{place}]", part, values[place], copies)
             case spaces.Discrete() | spaces.MultiDiscrete():
                 past = space.start + (space.n if isinstance(space, spaces.Discrete) else space.nvec)
-                if ((values < space.start) | (values >= past)).any():
-                    wrong = (values < space.start) | (values >= past)
+                wrong = (values < space.start) | (values >= past)
+                if wrong.any():
                     self._report(what, values, copies, wrong, f"from {space.start} to {past - 1}")
             case spaces.Box() | None:
                 if values.dtype.kind == "f" and not np.isfinite(values.sum()):

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import gymnasium
 import torch
@@ -56,6 +56,7 @@ class Trainer(ABC):
     algorithm: ClassVar[str]
     config_class: ClassVar[type[ControlConfig]]
     sees_images: ClassVar[bool] = False
+    one_copy_will_do: ClassVar[bool] = True
     policy: Any
     state: dict[str, Stateful]
 
@@ -67,7 +68,7 @@ class Trainer(ABC):
         callbacks: Sequence[Callback] = (),
     ):
         config = config or self.config_class()
-        config = for_one_object(config, env)
+        config = self._with_copies(config, env)
         if isinstance(env, str):
             config = config.model_copy(update={"env": env})
         run = Run.start(config, algorithm=self.algorithm, headline=HEADLINE)
@@ -86,12 +87,19 @@ class Trainer(ABC):
     ) -> Self:
         """Go on with a run; an environment that it was given as an object or function is given again."""
         require_algorithm(Path(directory), cls.algorithm)
-        config = for_one_object(config or read_config(Path(directory), cls.config_class), env)
+        config = cls._with_copies(config or read_config(Path(directory), cls.config_class), env)
         run = Run.resume(Path(directory), config, headline=HEADLINE)
         require_given_again(run, [] if env is None else ["env"])
         trainer = cls.__new__(cls)
         trainer._begin(run, env, callbacks)
         return trainer
+
+    @classmethod
+    def _with_copies(cls, config: ControlConfig, env: object) -> ControlConfig:
+        """The config with one copy where an environment object was given, unless the config says otherwise."""
+        if not isinstance(env, gymnasium.Env) or not cls.one_copy_will_do or "environments" in config.model_fields_set:
+            return config
+        return config.model_copy(update={"environments": 1})
 
     def _begin(self, run: Run, env: EnvironmentLike | None, callbacks: Sequence[Callback]) -> None:
         assert isinstance(run.config, self.config_class)
@@ -252,20 +260,6 @@ class Trainer(ABC):
             mask_actions=getattr(config, "mask_actions", False),
             for_learning=True,
         )
-
-
-Config = TypeVar("Config", bound=ControlConfig)
-
-
-def for_one_object(config: Config, env: object) -> Config:
-    """The config with one copy where an environment object was given, which is the one there is.
-
-    Not where the config says otherwise, nor where one copy would not do: it is then refused in its own words.
-    """
-    least = next((limit.ge for limit in type(config).model_fields["environments"].metadata if hasattr(limit, "ge")), 1)
-    if isinstance(env, gymnasium.Env) and "environments" not in config.model_fields_set and least <= 1:
-        return config.model_copy(update={"environments": 1})
-    return config
 
 
 def evaluate_policy(

@@ -1,8 +1,7 @@
 """Conversations with an environment: several turns, one growing row of token ids, rewards where they were earned."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,7 +11,7 @@ from taurl.llm.data.chat import Message, following_ids, prompt_problem
 from taurl.llm.evaluation import decode
 from taurl.llm.generation import Completion, Generator, Sampling
 from taurl.llm.rewards.specs import explain
-from taurl.runtime.errors import InputError
+from taurl.runtime.errors import InputError, located
 
 # Each turn draws with a key of its own, far from those of the steps.
 STEPS_BETWEEN_TURNS = 2**40
@@ -174,15 +173,6 @@ def checked_messages(messages: Any, where: str) -> list[dict[str, Any]]:
     if problem:
         raise InputError(f"{where} {problem}; expected a list of messages, each {{'role': …, 'content': …}}")
     return [dict(message) for message in messages]
-
-
-@contextmanager
-def located(where: str) -> Iterator[None]:
-    """Errors of the input begin with where it came from."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
 
 
 def finite_number(reward: Any, where: str) -> float:

@@ -141,10 +141,8 @@ def _summary(lines: list[Line]) -> str:
 
 def _figure(panel: Panel, lines: list[Line], band: Band, step_name: str) -> dict[str, Any]:
     data = _band_traces(lines[0], band)
-    steps = sorted({step for line in lines for step, _ in line.points})
-    kept = set(steps[:: -(-len(steps) // MAXIMUM_POINTS)])  # stacked lines need the same steps
-    for line in lines:
-        points = [point for point in line.points if point[0] in kept] if panel.stacked else thin(line.points)
+    lines_shown = thin_alike(lines) if panel.stacked else [thin(line.points) for line in lines]
+    for line, points in zip(lines, lines_shown, strict=True):
         trace = {
             "type": "scatter",
             "name": html.escape(line.label),  # plotly reads some tags in names
@@ -225,6 +223,13 @@ def thin(points: Points, limit: int = MAXIMUM_POINTS) -> Points:
         kept.add(min(stretch, key=lambda index: points[index][1]))
         kept.add(max(stretch, key=lambda index: points[index][1]))
     return [points[index] for index in sorted(kept)]
+
+
+def thin_alike(lines: list[Line]) -> list[Points]:
+    """At most so many points of each line, all at the same steps, as lines that are stacked need them."""
+    steps = sorted({step for line in lines for step, _ in line.points})
+    kept = set(steps[:: -(-len(steps) // MAXIMUM_POINTS)])
+    return [[point for point in line.points if point[0] in kept] for line in lines]
 
 
 def _rounded(value: float) -> float:

@@ -1,5 +1,8 @@
 """The errors that a person reads: one clear line each, and the exit code that goes with it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 LONGEST_REASON = 240  # characters of somebody else's error message that still read as one line
 
 
@@ -21,6 +24,15 @@ class Interrupted(RuntimeError):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Errors of the input begin with where it came from."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def reason(error: BaseException) -> str:

@@ -47,6 +47,7 @@ class GRPO(Trainer):
     __doc__ = Trainer.__doc__
     algorithm = "grpo"
     config_class = GRPOConfig
+    one_copy_will_do = False  # a group is of several episodes
     config: GRPOConfig
     environments: SingleEpisodes
 

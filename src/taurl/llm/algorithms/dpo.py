@@ -117,11 +117,7 @@ class DPO(OnlineTrainer):
         config = self.config
         check_losses(config)
         self.online = bool(self.given("rewards"))
-        for setting in OFFLINE_ONLY if self.online else ONLINE_ONLY:
-            if (value := getattr(config, setting)) != DPOConfig.model_fields[setting].default:
-                reader = "answers that are sampled and judged (rewards)"
-                why = f"is not for {reader}" if self.online else f"is for {reader}, and none are given"
-                raise InputError(f"{setting} is {value!r}, but it {why}: leave it out")
+        self._refuse_unread()
         if self.online and config.unpaired:
             raise InputError(
                 f"rewards make pairs, but {config.loss_type[0]} takes single answers: give only one of them"
@@ -146,6 +142,14 @@ class DPO(OnlineTrainer):
         self.state = {"optimizer": self.optimizer}
         if config.reward_shift == "running":
             self.state["reward_shift"] = self.shift
+
+    def _refuse_unread(self) -> None:
+        """Refuse settings of the other way of running, online or not."""
+        sampled = "answers that are sampled and judged (rewards)"
+        why = f"is not for {sampled}" if self.online else f"is for {sampled}, and none are given"
+        for setting in OFFLINE_ONLY if self.online else ONLINE_ONLY:
+            if (value := getattr(self.config, setting)) != DPOConfig.model_fields[setting].default:
+                raise InputError(f"{setting} is {value!r}, but it {why}: leave it out")
 
     def restore(self) -> None:
         """Put back what the checkpoint holds. The starting weights are asked before, if they are the reference."""

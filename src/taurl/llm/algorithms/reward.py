@@ -81,8 +81,8 @@ class Reward(Trainer):
             run.view.note,
         )
         self.note_nothing_held_out(self.held_out)
-        self.classes = checked_classes(self.train_rows.judged + self.held_out.judged, config)
         judged = self.train_rows.judged + self.held_out.judged
+        self.classes = checked_classes(judged, config)
         self.binary = all(value in (0, 1) for row in judged for value in row.values)
         repeat_data(run, self.train_rows.fingerprint() + self.held_out.fingerprint())
         self.order = PromptOrder(len(self.train_rows), config.seed)

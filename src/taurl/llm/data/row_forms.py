@@ -8,8 +8,7 @@ Forms, by the columns that hold a value (the first that fits): `input_ids` with 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -93,15 +92,6 @@ def _expected(row: Row) -> str:
 def _has(row: Row, column: str) -> bool:
     value = row.get(column)
     return value is not None and not (isinstance(value, str) and value == "" and column in NO_TEXTS)
-
-
-@contextmanager
-def in_row(number: int) -> Iterator[None]:
-    """Put the row, counted from 1, before an error about it."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"row {number} of the data: {error}") from error
 
 
 def question(row: Row) -> str:

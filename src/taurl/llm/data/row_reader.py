@@ -14,12 +14,12 @@ from taurl.llm.data.chat_rows import RowEncoder
 from taurl.llm.data.chat_templates import CHATML, make_room, set_chat_template, write_stop_tokens
 from taurl.llm.data.data_files import Row
 from taurl.llm.data.datasets import Rows, as_rows, columns_of, distinct_rows, is_task, load_rows, prepare_rows
-from taurl.llm.data.row_forms import Chat, Text, in_row, read_form
+from taurl.llm.data.row_forms import Chat, Text, read_form
 from taurl.llm.data.tasks import named
 from taurl.llm.data.token_rows import TokenRow, TokenRows, fit
 from taurl.llm.generation.protocol import context_length
 from taurl.llm.settings import RowSettings
-from taurl.runtime.errors import InputError
+from taurl.runtime.errors import InputError, located
 
 OUTCOME = {"truncate": "truncated", "split": "split"}
 
@@ -150,7 +150,7 @@ class RowReader:
 
     def whole(self, row: Row, number: int) -> list[TokenRow]:
         """The token rows of a row, of any length."""
-        with in_row(number):
+        with located(f"row {number} of the data"):
             wholes = self._token_rows(row)
             if not all(any(whole.trained) for whole in wholes):
                 raise InputError("nothing to train on: none of its tokens is a target")
