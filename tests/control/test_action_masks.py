@@ -10,7 +10,7 @@ from gymnasium import spaces
 from small_environments import Showing, resetting_on_the_next_step, same_records, same_weights, unbroken_and_resumed
 
 from taurl.control import load
-from taurl.control.algorithms.ppo import PPO, flat
+from taurl.control.algorithms.ppo import PPO, Clips, flat
 from taurl.control.algorithms.ppo_config import PPOConfig
 from taurl.control.distributions import FORBIDDEN, distribution_for, masked_logits
 from taurl.control.environments import Environments
@@ -145,7 +145,7 @@ def test_the_mask_that_was_acted_on_is_the_one_that_is_learned_with(tmp_path):
     allowed = rollout.action_masks
     torch.testing.assert_close(rollout.parameters[allowed], logits[allowed].detach(), atol=1e-6, rtol=0)
     batch = trainer._prepared(flat(rollout, rollout.rewards, rollout.values))
-    figures = trainer._descend(batch, 1e-3, 0.2, measured=True)[1]
+    figures = trainer._descend(batch, 1e-3, Clips(0.2, None), measured=True)[1]
     assert float(figures["train/approx_kl"]) < 1e-10
 
 

@@ -7,7 +7,7 @@ import torch
 from gymnasium import spaces
 from small_environments import Endless, Hidden, Identity, same_records, same_weights, unbroken_and_resumed
 
-from taurl.control.algorithms.ppo import PPO, flat
+from taurl.control.algorithms.ppo import PPO, Clips, flat
 from taurl.control.algorithms.ppo_config import PPOConfig
 from taurl.control.rollouts import Collector
 from taurl.runtime.errors import InputError
@@ -82,7 +82,7 @@ def test_its_first_gradient_is_the_policy_gradient(tmp_path):
     rollout = trainer.collector.collect(actor, trainer.critic, 16)
     advantages = torch.randn(16, 4)
     batch = flat(rollout, advantages, rollout.values)
-    loss, _ = trainer._loss(actor(batch.observations), trainer.critic(batch.observations), batch, 0.2)
+    loss, _ = trainer._loss(actor(batch.observations), trainer.critic(batch.observations), batch, Clips(0.2, None))
     found = torch.autograd.grad(loss, list(actor.parameters()))
     logits = actor(rollout.observations[rollout.valid])
     logprobs = torch.distributions.Categorical(logits=logits).log_prob(rollout.actions[rollout.valid])
@@ -107,7 +107,7 @@ def test_steps_that_only_reset_change_nothing(tmp_path):
         batch = trainer._prepared(flat(one, advantages + shift * nothing, returns + shift * nothing))
         parameters = [*trainer.policy.actor.parameters(), *trainer.critic.parameters()]
         outputs = trainer.policy.actor(batch.observations), trainer.critic(batch.observations)
-        gradients.append(torch.autograd.grad(trainer._loss(*outputs, batch, 0.2)[0], parameters))
+        gradients.append(torch.autograd.grad(trainer._loss(*outputs, batch, Clips(0.2, None))[0], parameters))
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -143,6 +143,14 @@ def test_a_clip_that_falls_with_the_steps_does_not_go_on_with_more_of_them(tmp_p
     longer = PPO.config_class(**{**config.model_dump(), "environments": 2, "rollout_steps": 32, "steps": 512})
     with pytest.raises(InputError, match="steps was 256 and cannot become 512: anneal_clip spreads over all steps"):
         PPO.resume(tmp_path / "run", longer)
+
+
+def test_both_bounds_fall_to_nothing_together(tmp_path):
+    trainer = trainer_of(tmp_path, steps=1000, anneal_clip=True, clip=0.2, value_clip=0.4)
+    assert trainer._clips(1) == Clips(0.2, 0.4)
+    assert trainer._clips(751) == pytest.approx((0.05, 0.1))
+    steady = trainer_of(tmp_path / "steady", steps=1000, clip=0.2, value_clip=0.4)
+    assert steady._clips(751) == Clips(0.2, 0.4)
 
 
 def test_saving_changes_nothing_where_the_state_can_be_had(tmp_path):
@@ -189,9 +197,9 @@ def test_the_written_gradient_is_that_of_the_loss(space, activation, value_clip,
     moved = {"logprobs": batch.logprobs + 0.3 * torch.randn(64), "values": batch.values + 0.3 * torch.randn(64)}
     batch = batch._replace(**moved)
     with torch.no_grad():
-        trainer._set_gradient(batch, 0.2)
+        trainer._set_gradient(batch, Clips(0.2, value_clip))
     written = trainer.optimizer.gradient.clone()
-    loss, figures = trainer._loss(actor(batch.observations), critic(batch.observations), batch, 0.2)
+    loss, figures = trainer._loss(actor(batch.observations), critic(batch.observations), batch, Clips(0.2, value_clip))
     assert 0 < figures["train/clip_fraction"] < 1
     expected = torch.autograd.grad(loss, list(trainer.optimizer.named.values()))
     torch.testing.assert_close(written, torch.cat([one.flatten() for one in expected]), rtol=1e-4, atol=1e-6)

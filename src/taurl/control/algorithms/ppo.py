@@ -53,6 +53,13 @@ class Minibatch(NamedTuple):
     action_masks: Tensor | None  # bool [N, n]
 
 
+class Clips(NamedTuple):
+    """How far an update may go, as the schedule has it by now: ε of the ratio, and of the value (None: no bound)."""
+
+    ratio: float
+    value: float | None
+
+
 class PPO(Trainer):
     __doc__ = Trainer.__doc__
     algorithm = "ppo"
@@ -111,10 +118,7 @@ class PPO(Trainer):
         )
         returns = advantages + rollout.values
         batch = flat(rollout, advantages, returns, priced=self.penalty is not None)
-        rate, share = learning_rate(step, config), 1 - (step - 1) / config.steps
-        clip = config.clip * share if config.anneal_clip else config.clip
-        if self.penalty:
-            clip = math.inf
+        rate, clips = learning_rate(step, config), self._clips(step)
         norms: list[float] = []
         whole = [self._prepared(batch)] if len(batch.actions) <= config.minibatch_size else None
         drawn = sequences if config.memory else minibatches
@@ -122,7 +126,7 @@ class PPO(Trainer):
             figures: list[Figures] = []
             seen = config.target_kl is not None or (measured and epoch == config.epochs)
             for minibatch in whole or map(self._prepared, drawn(batch, config.minibatch_size)):
-                norm, found = self._descend(minibatch, rate, clip, measured=seen)
+                norm, found = self._descend(minibatch, rate, clips, measured=seen)
                 norms.append(norm)
                 figures.append(found)
             if config.target_kl is not None and figures[-1]["train/approx_kl"] > 1.5 * config.target_kl:
@@ -140,14 +144,21 @@ class PPO(Trainer):
             "learning_rate": rate,
         }
 
+    def _clips(self, step: int) -> Clips:
+        """Both bounds, falling together as in the reference code; none of the ratio where the KL has a price."""
+        config = self.config
+        share = 1 - (step - 1) / config.steps if config.anneal_clip else 1.0
+        value = None if config.value_clip is None else config.value_clip * share
+        return Clips(math.inf if self.penalty else config.clip * share, value)
+
     @torch.inference_mode()
-    def _descend(self, batch: Minibatch, rate: float, clip: float, *, measured: bool) -> tuple[float, Figures]:
+    def _descend(self, batch: Minibatch, rate: float, clips: Clips, *, measured: bool) -> tuple[float, Figures]:
         """One update. Returns the gradient's norm and, if they are measured, the figures before it."""
-        parameters, values = self._set_gradient(batch, clip)
-        figures = self._loss(parameters, values, batch, clip)[1] if measured else {}
+        parameters, values = self._set_gradient(batch, clips)
+        figures = self._loss(parameters, values, batch, clips)[1] if measured else {}
         return self.optimizer.step(rate), figures
 
-    def _set_gradient(self, batch: Minibatch, clip: float) -> tuple[Tensor, Tensor]:
+    def _set_gradient(self, batch: Minibatch, clips: Clips) -> tuple[Tensor, Tensor]:
         """Set the gradient of `_loss`, written out. Returns what the networks give for the minibatch.
 
         (Beyond e^60, where `token_ratios` stops, the slope goes on: not finite then, and no step is taken.)
@@ -157,15 +168,15 @@ class PPO(Trainer):
         parameters = masked_logits(parameters, batch.action_masks)  # what is forbidden gets a slope of 0
         logprobs, to_parameters = self.policy.distribution.with_pullback(parameters, batch.actions)
         ratios = token_ratios(logprobs, batch.logprobs)
-        slopes = clipped_surrogate_slope(ratios, batch.advantages, clip_low=clip, clip_high=clip)
+        slopes = clipped_surrogate_slope(ratios, batch.advantages, clip_low=clips.ratio, clip_high=clips.ratio)
         entropy_slopes = weights * -config.entropy_coefficient if config.entropy_coefficient else None
         gradient = to_parameters(slopes * weights, entropy_slopes)
         if self.penalty:
             gradient += self.penalty.gradient(self.policy.distribution, batch.old_parameters, parameters, weights)
-        if config.value_clip is None:
+        if clips.value is None:
             value_slopes = values - batch.returns
         else:
-            value_slopes = clipped_value_slope(values, batch.values, batch.returns, clip=config.value_clip)
+            value_slopes = clipped_value_slope(values, batch.values, batch.returns, clip=clips.value)
         to_weights(gradient, value_slopes * weights * config.value_coefficient)
         return parameters, values
 
@@ -183,7 +194,7 @@ class PPO(Trainer):
         advantages = whiten(batch.advantages, batch.valid) if self.config.whiten_advantages else batch.advantages
         return batch._replace(weights=row_weights(batch.valid), advantages=advantages)
 
-    def _loss(self, parameters: Tensor, values: Tensor, batch: Minibatch, clip: float) -> tuple[Tensor, Figures]:
+    def _loss(self, parameters: Tensor, values: Tensor, batch: Minibatch, clips: Clips) -> tuple[Tensor, Figures]:
         """Clipped surrogate, value loss and entropy bonus of one minibatch, from what the networks gave for it."""
         config, distribution = self.config, self.policy.distribution
         logprobs = distribution.logprobs(parameters, batch.actions)
@@ -194,11 +205,11 @@ class PPO(Trainer):
             price = self.penalty.coefficient
             surrogates = kl_penalized(ratios, batch.advantages, divergences, kl_coefficient=price)
         else:
-            surrogates = clipped_surrogate(ratios, batch.advantages, clip_low=clip, clip_high=clip)
-        if config.value_clip is None:
+            surrogates = clipped_surrogate(ratios, batch.advantages, clip_low=clips.ratio, clip_high=clips.ratio)
+        if clips.value is None:
             value_losses = squared_value_loss(values, batch.returns)
         else:
-            value_losses = clipped_value_loss(values, batch.values, batch.returns, clip=config.value_clip)
+            value_losses = clipped_value_loss(values, batch.values, batch.returns, clip=clips.value)
         surrogate, value_loss, entropy = (
             weighted_sum(each, weights) for each in (surrogates, value_losses, distribution.entropy(parameters))
         )
@@ -213,7 +224,7 @@ class PPO(Trainer):
                 "train/approx_kl": weighted_sum(log_ratios.expm1() - log_ratios, weights),  # k3 of KL(π_old ‖ π)
             }
             if not self.penalty:
-                figures["train/clip_fraction"] = weighted_sum(((ratios - 1).abs() > clip).float(), weights)
+                figures["train/clip_fraction"] = weighted_sum(((ratios - 1).abs() > clips.ratio).float(), weights)
         return loss, figures
 
 

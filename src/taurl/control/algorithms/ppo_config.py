@@ -33,7 +33,7 @@ class PPOConfig(NetworkSettings, ControlConfig):
     clip: float = Field(0.2, gt=0)
     """ε: ratios outside 1 ± ε gain nothing more."""
     anneal_clip: bool = False
-    """Let ε fall linearly to 0, as the reference code for Atari does."""
+    """Let `clip` and `value_clip` fall linearly to 0, as the reference code for Atari does."""
     value_coefficient: float = Field(1.0, ge=0)
     """Weight of the value loss, half the squared error. (Stable-Baselines3 leaves out the half: its 0.5 is 1 here.)"""
     value_clip: float | None = Field(None, gt=0)
