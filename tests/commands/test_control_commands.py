@@ -1,7 +1,9 @@
 """`taurl control …`: what is printed, and one line that helps for whatever is wrong."""
 
 import re
+import sys
 
+import gymnasium
 import pytest
 
 from taurl.cli import main
@@ -101,3 +103,57 @@ def test_what_is_wrong_is_said_in_one_line(run, failing, monkeypatch, words, mes
     (run.parent / "file").write_text("")
     (run.parent / "bad.yaml").write_text("env: CartPole-v1\nstepz: 3\n")
     assert re.search(message, failing(["control", *words.split()], 2))
+
+
+OWN = """
+import gymnasium
+import numpy as np
+
+
+class Lamps(gymnasium.Env):
+    observation_space = gymnasium.spaces.Discrete(2)
+    action_space = gymnasium.spaces.Discrete(2)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, length=3, render_mode=None):
+        self.length, self.render_mode = length, render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.taken = 0
+        return 0, {}
+
+    def step(self, action):
+        self.taken += 1
+        return self.taken % 2, 1.0, self.taken == self.length, False, {}
+
+    def render(self):
+        return np.full((20, 20, 3), self.taken, np.uint8)
+
+
+gymnasium.register("Lamps-v0", Lamps)
+"""
+
+
+def test_an_environment_of_a_module_in_the_current_folder_is_named_with_it(tmp_path, monkeypatch, capsys, failing):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_lamps.py").write_text(OWN)
+
+    def command(words):
+        """As in a process of its own: nothing is imported yet."""
+        sys.modules.pop("own_lamps", None)
+        gymnasium.registry.pop("Lamps-v0", None)
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "path", [place for place in sys.path if place not in ("", str(tmp_path))])
+            assert control(words) == 0
+        return capsys.readouterr().out
+
+    train = "ppo --env own_lamps:Lamps-v0 --env-args length=5 --eval-episodes 2 --out run"
+    assert "return         5.000 ± 0.000 over 2 episodes" in command(f"{train} {SMALL}")
+    assert "return         5.000 ± 0.000" in command("evaluate run --episodes 2")
+    assert "episode 1: return 5.000" in command("play run --video out.gif")
+    assert "64 steps in" in command("ppo --resume run --steps 64")
+    missing = failing(["control", "ppo", "--env", "no_lamps:Lamps-v0"], 2)
+    assert "env is 'no_lamps:Lamps-v0': no_lamps cannot be imported (No module named 'no_lamps')" in missing
+    unknown = failing(["control", "ppo", "--env", "own_lamps:Lamp-v0"], 2)
+    assert re.search("env is 'own_lamps:Lamp-v0': cannot be made: .*; did you mean Lamps-v0", unknown)

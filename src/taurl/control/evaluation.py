@@ -7,7 +7,7 @@ import gymnasium
 import numpy as np
 
 from taurl.control.environments import Environments
-from taurl.control.making import is_atari
+from taurl.control.making import is_atari, registered
 from taurl.runtime.errors import InputError
 
 COPIES, MOST_COPIES = 10, 100
@@ -31,10 +31,10 @@ def evaluation_seed(seed: int) -> int:
 
 def with_limit(environment: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of an environment, with a limit to its episodes if it is named by an id and has none."""
-    if not isinstance(environment, str) or environment not in gymnasium.registry:
+    if not isinstance(environment, str) or (name := registered(environment)) not in gymnasium.registry:
         return arguments
-    spec = gymnasium.spec(environment)
-    limited = spec.max_episode_steps is not None or spec.vector_entry_point is not None or is_atari(environment)
+    spec = gymnasium.spec(name)
+    limited = spec.max_episode_steps is not None or spec.vector_entry_point is not None or is_atari(name)
     return arguments if limited else {"max_episode_steps": LONGEST, **arguments}
 
 

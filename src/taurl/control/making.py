@@ -7,7 +7,9 @@ import functools
 import importlib
 import inspect
 import multiprocessing
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,24 +39,45 @@ def make_vector(
     if callable(environment):
         return from_makers([environment] * count, vectorization)
     with named(environment):
+        name = registered(environment)
         if vectorization == "envpool":
-            return pool(environment, count, arguments)
-        if vectorization == "auto" and is_atari(environment):
-            games: VectorEnv[Any, Any, Any] = atari().Games(environment, count, arguments)
+            return pool(name, count, arguments)
+        if vectorization == "auto" and is_atari(name):
+            games: VectorEnv[Any, Any, Any] = atari().Games(name, count, arguments)
             return games
-        native_class = gymnasium.spec(environment).vector_entry_point is not None
+        native_class = gymnasium.spec(name).vector_entry_point is not None
         if vectorization == "auto" and native_class and count >= NATIVE_FROM:
-            native: VectorEnv[Any, Any, Any] = gymnasium.make_vec(environment, num_envs=count, **arguments)
+            native: VectorEnv[Any, Any, Any] = gymnasium.make_vec(name, num_envs=count, **arguments)
             return native
         return from_makers([lambda: make_single(environment, arguments)] * count, vectorization)
 
 
 def make_single(name: str, arguments: dict[str, Any]) -> gymnasium.Env[Any, Any]:
     """One environment by its id, as `make_vector` makes several. Raises: what gymnasium raises."""
+    name = registered(name)
     if is_atari(name):
         made: gymnasium.Env[Any, Any] = atari().game(name, arguments)
         return made
     return gymnasium.make(name, **arguments)
+
+
+def registered(name: str) -> str:
+    """The id in `module:id`, gymnasium's form for environments that a module registers, once that is imported.
+
+    The module is looked for in the current folder too, after what is installed. Raises: InputError when there is none.
+    """
+    module, _, identifier = name.rpartition(":")
+    if module:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"env is {name!r}: {module} cannot be imported ({error}); it is looked for among what is installed "
+                "and in the current folder"
+            ) from error
+    return identifier
 
 
 @contextlib.contextmanager
@@ -64,7 +87,8 @@ def named(environment: str) -> Iterator[None]:
         yield
     except (gymnasium.error.Error, ModuleNotFoundError, TypeError) as error:
         text = " ".join(str(error).split())
-        raise InputError(f"env is {environment!r}: cannot be made: {text}{_hint(environment)}") from error
+        hint = _hint(environment.rpartition(":")[2])
+        raise InputError(f"env is {environment!r}: cannot be made: {text}{hint}") from error
 
 
 def _hint(environment: str) -> str:
@@ -93,7 +117,10 @@ def pool(name: str, count: int, arguments: dict[str, Any]) -> VectorEnv[Any, Any
 
 def is_atari(environment: EnvironmentLike) -> bool:
     """Whether it is a game of the Arcade Learning Environment that is preprocessed here."""
-    return isinstance(environment, str) and (environment.startswith("ALE/") or environment.endswith("NoFrameskip-v4"))
+    if not isinstance(environment, str):
+        return False
+    name = environment.rpartition(":")[2]
+    return name.startswith("ALE/") or name.endswith("NoFrameskip-v4")
 
 
 def learning_view(environment: EnvironmentLike, arguments: dict[str, Any]) -> Any:

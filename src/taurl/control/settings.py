@@ -13,7 +13,7 @@ class EnvironmentSettings(Settings):
     """Which environment; the last base of a config, so that its help begins with it."""
 
     env: str | None = None
-    """A gymnasium id, for example CartPole-v1."""
+    """A gymnasium id, for example CartPole-v1; my_module:MyEnv-v0 imports my_module first, which registers it."""
     env_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the environment, for example is_slippery=false."""
     environments: int = Field(8, ge=1)

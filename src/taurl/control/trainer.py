@@ -28,9 +28,9 @@ from taurl.control.spaces import has_images
 from taurl.runtime.config import read_config
 from taurl.runtime.directory import require_algorithm, write_folder
 from taurl.runtime.errors import InputError, one_line
-from taurl.runtime.given import GIVEN, require_given_again
+from taurl.runtime.given import require_given_again
 from taurl.runtime.machine import peak_memory_gb, set_threads
-from taurl.runtime.run import Callback, Record, Run, Stateful, Step
+from taurl.runtime.run import GIVEN, Callback, Record, Run, Stateful, Step
 from taurl.runtime.seeding import seed_everything
 
 HEADLINE = {

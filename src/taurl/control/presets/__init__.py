@@ -11,5 +11,6 @@ def preset(algorithm: str, env: str | None) -> Path | None:
     if env is None:
         return None
     folder = Path(__file__).parent / algorithm
-    names = [env.replace("/", "_"), *env.split("/")[:-1]]
+    name = env.rpartition(":")[2]  # of module:id
+    names = [name.replace("/", "_"), *name.split("/")[:-1]]
     return next((folder / f"{name}.yaml" for name in names if (folder / f"{name}.yaml").exists()), None)
