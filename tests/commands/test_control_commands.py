@@ -2,12 +2,16 @@
 
 import re
 import sys
+from pathlib import Path
 
 import gymnasium
 import pytest
 
 from taurl.cli import main
 from taurl.commands.control_play import figures
+from taurl.control import PPO, PPOConfig, load
+from taurl.control.evaluation import LONGEST, with_limit
+from taurl.control.playing import play
 
 SMALL = "--no-preset --no-video --environments 2 --rollout-steps 16 --minibatch-size 16 --record-every 32 --steps 32"
 
@@ -153,7 +157,26 @@ def test_an_environment_of_a_module_in_the_current_folder_is_named_with_it(tmp_p
     assert "return         5.000 ± 0.000" in command("evaluate run --episodes 2")
     assert "episode 1: return 5.000" in command("play run --video out.gif")
     assert "64 steps in" in command("ppo --resume run --steps 64")
+    assert with_limit("own_lamps:Lamps-v0", {}) == {"max_episode_steps": LONGEST}
     missing = failing(["control", "ppo", "--env", "no_lamps:Lamps-v0"], 2)
     assert "env is 'no_lamps:Lamps-v0': no_lamps cannot be imported (No module named 'no_lamps')" in missing
     unknown = failing(["control", "ppo", "--env", "own_lamps:Lamp-v0"], 2)
     assert re.search("env is 'own_lamps:Lamp-v0': cannot be made: .*; did you mean Lamps-v0", unknown)
+
+
+def test_of_a_run_from_python_it_is_said_how_python_goes_on_with_it(tmp_path, monkeypatch, failing):
+    monkeypatch.chdir(tmp_path)
+
+    def make():
+        return gymnasium.make("CartPole-v1", render_mode="rgb_array")
+
+    PPO(make, PPOConfig(out=Path("run"), steps=32, rollout_steps=16, environments=2, eval_episodes=0)).train()
+    for command in ("evaluate run", "play run --video out.gif"):
+        said = failing(["control", *command.split()], 2)
+        assert "run: its environment came from Python; " in said
+        assert "PPO.resume('run', env=make).evaluate(100) scores it" in said
+        assert "taurl.control.playing.play(policy, make, ...) shows it" in said
+    assert len(PPO.resume("run", env=make).evaluate(3).returns) == 3  # as it was said
+    returns = play(load("run"), make, {}, video=Path("out.gif"), episodes=1, seed=0, sampled=False)
+    assert returns[0] > 0
+    assert Path("out.gif").stat().st_size > 100

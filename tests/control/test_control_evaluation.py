@@ -14,6 +14,8 @@ from taurl.control.algorithms.ppo import PPO
 from taurl.control.algorithms.ppo_config import PPOConfig
 from taurl.control.environments import Environments
 from taurl.control.evaluation import Evaluation, evaluate, evaluation_seed
+from taurl.control.playing import play
+from taurl.control.trainer import PICTURE
 from taurl.report import write_report
 from taurl.runtime.errors import InputError
 
@@ -111,6 +113,36 @@ def test_an_environment_that_is_the_only_one_begins_anew_after_its_evaluation(tm
         assert record["eval/mean_ep_length"] == pytest.approx(3, abs=1)
         seen = trainer.environments.observations[0].tolist()
         assert seen == [environment.episode, environment.step_number], "what is acted on is not where it stands"
+
+
+class Closing(Counting):
+    """Refuses to go on once it was closed; can be drawn."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    render_mode, closed = "rgb_array", False
+
+    def step(self, action):
+        assert not self.closed
+        return super().step(action)
+
+    def render(self):
+        return np.zeros((20, 20, 3), np.uint8)
+
+    def close(self):
+        self.closed = True
+
+
+def test_an_environment_that_was_given_is_left_open_and_one_that_was_made_is_closed(tmp_path):
+    given = Closing()
+    trainer = PPO(given, PPOConfig(out=tmp_path / "given", steps=32, **SMALL)).train()
+    play(trainer.policy, given, {}, video=tmp_path / "out.gif", episodes=1, seed=0, sampled=False)
+    assert len(trainer.evaluate(4).returns) == 4
+    assert (tmp_path / "given" / "artifacts" / PICTURE).exists()
+    assert not given.closed
+    made = []
+    PPO(lambda: made.append(Closing()) or made[-1], PPOConfig(out=tmp_path / "made", steps=32, **SMALL)).train()
+    assert len(made) > 2  # of training, of evaluation and of the picture
+    assert all(one.closed for one in made)
 
 
 def test_neighbouring_seeds_are_evaluated_on_other_episodes_than_they_train_on():

@@ -102,5 +102,9 @@ def load(run: Path) -> tuple[Any, str]:
     policy = load_policy(run)
     env = policy.facts.get("env")
     if env is None:
-        raise InputError(f"{run}: its environment came from Python as an object; evaluate it from Python")
+        raise InputError(
+            f"{run}: its environment came from Python; there, with make the function that makes it, "
+            f"PPO.resume({str(run)!r}, env=make).evaluate(100) scores it (PPO or whatever trained it), and "
+            "taurl.control.playing.play(policy, make, ...) shows it"
+        )
     return policy, env

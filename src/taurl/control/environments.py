@@ -94,6 +94,7 @@ class Environments:
     ):
         self.name = environment if isinstance(environment, str) else getattr(environment, "__name__", "environment")
         self.vector = make_vector(environment, count, arguments or {}, vectorization)
+        self._made = not isinstance(environment, gymnasium.Env)
         self.view = learning_view(environment, arguments or {}) if for_learning else None
         self.count, self.seed = self.vector.num_envs, seed
         self.observation_space = self.vector.single_observation_space
@@ -203,7 +204,9 @@ class Environments:
         return taken
 
     def close(self) -> None:
-        self.vector.close()
+        """Close the copies that were made here; an environment that was given as an object stays open."""
+        if self._made:
+            self.vector.close()
 
     def tensors(self) -> dict[str, Tensor]:
         """For the checkpoint: the last episodes, and where the copies stand if that can be had."""

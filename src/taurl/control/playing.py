@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Literal
@@ -32,10 +32,21 @@ Mode = Literal["human", "rgb_array"]
 
 
 def play(
-    policy: Any, env: str, arguments: dict[str, Any], *, video: Path | None, episodes: int, seed: int, sampled: bool
+    policy: Any,
+    env: EnvironmentLike,
+    arguments: dict[str, Any],
+    *,
+    video: Path | None,
+    episodes: int,
+    seed: int,
+    sampled: bool,
 ) -> list[float]:
     """Play episodes in a window, or write them to a .mp4 or .gif file. Returns their returns.
 
+    Args:
+        env: a gymnasium id, a function that makes an environment, or an environment; the last two with the render_mode
+            that is needed: "human" for a window, "rgb_array" for a file.
+        arguments: of a gymnasium id.
     Raises: InputError for another kind of file, or an environment that cannot be rendered.
     """
     if video is not None and video.suffix not in (".mp4", ".gif"):
@@ -52,7 +63,7 @@ def play(
                 returns[number] = returned
                 yield
 
-    with closing(environment):
+    with nullcontext() if environment is env else closing(environment):
         if video is None:
             for _ in steps():  # the window draws itself
                 pass
@@ -72,7 +83,7 @@ def recorded(policy: Any, env: EnvironmentLike, arguments: dict[str, Any], *, se
     rate = frame_rate(environment)
     every = stride(rate)
     frames: list[Array] = []
-    with closing(environment):
+    with nullcontext() if environment is env else closing(environment):
         for number in range(REPORT_EPISODES):
             for place, _ in enumerate(episode(policy, environment, seed=seed + number, sampled=False)):
                 if place % every == 0:

@@ -272,10 +272,9 @@ def evaluate_policy(
     vectorization: str = "auto",
     deterministic: bool = True,
 ) -> Evaluation:
-    """Play whole episodes in new environments, several at once, and close them."""
+    """Play whole episodes in new environments, several at once, and close them; in the one object, if one was given."""
     require_episodes(episodes)
-    given_object = not isinstance(environment, str) and not callable(environment)
-    copies = 1 if given_object else copies_for(episodes)
+    copies = 1 if isinstance(environment, gymnasium.Env) else copies_for(episodes)
     arguments = with_limit(environment, arguments)
     environments = Environments(
         environment,
@@ -290,5 +289,4 @@ def evaluate_policy(
         longest = None if isinstance(environment, str) else LONGEST_OF_OTHERS
         return evaluate(policy, environments, episodes, deterministic=deterministic, longest=longest)
     finally:
-        if not given_object:
-            environments.close()
+        environments.close()
