@@ -6,12 +6,14 @@ from pathlib import Path
 
 import gymnasium
 import pytest
+import yaml
 
 from taurl.cli import main
 from taurl.commands.control_play import figures
 from taurl.control import PPO, PPOConfig, load
 from taurl.control.evaluation import LONGEST, with_limit
 from taurl.control.playing import play
+from taurl.control.presets import preset
 
 SMALL = "--no-preset --no-video --environments 2 --rollout-steps 16 --minibatch-size 16 --record-every 32 --steps 32"
 
@@ -107,6 +109,25 @@ def test_what_is_wrong_is_said_in_one_line(run, failing, monkeypatch, words, mes
     (run.parent / "file").write_text("")
     (run.parent / "bad.yaml").write_text("env: CartPole-v1\nstepz: 3\n")
     assert re.search(message, failing(["control", *words.split()], 2))
+
+
+def settings_of(folder):
+    return yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def test_settings_tuned_for_the_environment_are_used_and_said_and_options_win(tmp_path, capsys):
+    words = "ppo --env CartPole-v1 --steps 32 --no-video --eval-episodes 0 --learning-rate 0.002 --out"
+    assert control(words, tmp_path / "tuned") == 0
+    assert "settings tuned for CartPole-v1 (ppo)" in capsys.readouterr().err
+    tuned = yaml.safe_load(preset("ppo", "CartPole-v1").read_text())
+    found = settings_of(tmp_path / "tuned")
+    assert {name: found[name] for name in tuned} == {**tuned, "steps": 32, "learning_rate": 0.002}
+
+    mine = {"env": "CartPole-v1", "learning_rate": 0.002, "steps": 64, "video": False, "eval_episodes": 0}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine))
+    assert control("ppo --steps 32 --config", tmp_path / "mine.yaml", "--out", tmp_path / "file") == 0
+    assert "settings tuned for CartPole-v1 (ppo)" in capsys.readouterr().err
+    assert settings_of(tmp_path / "file") == {**found, "out": str(tmp_path / "file")}
 
 
 OWN = """

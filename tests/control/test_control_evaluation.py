@@ -7,6 +7,7 @@ import pytest
 from gymnasium import spaces
 from small_environments import Counting, Endless, resetting_on_the_next_step
 
+import taurl.llm
 from taurl.control import load
 from taurl.control.algorithms.grpo import GRPO
 from taurl.control.algorithms.grpo_config import GRPOConfig
@@ -179,6 +180,19 @@ def test_a_run_stops_where_an_evaluation_reaches_the_target_and_may_go_on(tmp_pa
     assert "Finished at step 16" in write_report(tmp_path / "run").read_text()
     gone_on = PPO.resume(tmp_path / "run", config.model_copy(update={"stop_at": None})).train()
     assert gone_on.run.step == 96
+
+
+def test_a_config_of_another_algorithm_is_refused_by_its_name(tmp_path):
+    PPO("CartPole-v1", PPOConfig(out=tmp_path / "run", steps=16, **SMALL)).train()
+    wrong = taurl.llm.PPOConfig(out=tmp_path / "other")
+    said = (
+        r"config is a taurl\.llm\.algorithms\.ppo_config\.PPOConfig, "
+        r"expected a taurl\.control\.algorithms\.ppo_config\.PPOConfig"
+    )
+    with pytest.raises(InputError, match=said):
+        PPO("CartPole-v1", wrong)
+    with pytest.raises(InputError, match=said):
+        PPO.resume(tmp_path / "run", wrong)
 
 
 def test_what_is_saved_is_loaded_by_either_name_and_acts_alike(tmp_path):

@@ -26,7 +26,7 @@ def train(name: str, words: Sequence[str]) -> int:
     resume, words = take_option(words, "--resume")
     no_preset, words = "--no-preset" in words, [word for word in words if word != "--no-preset"]
     default = stored(Path(resume), command, config_class) if resume else None
-    tuned = None if resume or no_preset else preset(command, take_option(words, "--env")[0])
+    tuned = None if resume or no_preset else preset(command, environment_of(words))
     if tuned is not None:
         default = validated(config_class, read_yaml(tuned), source=str(tuned))
     config = parse(config_class, words, prog=f"taurl control {command}", default=default, more=RESUMING + NO_PRESET)
@@ -44,6 +44,14 @@ def train(name: str, words: Sequence[str]) -> int:
     train_and_report(trainer)
     show(trainer.run)
     return 0
+
+
+def environment_of(words: Sequence[str]) -> str | None:
+    """The environment that the options name, or else their --config."""
+    env, file = (take_option(words, name)[0] for name in ("--env", "--config"))
+    if env is None and file is not None:
+        env = read_yaml(Path(file)).get("env")
+    return env if isinstance(env, str) else None
 
 
 def show(run: object) -> None:

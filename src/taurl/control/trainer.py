@@ -67,8 +67,7 @@ class Trainer(ABC):
         *,
         callbacks: Sequence[Callback] = (),
     ):
-        config = config or self.config_class()
-        config = self._with_copies(config, env)
+        config = self._with_copies(self._own(config or self.config_class()), env)
         if isinstance(env, str):
             config = config.model_copy(update={"env": env})
         run = Run.start(config, algorithm=self.algorithm, headline=HEADLINE)
@@ -87,12 +86,20 @@ class Trainer(ABC):
     ) -> Self:
         """Go on with a run; an environment that it was given as an object or function is given again."""
         require_algorithm(Path(directory), cls.algorithm)
-        config = cls._with_copies(config or read_config(Path(directory), cls.config_class), env)
+        config = cls._with_copies(cls._own(config or read_config(Path(directory), cls.config_class)), env)
         run = Run.resume(Path(directory), config, headline=HEADLINE)
         require_given_again(run, [] if env is None else ["env"])
         trainer = cls.__new__(cls)
         trainer._begin(run, env, callbacks)
         return trainer
+
+    @classmethod
+    def _own(cls, config: object) -> ControlConfig:
+        """The config, if it is one of this algorithm. Raises: InputError for any other."""
+        if not isinstance(config, cls.config_class):
+            found, expected = (f"{kind.__module__}.{kind.__qualname__}" for kind in (type(config), cls.config_class))
+            raise InputError(f"config is a {found}, expected a {expected}")
+        return config
 
     @classmethod
     def _with_copies(cls, config: ControlConfig, env: object) -> ControlConfig:
@@ -105,8 +112,6 @@ class Trainer(ABC):
         assert isinstance(run.config, self.config_class)
         self.run, self.config, run.callbacks = run, run.config, callbacks
         environment = env if env is not None else self.config.env
-        if environment is None and run.environment.get(GIVEN):
-            raise InputError(f"{run.directory}: its env came from Python; resume it from Python and give it again")
         if environment is None:
             raise InputError("no environment given: name one with env (for example CartPole-v1)")
         self.environment: EnvironmentLike = environment
