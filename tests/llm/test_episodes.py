@@ -114,6 +114,8 @@ def failing(where):
             match where:
                 case "step":
                     raise ValueError("no such move")
+                case "five":
+                    return [], 0.0, True, False, {}
                 case "reward":
                     return [], None, True
                 case "words":
@@ -133,6 +135,8 @@ def failing(where):
         ("words", "turn 1: step: the episode is not over, and it said 'no'; expected a list of messages"),
         ("step", "environment with seed 7, turn 1: step raised ValueError: no such move"),
         ("reward", "turn 1: step gave the reward None, expected a finite number"),
+        ("step", rf"no such move \({__file__}:\d+\)"),
+        ("five", "turn 1: step gave 5 values, expected three: the messages that follow, a reward, and whether"),
         ("silence", "turn 1: step: the episode is not over, and what it said is an empty list of messages"),
     ],
 )
@@ -261,9 +265,9 @@ def test_an_environment_by_name(config, folder, tmp_path):  # noqa: F811
     )
     run = PPO(str(folder), config=config(environment=f"{file}:Game", steps=1)).train().run
     assert "eval/rewards/environment/mean" in run.records()[-1]
-    with pytest.raises(InputError, match=r"no callable 'Gane' in .*game.py.*did you mean Game"):
+    with pytest.raises(InputError, match=r"no environment 'Gane' in .*game.py.*did you mean Game"):
         PPO(str(folder), config=config(environment=f"{file}:Gane", out=None))
     with pytest.raises(
-        InputError, match=r"'game' not understood: expected package.module:name or path/to/file.py:name"
+        InputError, match=r"environment 'game' not understood: expected package.module:name or path/to/file.py:name"
     ):
         PPO(str(folder), config=config(environment="game", out=None))

@@ -3,9 +3,19 @@
 import pytest
 import torch
 from test_heads import lora
-from tiny_models import ARCHITECTURES, checkpoint_activations, in_double, logits_one_by_one, prompts_of, tiny_model
-from transformers import AutoModelForCausalLM, MambaConfig, OpenAIGPTConfig
+from tiny_models import (
+    ARCHITECTURES,
+    CONTEXT,
+    VOCABULARY,
+    checkpoint_activations,
+    in_double,
+    logits_one_by_one,
+    prompts_of,
+    tiny_model,
+)
+from transformers import AutoModelForCausalLM, MambaConfig, OpenAIGPTConfig, Phi3Config
 
+from taurl.llm.models.heads import context_length
 from taurl.llm.scoring.likelihood import checkpoints_activations, completion_logprobs
 from taurl.runtime.errors import InputError
 
@@ -82,6 +92,34 @@ def test_values_and_gradients_equal_those_of_one_plain_pass_a_row(architecture):
 @in_double
 def test_prompts_of_one_length_need_no_padding(architecture):
     compare(tiny_model(architecture, torch.float64), prompts_of([9, 9]), [0, 0, 1], COMPLETIONS[:3], 1.0)
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "longrope"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@in_double
+def test_padding_reaches_no_position_that_the_model_lacks(architecture, checkpointed):
+    """Each row fits into the context; the longest prompt and the longest completion together do not."""
+    model = longrope() if architecture == "longrope" else tiny_model(architecture, torch.float64)
+    assert context_length(model) == CONTEXT
+    if checkpointed:
+        checkpoint_activations(model)
+    compare(model, prompts_of([CONTEXT - 28, 20]), [0, 1], prompts_of([20, CONTEXT - 28], seed=1))
+
+
+def longrope():
+    """A Phi-3 whose rotary factors change for a whole batch where one position lies beyond the first range."""
+    rotary = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": CONTEXT}
+    rotary |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Phi3Config(
+        **sizes,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=2 * CONTEXT,
+        original_max_position_embeddings=CONTEXT,
+        rope_parameters=rotary,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    )
+    return AutoModelForCausalLM.from_config(config).double().eval()
 
 
 @in_double

@@ -76,7 +76,7 @@ def plain(text: str) -> str:
 def encode(model: "Model", messages: Messages) -> list[int]:
     """Token ids of the talk; its oldest turns are left out where they do not fit in the model's context."""
     from taurl.llm.data.chat import encode_prompt
-    from taurl.llm.generation.protocol import context_length
+    from taurl.llm.models.heads import context_length
 
     config, context = model.config, context_length(model.model)
     for start in range(0, len(messages), 2):

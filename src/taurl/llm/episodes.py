@@ -1,6 +1,7 @@
 """Conversations with an environment: several turns, one growing row of token ids, rewards where they were earned."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from taurl.llm.data.chat import Message, following_ids, prompt_problem
 from taurl.llm.evaluation import decode
 from taurl.llm.generation import Completion, Generator, Sampling
-from taurl.llm.rewards.specs import explain
+from taurl.llm.rewards.specs import explain, line_in
 from taurl.runtime.errors import InputError, located
 
 # Each turn draws with a key of its own, far from those of the steps.
@@ -128,7 +129,7 @@ class Stage:
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"environment with seed {seed}: reset raised {explain(error)}") from error
+            raise InputError(f"environment with seed {seed}: reset raised {explain_own(error, self.make)}") from error
         where = f"environment with seed {seed}: reset"
         messages = checked_messages(messages, f"{where}:")
         with located(where):
@@ -147,9 +148,15 @@ class Stage:
         where = f"environment with seed {seed}, turn {episode.turns}: step"
         text = decode(self.tokenizer, completion.tokens)
         try:
-            messages, reward, over = episode.environment.step(text)
+            answer = episode.environment.step(text)
         except Exception as error:
-            raise InputError(f"{where} raised {explain(error)}") from error
+            raise InputError(f"{where} raised {explain_own(error, episode.environment)}") from error
+        try:
+            messages, reward, over = answer
+        except (TypeError, ValueError) as error:
+            found = f"{len(answer)} values" if isinstance(answer, tuple) else f"a {type(answer).__name__}"
+            three = "the messages that follow, a reward, and whether the episode is over"
+            raise InputError(f"{where} gave {found}, expected three: {three}") from error
         episode.rewards[-1] += finite_number(reward, where)
         episode.over = bool(over)
         if episode.over:
@@ -165,6 +172,14 @@ class Stage:
         """Whether another turn fits into the policy's context."""
         length = len(episode.prompt) + len(episode.tokens) + sampling.max_tokens
         return self.context is None or length <= self.context
+
+
+def explain_own(error: Exception, whose: Any) -> str:
+    """An exception as one line, with the line of the user's file that it came through last."""
+    module = sys.modules.get(getattr(whose, "__module__", ""))
+    file = getattr(module, "__file__", None)
+    line = file and line_in(error, file)
+    return explain(error) + (f" ({file}:{line})" if line else "")
 
 
 def checked_messages(messages: Any, where: str) -> list[dict[str, Any]]:

@@ -1,14 +1,21 @@
 """Settings of the commands that use a model without training it. Imports no torch."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from taurl.llm.settings import ModelSettings, PromptSettings, RewardSettings, RowSettings, SamplerSettings
+from taurl.llm.settings import (
+    ModelSettings,
+    PromptSettings,
+    RewardSettings,
+    RowSettings,
+    SamplerSettings,
+    TemplateSettings,
+)
 from taurl.runtime.config import MachineSettings, OutPath
 
 
-class InferenceConfig(SamplerSettings, PromptSettings, MachineSettings, ModelSettings):
+class InferenceConfig(SamplerSettings, TemplateSettings, MachineSettings, ModelSettings):
     """The settings that evaluating, generating and chatting share."""
 
     model: str = "smollm2-135m-instruct"
@@ -33,7 +40,7 @@ class InferenceConfig(SamplerSettings, PromptSettings, MachineSettings, ModelSet
         return self
 
 
-class EvaluateConfig(RewardSettings, InferenceConfig):
+class EvaluateConfig(RewardSettings, PromptSettings, InferenceConfig):
     """Score a model on a data set with reward functions, greedily unless a temperature is given."""
 
     dataset: str | None = None
@@ -44,7 +51,7 @@ class EvaluateConfig(RewardSettings, InferenceConfig):
     """Write every answer with its rewards to this .jsonl file."""
 
 
-class GenerateConfig(InferenceConfig):
+class GenerateConfig(PromptSettings, InferenceConfig):
     """Complete prompts, greedily unless a temperature is given."""
 
     prompts: str | None = None
@@ -92,5 +99,7 @@ class ScoreConfig(MachineSettings, ModelSettings):
     """Subtract the mean of the model's scores on its training rows, and divide by their deviation."""
     best: bool = False
     """Keep of each prompt's rows the one with the highest score (best of N)."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and activations: float32 on a CPU (auto), so that equal completions have equal scores in any batch."""
     tokens_per_part: int = Field(8192, ge=1)
     """Tokens, padding included, that go through the model together."""

@@ -26,16 +26,21 @@ class DataSettings(ModelSettings):
     """Held-out data, of which the first `eval_rows` rows are used; by default they are held out of `dataset`."""
 
 
-class ConversationSettings(Settings):
-    """What a prompt becomes."""
+class TemplateSettings(Settings):
+    """What goes through the chat template with a conversation."""
 
     system_prompt: str | None = None
     """Put before every prompt that has no system message of its own."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the chat template, for example enable_thinking=False."""
+
+
+class ConversationSettings(TemplateSettings):
+    """What a prompt becomes."""
+
     prompt_format: Literal["auto", "chat", "text"] = "auto"
     """What a string prompt becomes: a user's message where the tokenizer has a chat template (auto), always (chat),
     or raw text (text, TRL's meaning)."""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the chat template, for example enable_thinking=False."""
 
 
 class PromptSettings(ConversationSettings):
@@ -61,7 +66,8 @@ class EpochSettings(Settings):
     """How much of a data set is trained on. Stands before `TrainingConfig`, whose steps are not to be left out."""
 
     steps: int = Field(0, ge=0, json_schema_extra=FREE)
-    """Optimisation steps in all; 0: as many as `epochs` takes. A finished run may be resumed with more."""
+    """Optimisation steps in all; 0: as many as `epochs` takes. A finished run may be resumed with more if its
+    schedule is constant."""
     epochs: float = Field(1.0, gt=0)
     """Passes over the data, where steps is not given (TRL: 3)."""
 

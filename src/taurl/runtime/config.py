@@ -59,7 +59,7 @@ class RunConfig(ThreadSettings):
     seed: int = Field(0, ge=0, lt=2**63)
     """Everything random is drawn from this number: first weights, order of the data, sampling, environments."""
     steps: int = Field(100, ge=1, json_schema_extra=FREE)
-    """Optimisation steps in all; a finished run may be resumed with more."""
+    """Optimisation steps in all; a finished run may be resumed with more if its schedule is constant."""
 
     learning_rate: float = Field(1e-5, gt=0)
     """Peak learning rate."""

@@ -3,9 +3,7 @@
 from collections.abc import Iterable
 
 from taurl.runtime.errors import InputError
-from taurl.runtime.run import Run
-
-GIVEN = "given_from_python"  # in environment.json: the names of what came as objects
+from taurl.runtime.run import GIVEN, Run
 
 
 def require_given_again(run: Run, objects: Iterable[str]) -> None:

@@ -28,6 +28,8 @@ from taurl.runtime.seeding import random_states, restore_random_states
 from taurl.runtime.signals import StopSignals
 from taurl.runtime.terminal import View
 
+GIVEN = "given_from_python"  # in environment.json: the names of what came as objects
+
 Record = dict[str, Any]
 
 STEPS_BETWEEN_TRIMS = 3  # each costs what the next step needs to fault its memory in again
@@ -104,7 +106,8 @@ class Run:
         if run.step > config.steps and config.steps < stored.steps:  # the last of wider steps may end past them
             raise InputError(f"{directory}: steps is {config.steps}, but {run.step} are taken already")
         if run.step >= config.steps:
-            run.view.note(f"{directory}: all {run.step} steps are taken already; raise steps to go on")
+            advice = "" if config.spread_over_steps else "; raise steps to go on"
+            run.view.note(f"{directory}: all {run.step} steps are taken already{advice}")
         return run
 
     def _find_checkpoint(self) -> None:
@@ -208,9 +211,16 @@ class Run:
             return
         try:
             self.save(random)
-            self.view.note(f"the steps up to {self.step} are saved; go on with --resume {self.directory}")
+            self.view.note(f"the steps up to {self.step} are saved; go on with {self._way_on()}")
         except RunError as error:
             self.view.note(str(error))
+
+    def _way_on(self) -> str:
+        """How the run is resumed: on the command line, or from Python where it was given objects."""
+        if objects := self.environment.get(GIVEN):
+            again = "".join(f", {name}=…" for name in objects)
+            return f"resume({str(self.directory)!r}{again}) from Python"
+        return f"--resume {self.directory}"
 
     def _changes(self) -> int:
         return sum(holder.changes for holder in self.state.values())
@@ -299,7 +309,7 @@ class Run:
             self.save()
         raise Interrupted(
             f"{Signals(number).name}: stopped after step {self.step} of {self.config.steps}; "
-            f"go on with --resume {self.directory}",
+            f"go on with {self._way_on()}",
             number,
         )
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 
 import pytest
 
@@ -68,7 +69,7 @@ def test_callables_are_named():
         ("last_numbr", ["'last_numbr'", "did you mean last_number"]),
         ("taurl.llm.rewards:xmlcount_reward", ["'xmlcount_reward'", "did you mean xmlcount_reward_func"]),
         ("taurl.llm.rewards:zzz", ["'zzz' in taurl.llm.rewards", "last_number"]),
-        ("no_such_package.rewards:f", ["no module 'no_such_package'", "path/to/file.py:function"]),
+        ("no_such_package.rewards:f", ["no module 'no_such_package'", "path/to/file.py:name"]),
         ("json.nothing:f", ["no module 'json.nothing'"]),
         ("no/such/file.py:f", ["no/such/file.py not found"]),
         ("my_file.py", ["'my_file.py' not understood", "path/to/file.py:function"]),
@@ -118,6 +119,23 @@ def test_a_module_that_fails_is_named_with_its_line(tmp_path, monkeypatch):
     message = refusal("broken_reward_module:f")
     assert "importing broken_reward_module failed at" in message
     assert "broken_reward_module.py:2: ModuleNotFoundError" in message
+
+
+def test_a_file_may_import_what_lies_beside_it(tmp_path):
+    (tmp_path / "beside_the_reward.py").write_text("WORTH = 3.0\n")
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from beside_the_reward import WORTH\ndef f(completions, **_): return [WORTH for _ in completions]\n"
+    )
+    before = list(sys.path)
+    assert resolve(f"{file}:f")[1](["a"]) == [3.0]
+    assert sys.path == before
+
+
+def test_a_module_of_this_folder_is_found(tmp_path, monkeypatch):
+    (tmp_path / "reward_of_this_folder.py").write_text("def f(completions, **_): return [0.5 for _ in completions]\n")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("reward_of_this_folder:f")[1](["a"]) == [0.5]
 
 
 def test_every_shipped_function_takes_whatever_columns_there_are():

@@ -15,7 +15,7 @@ from taurl.llm.data.tasks import held_out_count
 from taurl.llm.episodes import Episode, MakeEnvironment, Stage
 from taurl.llm.evaluation import Evaluation, TrainerState, reward_metrics, summarized
 from taurl.llm.generation import Sampling
-from taurl.llm.generation.protocol import context_length
+from taurl.llm.models.heads import context_length
 from taurl.llm.models.policies import Policy
 from taurl.llm.rewards import Scores
 from taurl.llm.scoring.rollouts import Rollout

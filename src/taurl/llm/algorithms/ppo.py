@@ -122,7 +122,7 @@ class PPO(RatioTrainer):
             self.load_prompts()
         elif self.given("rewards") or self.given("dataset") is not None or self.given("eval_dataset") is not None:
             raise InputError(ENVIRONMENT_ALONE)
-        make = load_callable(environment) if isinstance(environment, str) else environment
+        make = load_callable(environment, "environment") if isinstance(environment, str) else environment
         if reference is not None and config.kl_coefficient == 0:
             raise InputError("a reference is given, but kl_coefficient is 0: raise it, or leave the reference out")
         self.has_reference, self.said = config.kl_coefficient > 0, False

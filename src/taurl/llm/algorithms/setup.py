@@ -1,5 +1,6 @@
-"""What surrounds an algorithm: objects given from Python, choices made on the machine, the result's folder."""
+"""What surrounds an algorithm: objects given from Python, choices made on the machine, whole paths, the data."""
 
+import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -7,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from taurl.llm.rewards.model import PREFIX
-from taurl.runtime.config import TrainingConfig, validated
+from taurl.runtime.config import Settings, TrainingConfig, validated
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import choose_device, choose_precision, out_of_memory_names, set_threads
 from taurl.runtime.run import Run
@@ -25,12 +26,16 @@ def separate(config: Config, **given: Any) -> tuple[Config, dict[str, Any]]:
     """Put what was given by name into the config; return what was given as an object apart.
 
     Args:
-        given: a name, an object, or None for what the config says; rewards may be one or several of either.
-    Raises: InputError for a name that does not fit the other settings.
+        given: a name or path, an object, or None for what the config says; rewards may be one or several of either.
+    Raises: InputError for a name that does not fit the other settings, and for a config in place of something else.
     """
     names: dict[str, Any] = {}
     objects: dict[str, Any] = {}
     for key, value in given.items():
+        if isinstance(value, Settings):
+            raise InputError(f"a {type(value).__name__} stands in the place of {key}: give it by name, as config=…")
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
         if key == "rewards":
             value = (value,) if isinstance(value, str) or callable(value) else tuple(value)
             named = all(isinstance(item, str) for item in value)

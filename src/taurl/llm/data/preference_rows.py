@@ -18,7 +18,7 @@ from taurl.llm.data.completion_ids import Conversations
 from taurl.llm.data.data_files import Row
 from taurl.llm.data.datasets import Rows, check_prompts, columns_of, is_task, key, load_rows, prepare_rows
 from taurl.llm.data.tasks import Prompts, named, train_and_held_out
-from taurl.llm.generation.protocol import context_length
+from taurl.llm.models.heads import context_length
 from taurl.runtime.errors import InputError, shorten
 
 Form: TypeAlias = Literal["pairs", "ranking", "label", "score", "process"]

@@ -17,7 +17,7 @@ from taurl.llm.data.datasets import Rows, as_rows, columns_of, distinct_rows, is
 from taurl.llm.data.row_forms import Chat, Text, read_form
 from taurl.llm.data.tasks import named
 from taurl.llm.data.token_rows import TokenRow, TokenRows, fit
-from taurl.llm.generation.protocol import context_length
+from taurl.llm.models.heads import context_length
 from taurl.llm.settings import RowSettings
 from taurl.runtime.errors import InputError, located
 

@@ -20,7 +20,7 @@ from taurl.llm.data.datasets import (
     prepare_rows,
     split,
 )
-from taurl.llm.generation.protocol import context_length
+from taurl.llm.models.heads import context_length
 from taurl.runtime.errors import InputError
 
 

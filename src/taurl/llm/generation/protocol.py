@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from taurl.runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -115,20 +115,6 @@ def ends(
     longest = max(len(text.encode()) for text in stop)  # a token stands for at least one byte
     tail = tokenizer.decode(list(tokens[-longest - 1 :]), clean_up_tokenization_spaces=False)
     return any(text in tail for text in stop)
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """The most tokens the model can see; None if its config does not say.
-
-    Of a model with two sets of rotary factors (longrope: Phi-3, Phi-4-mini) as far as the first reaches: beyond, a
-    longer row in a batch would turn the keys of all others.
-    """
-    config: Any = model.config.get_text_config()
-    rotary = getattr(config, "rope_parameters", None) or {}
-    if rotary.get("rope_type") == "longrope" and rotary.get("original_max_position_embeddings"):
-        return int(rotary["original_max_position_embeddings"])
-    length: int | None = getattr(config, "max_position_embeddings", None)
-    return length
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], sampling: Sampling, context: int | None) -> None:

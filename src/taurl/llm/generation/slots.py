@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.generation.cache import SlotCache
 from taurl.llm.generation.draw import draw, require_finite, uniforms
-from taurl.llm.generation.protocol import Completion, Sampling, check_prompts, context_length, ends
+from taurl.llm.generation.protocol import Completion, Sampling, check_prompts, ends
 from taurl.llm.generation.slot_model import SlotModel
+from taurl.llm.models.heads import context_length
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import free_memory_gb
 

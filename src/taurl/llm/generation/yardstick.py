@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from taurl.llm.generation.draw import draw, require_finite, uniforms
-from taurl.llm.generation.protocol import Completion, Sampling, check_prompts, context_length, ends
-from taurl.llm.models.heads import causal_lm, evaluating
+from taurl.llm.generation.protocol import Completion, Sampling, check_prompts, ends
+from taurl.llm.models.heads import causal_lm, context_length, evaluating
 
 
 class KeyedDraw(LogitsProcessor):

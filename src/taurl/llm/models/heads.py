@@ -57,6 +57,20 @@ def causal_lm(model: PreTrainedModel) -> PreTrainedModel:
     return unwrapped
 
 
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens the model can see; None if its config does not say.
+
+    Of a model with two sets of rotary factors (longrope: Phi-3, Phi-4-mini) as far as the first reaches: beyond, a
+    longer row in a batch would turn the keys of all others.
+    """
+    config: Any = model.config.get_text_config()
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if rotary.get("rope_type") == "longrope" and rotary.get("original_max_position_embeddings"):
+        return int(rotary["original_max_position_embeddings"])
+    length: int | None = getattr(config, "max_position_embeddings", None)
+    return length
+
+
 def body(model: PreTrainedModel) -> nn.Module:
     """The part that maps token ids to hidden states [..., d], everything but the output head."""
     base: nn.Module = causal_lm(model).base_model

@@ -22,6 +22,8 @@ from taurl.runtime.config import TrainingConfig
 from taurl.runtime.errors import InputError
 from taurl.runtime.optimization import Optimizer
 
+MERGE = "merge it into the weights first (taurl llm ALGORITHM --resume RUN --merge-adapter, of the run that made it)"
+
 
 def tokenizer_of(model: str | PreTrainedModel) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model given by name or as an object.
@@ -97,7 +99,8 @@ class Policy:
             raise InputError(f"the weights of model {name!r} are quantised and cannot be trained: give lora_rank")
         freeze_parameters(self.model, freeze)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise InputError(f"model {name!r} has no weights to train: all are frozen (an adapter loads frozen)")
+            advice = f"an adapter loads frozen: {MERGE}" if self.has_adapter else "look at freeze"
+            raise InputError(f"model {name!r} has no weights to train: all are frozen ({advice})")
         switch_off_dropout(self.model)
         self._check()
         self._reference = None
@@ -167,7 +170,7 @@ class Policy:
         from peft import LoraConfig, get_peft_model  # takes a second to import
 
         if self.has_adapter:
-            raise InputError("the model has an adapter already; merge it first, or train without lora_rank")
+            raise InputError(f"model {self.name!r} has an adapter already, and gets no second one: {MERGE}")
         modules = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
         config = LoraConfig(
             r=lora.rank,

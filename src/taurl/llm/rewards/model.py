@@ -60,8 +60,7 @@ class ModelReward:
 
     def __init__(self, model: Any, normalize: bool, tokens_per_part: int, device: str, precision: str, tokenizer: Any):
         from taurl.llm.data.completion_ids import Conversations
-        from taurl.llm.generation.protocol import context_length
-        from taurl.llm.models.heads import causal_lm
+        from taurl.llm.models.heads import causal_lm, context_length
         from taurl.llm.models.loading import resolve_model
         from taurl.llm.models.policies import tokenizer_of
         from taurl.llm.models.reward_folder import RewardNote

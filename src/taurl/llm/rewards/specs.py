@@ -8,7 +8,8 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -72,11 +73,7 @@ def load(spec: Spec | Callable[..., Any]) -> Callable[..., Any]:
     """The reward function itself. Raises InputError as `resolve` does."""
     if not isinstance(spec, Spec):
         return _checked(spec, callable_name(spec), f"reward function {callable_name(spec)!r}")
-    module = _file_module(Path(spec.where)) if spec.where.endswith(".py") else _module(spec.where)
-    found = getattr(module, spec.name, None)
-    if found is None:
-        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise InputError(f"no reward function {spec.name!r} in {spec.where}{_closest(spec.name, names)}")
+    found = _found(spec.where, spec.name, "reward function")
     label = f"reward function {spec.name!r} in {spec.where}"
     if spec.settings is None:
         return _checked(found, spec.name, label)
@@ -89,22 +86,31 @@ def load(spec: Spec | Callable[..., Any]) -> Callable[..., Any]:
     return _checked(made, spec.name, f"what {spec.name}(…) of {spec.where} returned")
 
 
-def load_callable(spec: str) -> Callable[..., Any]:
+def load_callable(spec: str, what: str) -> Callable[..., Any]:
     """What `package.module:name` or `path/to/file.py:name` names, where it is no reward function.
 
+    Args:
+        what: it is to be, for the errors.
     Raises: InputError where nothing usable is found.
     """
     match = SPEC.fullmatch(spec.strip())
     if match is None or match["where"] is None or match["call"] is not None:
-        raise InputError(f"{spec!r} not understood: expected package.module:name or path/to/file.py:name")
+        raise InputError(f"{what} {spec!r} not understood: expected package.module:name or path/to/file.py:name")
     where = match["where"]
-    module = _file_module(Path(where).expanduser().absolute()) if where.endswith(".py") else _module(where)
-    found: Any = getattr(module, match["name"], None)
+    where = str(Path(where).expanduser().absolute()) if where.endswith(".py") else where
+    found: Callable[..., Any] = _found(where, match["name"], what)
     if not callable(found):
-        names = tuple(name for name, value in vars(module).items() if callable(value) and not name.startswith("_"))
-        raise InputError(f"no callable {match['name']!r} in {where}{_closest(match['name'], names)}")
-    made: Callable[..., Any] = found
-    return made
+        raise InputError(f"{what} {match['name']!r} in {where} is a {type(found).__name__}, expected something to call")
+    return found
+
+
+def _found(where: str, name: str, what: str) -> Any:
+    """What a module, or a `.py` file, has by this name."""
+    module = _file_module(Path(where), what) if where.endswith(".py") else _module(where, what)
+    if getattr(module, name, None) is None:
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise InputError(f"no {what} {name!r} in {where}{_closest(name, names)}")
+    return getattr(module, name)
 
 
 def callable_name(function: Any) -> str:
@@ -163,21 +169,25 @@ def _checked(function: Any, name: str, label: str) -> Callable[..., Any]:
     return accepted
 
 
-def _module(name: str) -> ModuleType:
+def _module(name: str, what: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        with importable(Path.cwd()):
+            return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
-            advice = "install it, or give the file: path/to/file.py:function"
-            raise InputError(f"no module {error.name!r} for a reward function from {name!r}; {advice}") from error
+            advice = "install it, or give the file: path/to/file.py:name"
+            raise InputError(f"no module {error.name!r} for the {what} from {name!r}; {advice}") from error
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise InputError(f"importing {name} failed at {frame.filename}:{frame.lineno}: {explain(error)}") from error
 
 
-def _file_module(path: Path) -> ModuleType:
-    """Execute a user's file as a module; once for several functions of it, again when the file has changed."""
+def _file_module(path: Path, what: str) -> ModuleType:
+    """Execute a user's file as a module; once for several functions of it, again when the file has changed.
+
+    It may import what lies beside it, as a script may.
+    """
     if not path.is_file():
-        raise InputError(f"reward file {path} not found")
+        raise InputError(f"{what}: file {path} not found")
     digest = hashlib.sha256(f"{path}:{path.stat().st_mtime_ns}".encode()).hexdigest()[:12]
     name = f"taurl_reward_file_{path.stem}_{digest}"
     if name in sys.modules:
@@ -186,11 +196,22 @@ def _file_module(path: Path) -> ModuleType:
     module.__file__ = str(path)
     sys.modules[name] = module  # dataclasses look their module up here while it is executed
     try:
-        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)  # no __pycache__ beside the user's file
+        with importable(path.parent):
+            exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)  # leaves no __pycache__ beside it
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise InputError(f"reward file {path} failed at line {line_in(error, str(path))}: {explain(error)}") from error
+        raise InputError(f"{what}: file {path} failed at line {line_in(error, str(path))}: {explain(error)}") from error
     return module
+
+
+@contextmanager
+def importable(folder: Path) -> Iterator[None]:
+    """Let modules of a folder be imported for a while, behind those that are installed."""
+    sys.path.append(str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 def _closest(name: str, names: tuple[str, ...] | list[str]) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from taurl.functional.logprobs import TokenScores, score_tokens
-from taurl.llm.models.heads import OutputHead, body, causal_lm, output_head
+from taurl.llm.models.heads import OutputHead, body, causal_lm, context_length, output_head
 from taurl.runtime.errors import InputError
 
 
@@ -87,12 +87,12 @@ def head_scores(head: OutputHead, hidden: Tensor, tokens: Tensor, temperature: f
 
 def _forked_hidden(model: PreTrainedModel, ids: Tensor, real: Tensor, prompt_of: Tensor, tokens: Tensor) -> Tensor:
     """Hidden states [N, L, d] that predict each completion token: prompts first, completions on their cache."""
-    padded = not bool(real.all())
+    padded, most = not bool(real.all()), context_length(causal_lm(model))
     cache = DynamicCache()  # without the config: a layer with a window would evict by column, padding included
     output = body(model)(
         input_ids=ids,
         attention_mask=real.long() if padded else None,
-        position_ids=positions(real),
+        position_ids=positions(real, most),
         past_key_values=cache,
         use_cache=True,
     )
@@ -107,7 +107,7 @@ def _forked_hidden(model: PreTrainedModel, ids: Tensor, real: Tensor, prompt_of:
     output = body(model)(
         input_ids=inputs,
         attention_mask=attention.long() if padded else None,
-        position_ids=positions(attention)[:, ids.shape[1] :],
+        position_ids=positions(attention, most)[:, ids.shape[1] :],
         past_key_values=cache,
         use_cache=True,
     )
@@ -119,9 +119,8 @@ def _joint_hidden(model: PreTrainedModel, ids: Tensor, real: Tensor, prompt_of: 
     """The same, a copy of its prompt before each completion and both forwarded as one row, without a cache."""
     inputs = torch.cat([ids[prompt_of], tokens[:, :-1]], 1)
     attention = torch.cat([real[prompt_of], torch.ones_like(tokens[:, :-1], dtype=torch.bool)], 1)
-    output = body(model)(
-        input_ids=inputs, attention_mask=attention.long(), position_ids=positions(attention), use_cache=False
-    )
+    places = positions(attention, context_length(causal_lm(model)))
+    output = body(model)(input_ids=inputs, attention_mask=attention.long(), position_ids=places, use_cache=False)
     hidden: Tensor = output.last_hidden_state[:, ids.shape[1] - 1 :]
     return hidden
 
@@ -137,6 +136,10 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
     return ids.to(device), real.to(device)
 
 
-def positions(real: Tensor) -> Tensor:
-    """Position of each token among the real ones of its row, 0 for padding on the left."""
-    return (real.long().cumsum(1) - 1).clamp(min=0)
+def positions(real: Tensor, most: int | None) -> Tensor:
+    """Position of each token among the real ones of its row, 0 for padding on the left.
+
+    Padding on the right may reach beyond the `most` positions that a model has, though no row does: it gets the last.
+    Nothing sees it, but a learned embedding lacks such a position, and rotary factors may change for all rows by it.
+    """
+    return (real.long().cumsum(1) - 1).clamp(min=0, max=None if most is None else most - 1)

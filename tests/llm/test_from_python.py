@@ -1,0 +1,87 @@
+"""What people write in Python around a run: configs, paths, resuming, and the adapter of one run in the next."""
+
+import re
+
+import pytest
+from tiny_policy import save_tiny_policy
+
+from taurl import control
+from taurl.llm import DPO, GRPO, SFT, DPOConfig, SFTConfig
+from taurl.runtime.errors import InputError
+
+PAIRS = [{"prompt": f"{i}?", "chosen": f"{i}", "rejected": f"no {i}"} for i in range(4)]
+ANSWERS = [{"prompt": f"{i}?", "completion": f"{i}"} for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_policy(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return {"out": tmp_path / "run", "steps": 2, "prompts_per_step": 2, "eval_rows": 0, "threads": 1}
+
+
+@pytest.mark.parametrize("trainer", [DPO, GRPO])
+def test_a_config_in_the_place_of_the_rewards_is_named(trainer):
+    config = trainer.config_class()
+    with pytest.raises(InputError, match=f"a {type(config).__name__} stands in the place of rewards: .* config=…"):
+        trainer("no-model", PAIRS, config)
+
+
+def test_the_config_of_the_other_half_of_the_library_is_named(tmp_path):
+    with pytest.raises(
+        InputError, match=r"config is a taurl\.control\S*\.GRPOConfig, expected a taurl\.llm\S*\.GRPOConfig"
+    ):
+        GRPO("no-model", PAIRS, config=control.GRPOConfig(env="CartPole-v1"))
+    with pytest.raises(InputError, match=r"config is a taurl\.llm\S*\.DPOConfig"):
+        GRPO.resume(tmp_path, DPOConfig())
+
+
+def test_a_path_is_a_name(folder, settings, tmp_path):
+    run = DPO(folder, PAIRS, config=DPOConfig(**settings)).train().run
+    following = settings | {"out": tmp_path / "next"}
+    assert DPO(run.directory / "final", PAIRS, config=DPOConfig(**following)).config.model == str(
+        run.directory / "final"
+    )
+
+
+def test_settings_may_change_by_name_on_resume(folder, settings):
+    DPO(str(folder), PAIRS, config=DPOConfig(**settings)).train()
+    resumed = DPO.resume(settings["out"], dataset=PAIRS, steps=3)
+    assert resumed.train().run.step == 3
+    with pytest.raises(InputError, match=r"beta was .* and cannot become"):
+        DPO.resume(settings["out"], dataset=PAIRS, beta=0.7)
+    with pytest.raises(InputError, match="step"):
+        DPO.resume(settings["out"], dataset=PAIRS, steps="many")
+    with pytest.raises(TypeError, match="'stepz', which is neither a setting nor one of model, dataset"):
+        DPO.resume(settings["out"], dataset=PAIRS, stepz=3)
+
+
+def test_a_stopped_run_says_how_it_goes_on(folder, settings, capsys):
+    class Stopped(Exception):
+        pass
+
+    def stop(record):
+        raise Stopped
+
+    trainer = DPO(str(folder), PAIRS, config=DPOConfig(**settings), callbacks=[stop])
+    with pytest.raises(Stopped):
+        trainer.train()
+    way = f"go on with resume({str(settings['out'])!r}, dataset=…) from Python"
+    assert way in capsys.readouterr().err
+
+
+def test_an_adapter_becomes_part_of_the_weights_and_the_next_run_trains_another(folder, settings, tmp_path):
+    adapter = {"lora_rank": 2}
+    given = {name: value for name, value in settings.items() if name != "prompts_per_step"}
+    SFT(str(folder), ANSWERS, SFTConfig(**given, **adapter)).train()
+    final = settings["out"] / "final"
+    following = settings | {"out": tmp_path / "next"}
+    for changes in (adapter, {}):
+        with pytest.raises(InputError, match=re.escape("taurl llm ALGORITHM --resume RUN --merge-adapter")):
+            DPO(str(final), PAIRS, config=DPOConfig(**following, **changes))
+    SFT.resume(settings["out"], dataset=ANSWERS, merge_adapter=True).train()
+    assert not (final / "adapter_config.json").exists()
+    assert DPO(str(final), PAIRS, config=DPOConfig(**following, **adapter)).train().run.step == 2
