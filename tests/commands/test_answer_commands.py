@@ -122,15 +122,33 @@ def test_generate_writes_to_standard_output_in_the_form_of_the_prompts(here, cap
     assert answer == {"prompt": prompt, "id": 7, "completion": [{"role": "assistant", "content": greedy(prompt)}]}
 
 
-def test_generate_makes_several_that_do_not_depend_on_the_batches(here, monkeypatch):
-    words = generate("--count", "3", "--temperature", "1", "--slots", "5")
-    assert main([*words, "--out", "whole.jsonl"]) == 0
-    answers = lines(here / "whole.jsonl")
-    assert len(answers) == 36
-    assert [a["prompt"] for a in answers[:4]] == ["0+0?"] * 3 + ["1+1?"]
-    assert all(len({a["completion"] for a in answers[i : i + 3]}) == 3 for i in range(0, 36, 3))
-    completions = [a["completion"] for a in answers]
-    assert completions[:18] != completions[18:]
+def test_generate_makes_several_and_draws_anew_in_every_batch(here, monkeypatch):
+    """One prompt, twelve times: at the same place in the second batch of six it is answered otherwise."""
+    monkeypatch.setattr(inference, "BATCH", 18)
+    rows = [{"prompt": "1+2?", "id": number} for number in range(12)]
+    (here / "equal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["llm", "generate", *SETTINGS, "--prompts", "equal.jsonl", "--count", "3", "--temperature", "1"]
+    assert main([*words, "--slots", "5", "--out", "answers.jsonl"]) == 0
+    answers = lines(here / "answers.jsonl")
+    assert [answer["id"] for answer in answers] == [number for number in range(12) for _ in range(3)]
+    said = [answer["completion"] for answer in answers]
+    assert all(len(set(said[start : start + 3])) == 3 for start in range(0, 36, 3))
+    assert len(set(said)) > 30
+    assert all(first != second for first, second in zip(said[:18], said[18:], strict=True))
+
+
+def test_the_sampler_is_asked_for_what_the_settings_say(here, monkeypatch):
+    real, asked = SlotSampler.generate, []
+
+    def generate_noted(self, prompts, count, sampling, **keywords):
+        asked.append((count, sampling, keywords["key"]))
+        return real(self, prompts, count, sampling, **keywords)
+
+    monkeypatch.setattr(SlotSampler, "generate", generate_noted)
+    words = ["--count", "2", "--seed", "3", "--temperature", "0.7", "--top-k", "9", "--top-p", "0.8", "--min-p", "0.1"]
+    assert main(generate(*words, "--stop", "a", "b.", "--out", "answers.jsonl")) == 0
+    sampling = Sampling(6, temperature=0.7, top_k=9, top_p=0.8, min_p=0.1, stop=("a", "b."))
+    assert asked == [(2, sampling, (3, 0))]
 
 
 def test_a_system_prompt_stands_before_the_prompt(here):
