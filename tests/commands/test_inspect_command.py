@@ -62,7 +62,11 @@ def test_both_answers_of_a_pair_are_shown_whatever_stands_beside_them(rows, here
     (here / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     assert main(rows) == 0
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("<user>")]
-    assert shown == ["<user>1+1?<end><assistant>⟦2<end>⟧", "<user>1+1?<end><assistant>⟦3<end>⟧"] * 3
+    both = ["<user>1+1?<end><assistant>⟦2<end>⟧", "<user>1+1?<end><assistant>⟦3<end>⟧"]
+    assert shown == both * 3
+    (here / "data.jsonl").write_text(json.dumps({"question": "1+1?", "chosen": "2", "rejected": "3"}))
+    assert main(rows) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("<user>")] == both
 
 
 def test_targets_are_bright_and_special_tokens_have_a_colour_of_their_own():

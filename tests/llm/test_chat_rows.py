@@ -1,5 +1,6 @@
 """The masks of conversations and texts, by hand, for templates that behave as the families do."""
 
+import json
 from itertools import groupby
 
 import pytest
@@ -17,8 +18,12 @@ from chat_families import (
 from taurl.llm.data.chat import encode_prompt, stop_token_ids
 from taurl.llm.data.chat_rows import RowEncoder
 from taurl.llm.data.chat_templates import CHATML_TEXT
+from taurl.llm.data.completion_ids import Conversations
+from taurl.llm.data.preference_rows import PreferenceReader
 from taurl.llm.data.row_forms import Chat, Text
+from taurl.llm.data.row_reader import RowReader
 from taurl.llm.models.loading import load_tokenizer
+from taurl.llm.settings import RowSettings
 from taurl.runtime.errors import InputError
 
 
@@ -157,6 +162,37 @@ def test_tools_reach_the_template_and_their_results_are_context():
     called = '{"name": "add", "arguments": {"a": 2}}<|im_end|>'
     thought = "<think>\n\n</think>\n\n"
     assert trained(row, tokenizer) == [thought + called, thought + "four<|im_end|>"]
+
+
+def test_tools_that_the_template_does_not_read_are_refused():
+    tokenizer = character_tokenizer(CHATML_TEXT)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
+    talk = [says("user", "2+2?"), says("assistant", "four")]
+    rows = [
+        ({"messages": talk, "tools": [{"type": "function", "function": {"name": "add"}}]}, "the row has tools, which"),
+        ({"messages": [talk[0], call, says("tool", "4"), talk[1]]}, "the row has tool_calls, which"),
+        ({"conversations": [{"from": "human", "value": "?"}, {"from": "function_call", "value": "{}"}]}, "tool_calls"),
+    ]
+    for row, message in rows:
+        with pytest.raises(InputError, match=f"row 1 of the data: .*{message}"):
+            RowReader.of(RowSettings(), tokenizer, None).read([row])
+    pair = {"prompt": "2+2?", "chosen": "four", "rejected": "five", "tools": json.dumps([{"name": "add"}])}
+    with pytest.raises(InputError, match="row 1 of the data: the row has tools, which"):
+        PreferenceReader("pairs", Conversations(tokenizer), 999, {}, {}, None).read([pair])
+
+
+def test_tools_of_a_pair_and_what_a_row_gives_its_template_reach_the_model():
+    tokenizer = character_tokenizer(QWEN3)
+    row = {"prompt": "2+2?", "chosen": "four", "rejected": "five", "chat_template_kwargs": {"enable_thinking": False}}
+    row |= {"tools": [{"type": "function", "function": {"name": "add"}}]}
+    (found,) = PreferenceReader("pairs", Conversations(tokenizer), 999, {}, {}, None).read([row]).judged
+    options = {"tools": row["tools"], "enable_thinking": False}
+    asked = tokenizer.apply_chat_template(
+        [says("user", "2+2?")], add_generation_prompt=True, return_dict=False, **options
+    )
+    assert found.prompt == asked
+    assert '"name": "add"' in tokenizer.decode(asked)
+    assert tokenizer.decode(found.completions[0]) == "four<|im_end|>"
 
 
 def test_an_answer_that_was_begun_is_trained_where_it_goes_on():

@@ -59,6 +59,19 @@ def test_settings_may_change_by_name_on_resume(folder, settings):
         DPO.resume(settings["out"], dataset=PAIRS, stepz=3)
 
 
+def test_pairs_are_trained_on_where_the_sampler_does_not_know_the_attention(folder, settings, tmp_path, monkeypatch):
+    from taurl.llm.generation import SlotSampler
+
+    def unknown(self, *_, **__):
+        raise InputError("unknown attention")
+
+    monkeypatch.setattr(SlotSampler, "__init__", unknown)
+    assert DPO(str(folder), PAIRS, config=DPOConfig(**settings)).train().run.step == 2
+    sampled = DPOConfig(**settings | {"out": tmp_path / "sampled", "max_tokens": 4})
+    with pytest.raises(InputError, match="unknown attention"):
+        DPO(str(folder), PAIRS, rewards=lambda completions, **_: [0.0 for _ in completions], config=sampled)
+
+
 def test_a_stopped_run_says_how_it_goes_on(folder, settings, capsys):
     class Stopped(Exception):
         pass

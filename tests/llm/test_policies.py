@@ -85,6 +85,21 @@ def test_the_reference_of_an_adapter_that_the_model_brings_is_the_adapter_as_it_
     assert all("lora_" in name for name in apart)  # the base stands once
 
 
+def test_an_adapter_beside_the_policys_own_begins_as_its_copy():
+    adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_()
+    policy = Policy(adapted, tiny_tokenizer())
+    policy.add_adapter("critic")
+    ids = torch.tensor([[5, 6, 7]])
+    own = policy.model(ids).logits
+    with policy.adapter("critic") as model:
+        assert torch.equal(model(ids).logits, own)
+    with policy.model.disable_adapter():
+        assert not torch.allclose(policy.model(ids).logits, own)
+
+
 def test_an_adapter_names_its_base_so_that_it_is_found_again(tmp_path, monkeypatch):
     save_tiny_policy(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)

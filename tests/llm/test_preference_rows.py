@@ -205,3 +205,6 @@ def test_the_model_and_the_settings_bound_the_length():
     assert PreferenceReader.of(settings, TOKENIZER, tiny_model(), "pairs").longest == 40
     settings.max_length = None
     assert PreferenceReader.of(settings, TOKENIZER, tiny_model(), "pairs").longest == 128
+    settings.max_length = 129
+    with pytest.raises(InputError, match="max_length is 129, more than the model's context of 128"):
+        PreferenceReader.of(settings, TOKENIZER, tiny_model(), "pairs")

@@ -123,7 +123,7 @@ def test_answers_to_held_out_rows_are_scored(config, folder):
 
 def test_without_an_answer_the_completion_is_what_rewards_compare_with(config, folder):
     rows = [{"prompt": f"{i}?", "completion": f"it is {i}"} for i in range(9)]
-    trainer = SFT(str(folder), rows, config(generate_rows=3, eval_rows=4), rewards=["last_number"])
+    trainer = SFT(str(folder), rows, config(generate_rows=3, eval_rows=4, max_tokens=8), rewards=["last_number"])
     assert [row["answer"] for row in trainer.answering.rows] == [
         row["completion"] for row in trainer.data.held_out.rows[:3]
     ]
@@ -139,10 +139,37 @@ def test_epochs_of_a_mixture_are_those_of_the_data_set(config, folder, tmp_path)
 
 def test_a_split_row_is_asked_its_whole_question(config, folder):
     rows = [{"prompt": f"{i}?", "completion": f"{i}" * 20} for i in range(9)]
-    settings = config(generate_rows=2, max_length=8, overlong="split", rewards=("last_number",))
+    settings = config(generate_rows=2, max_length=8, overlong="split", rewards=("last_number",), max_tokens=8)
     trainer = SFT(str(folder), [row | {"answer": "1"} for row in rows], settings)
     asked = [tiny_tokenizer().decode(ids) for ids in trainer.answering.ids]
     assert asked == [f"<user>{row['prompt']}<end><assistant>" for row in trainer.data.held_out.rows[:2]]
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_truncated_conversation_is_asked_its_last_question(config, folder, separate):
+    talk = [{"role": role, "content": word} for role, word in (("assistant", "22"), ("user", "3?"))]
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"{i}?"}, *talk, {"role": "assistant", "content": f"{i}" * 20}],
+            "answer": "4",
+        }
+        for i in range(9)
+    ]
+    settings = {"generate_rows": 2, "max_length": 12, "separate_turns": separate, "rewards": ("last_number",)}
+    trainer = SFT(str(folder), rows, config(**settings, max_tokens=8))
+    asked = [tiny_tokenizer().decode(ids) for ids in trainer.answering.ids]
+    first = [row["messages"][0]["content"] for row in trainer.data.held_out.rows[:2]]
+    assert asked == [f"<user>{word}<end><assistant>22<end><user>3?<end><assistant>" for word in first]
+
+
+def test_questions_that_leave_no_room_are_not_asked(config, folder):
+    rows = [{"prompt": "1" * (110 if i % 2 else 5) + f"{i}?", "completion": "2", "answer": "2"} for i in range(12)]
+    settings = {"eval_rows": 6, "generate_rows": 6, "rewards": ("last_number",)}
+    trainer = SFT(str(folder), rows, config(**settings, max_tokens=20))
+    assert 0 < len(trainer.answering.ids) < 6
+    assert max(map(len, trainer.answering.ids)) < 20
+    with pytest.raises(InputError, match="no held-out question leaves room for max_tokens 127 in the model's context"):
+        SFT(str(folder), rows, config(**settings, max_tokens=127, out=None))
 
 
 def test_only_training_rows_are_counted_as_cut(config, folder):

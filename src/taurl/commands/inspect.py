@@ -54,14 +54,15 @@ def main(words: Sequence[str]) -> int:
 def versions(reader: RowReader, row: Row, number: int, counts: Counter[str]) -> Iterator[tuple[str, TokenRow]]:
     """What a row is trained as, with a title for each: one token row, several, or none if it is dropped."""
     from taurl.llm.data.chat import encode_prompt
-    from taurl.llm.data.preference_rows import with_prompt
+    from taurl.llm.data.preference_rows import with_prompt, with_question_as_prompt
     from taurl.llm.data.token_rows import TokenRow
 
     def has(name: str) -> bool:
         return row.get(name) is not None
 
     if has("chosen") and has("rejected"):
-        pair = with_prompt(row, number)
+        (pair,) = with_question_as_prompt([row])
+        pair = with_prompt(pair, number)
         for side in ("chosen", "rejected"):
             judged = {name: pair.get(name) for name in ("prompt", "tools", "chat_template_kwargs")}
             for shown in reader.encode({**judged, "completion": pair[side]}, number, counts):

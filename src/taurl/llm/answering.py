@@ -1,5 +1,6 @@
 """Answers to held-out rows of supervised data, scored by reward functions."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -39,22 +40,32 @@ class Answering:
         held_out: TokenRows,
         generator: Generator,
         tokenizer: PreTrainedTokenizerBase,
+        context: int | None,
     ) -> Self:
-        """The first `generate_rows` rows, and the reward functions of the settings.
+        """The first `generate_rows` rows whose question leaves room for an answer, and the settings' reward functions.
 
-        Raises: InputError for a row without a question, and for a function that needs a column which is not there.
+        Args:
+            context: most tokens of question and answer; None: no bound.
+        Raises: InputError for a row without a question, for questions that all leave no room, and for a function that
+            needs a column which is not there.
         """
-        chosen = range(min(settings.generate_rows, len(held_out.rows)))
-        rows = [as_asked(held_out.rows[i]) for i in chosen]
-        ids = [question_ids(held_out.lasts[i]) for i in chosen]
+        asked = [question_ids(last) for last in held_out.lasts]
+        most = math.inf if context is None else max(0, context - settings.max_tokens)
+        chosen = [i for i, ids in enumerate(asked) if len(ids) <= most][: settings.generate_rows]
+        rows, ids = [as_asked(held_out.rows[i]) for i in chosen], [asked[i] for i in chosen]
         if [] in ids:
             raise InputError(
-                f"generate_rows: held-out row {ids.index([]) + 1} has no question before its answer: give rows with a "
-                "prompt, or generate_rows 0"
+                f"generate_rows: held-out row {chosen[ids.index([])] + 1} has no question before its answer: give rows "
+                "with a prompt, or generate_rows 0"
             )
         rewards = RewardSet(
             functions, settings.reward_weights, timeout=settings.reward_timeout, worker_process=settings.reward_process
         )
+        if not ids:
+            raise InputError(
+                f"generate_rows: no held-out question leaves room for max_tokens {settings.max_tokens} in the model's "
+                f"context of {context}: lower it, or give generate_rows 0"
+            )
         rewards.check_columns(reward_columns(rows))
         return cls(
             rows, ids, Sampling(settings.max_tokens, temperature=0, stop=settings.stop), rewards, generator, tokenizer

@@ -27,8 +27,8 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep freed blocks for the next tensor instead of giving them back to the kernel.
 
     By default blocks of some megabytes are returned and faulted in again, hundreds of times a training step. Bounds
-    oneDNN's own memory too, if no matrix product has run yet. Changes the whole process, so only the command line
-    calls it by itself. Returns whether every setting was accepted; False on a C library without mallopt.
+    oneDNN's own memory too, if no matrix product has run yet. Changes the whole process, so only commands
+    call it by themselves. Returns whether every setting was accepted; False on a C library without mallopt.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS_KEPT)
     try:

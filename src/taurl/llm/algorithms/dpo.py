@@ -117,6 +117,7 @@ class DPO(OnlineTrainer):
         config = self.config
         check_losses(config)
         self.online = bool(self.given("rewards"))
+        self.memory_settings = MEMORY_SETTINGS if self.online else "tokens_per_part (or prompts_per_step)"
         self._refuse_unread()
         if self.online and config.unpaired:
             raise InputError(
@@ -132,7 +133,8 @@ class DPO(OnlineTrainer):
         self.count_steps(len(self.prompts if self.online else self.train_answers), config.prompts_per_step)
         # What the reference says is known before the first update, or asked for at each step.
         live, other = self.online or not config.cache_reference, self.given("reference")
-        self.load_policy(dtype, keep_reference=config.needs_reference and live and other is None)
+        keep = config.needs_reference and live and other is None
+        self.load_policy(dtype, keep_reference=keep, samples=self.online)
         self.reference: Reference | NoReference = NoReference(self.dtype)
         if config.needs_reference:
             self.reference = Reference(
@@ -154,16 +156,16 @@ class DPO(OnlineTrainer):
     def restore(self) -> None:
         """Put back what the checkpoint holds. The starting weights are asked before, if they are the reference."""
         if self.run.step:
-            with out_of_memory_names(MEMORY_SETTINGS):
+            with out_of_memory_names(self.memory_settings):
                 self._know_reference()
         super().restore()
 
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""
         config, run = self.config, self.run
-        with out_of_memory_names(MEMORY_SETTINGS):
+        with out_of_memory_names(self.memory_settings):
             self._know_reference()
-        with run.begin(**self.state), out_of_memory_names(MEMORY_SETTINGS):
+        with run.begin(**self.state), out_of_memory_names(self.memory_settings):
             self.evaluate_before()
             self.fall_watch = FallWatch()
             for record in run.records():  # of the steps before a resume
@@ -174,10 +176,10 @@ class DPO(OnlineTrainer):
                     figures |= self._update(batch, step.number)
                 self.note_updates(step, figures)
                 figures["epoch"] = step.number * config.prompts_per_step / self.order.count
-                if batch:
+                if batch and not self.online:  # else of what was sampled, as in every step
                     figures["tokens_per_second"] = batch.trained.token_count / sum(step.times.values())
-                    if warning := self.fall_watch.warning(figures):
-                        run.view.note(f"step {step.number}: {warning}")
+                if batch and (warning := self.fall_watch.warning(figures)):
+                    run.view.note(f"step {step.number}: {warning}")
                 yield self.finish(step, figures)
 
     def _given(self, step: Step) -> Batch:

@@ -55,8 +55,8 @@ class OnlineTrainer(Trainer):
             worker_process=config.reward_process,
         )
 
-    def load_policy(self, dtype: torch.dtype | None, *, keep_reference: bool) -> None:
-        """Make the policy, its optimiser and its generator."""
+    def load_policy(self, dtype: torch.dtype | None, *, keep_reference: bool, samples: bool = True) -> None:
+        """Make the policy, its optimiser and, where anything is sampled, its generator."""
         config = self.config
         with loading_model():
             self.policy = Policy.of(
@@ -69,7 +69,8 @@ class OnlineTrainer(Trainer):
                 gradient_checkpointing=config.gradient_checkpointing,
             )
             self.optimizer = self.policy.optimizer(config, layer_decay=config.layer_decay)
-        self.generator = self.new_generator()
+        if samples:
+            self.generator = self.new_generator()
         self.dtype = torch.promote_types(self.policy.model.dtype, torch.float32)
 
     def load_prompts(self) -> None:

@@ -21,7 +21,7 @@ from taurl.llm.answering import Answering
 from taurl.llm.data.row_data import RowData, RowPosition
 from taurl.llm.data.row_reader import RowReader
 from taurl.llm.data.token_rows import TokenRow
-from taurl.llm.models.heads import causal_lm, evaluating
+from taurl.llm.models.heads import causal_lm, context_length, evaluating
 from taurl.llm.models.policies import Policy
 from taurl.llm.scoring.row_attention import attending_within_rows, knows_rows
 from taurl.llm.scoring.supervised import RowPart, embedding_noise, part_scores, row_parts, trained_tokens
@@ -109,7 +109,8 @@ class SFT(Trainer):
         self.answering = None
         if config.generate_rows:
             given, rows = self.given("rewards"), self.data.held_out
-            self.answering = Answering.of(config, given, rows, self.new_generator(), self.policy.tokenizer)
+            generator, context = self.new_generator(), context_length(self.policy.model)
+            self.answering = Answering.of(config, given, rows, generator, self.policy.tokenizer, context)
 
     def _check_data(self, reader: RowReader) -> None:
         """Refuse settings that the data, as it was read, does not allow."""

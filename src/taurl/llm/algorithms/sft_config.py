@@ -57,7 +57,8 @@ class SFTConfig(
     """Tokens, padding included, that go forward and backward together; lower it if memory runs out, raise it on a GPU.
     Speed and memory only, the result stays."""
     generate_rows: int = Field(0, ge=0)
-    """Held-out rows that the model also answers, greedily, in each evaluation, scored by the reward functions."""
+    """Held-out rows that the model also answers, greedily, in each evaluation, scored by the reward functions: the
+    first whose question leaves room for max_tokens."""
     patience: int = Field(0, ge=0, json_schema_extra=FREE)
     """Stop after so many evaluations without a lower held-out loss; 0: never. Needs eval_every."""
 

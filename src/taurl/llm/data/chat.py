@@ -103,6 +103,8 @@ def encode_prompt(
     if not has_template:
         raise InputError(f"{where}: messages need a chat template, and this tokenizer has none; give strings instead")
     messages = with_system_prompt(prompt, system_prompt)
+    options = dict(chat_template_kwargs or {})
+    require_tools_read(tokenizer.get_chat_template(tools=options.get("tools")), messages, options, f"{where}: ")
     continued = messages[-1]["role"] == "assistant"
     with template_refusals(f"{where}: "):
         ids = tokenizer.apply_chat_template(
@@ -111,7 +113,7 @@ def encode_prompt(
             return_dict=False,
             add_generation_prompt=not continued,
             continue_final_message=continued,
-            **(chat_template_kwargs or {}),
+            **options,
         )
     return list(cast(list[int], ids))
 
@@ -122,6 +124,22 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
     if system_prompt is not None and all(message["role"] != "system" for message in copies):
         copies.insert(0, {"role": "system", "content": system_prompt})
     return copies
+
+
+def require_tools_read(
+    template: str, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], where: str = ""
+) -> None:
+    """Refuse tools, and calls of them, that a chat template would pass over without a word.
+
+    Raises: InputError, beginning with `where`.
+    """
+    called = any(message.get("tool_calls") for message in messages)
+    for name, given in (("tools", options.get("tools")), ("tool_calls", called)):
+        if given and name not in template:
+            raise InputError(
+                f"{where}the row has {name}, which the model's chat template does not read, so that the model would "
+                "not see them: give a chat template that does, or leave them out of the data"
+            )
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from taurl.llm.data.chat import Message, Prompt, PromptFormat, encode_prompt
+from taurl.llm.data.chat import Message, Prompt, PromptFormat, encode_prompt, require_tools_read
+from taurl.llm.data.row_forms import template_options
 from taurl.runtime.errors import InputError, shorten
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ class Conversations:
     def of(cls, settings: Any, tokenizer: PreTrainedTokenizerBase) -> Self:
         """With the settings of a config that has PromptSettings."""
         return cls(tokenizer, settings.system_prompt, settings.prompt_format, settings.chat_template_kwargs)
+
+    def of_row(self, row: Mapping[str, Any]) -> Self:
+        """The same, with what the row itself gives the chat template: `tools`, `chat_template_kwargs`."""
+        options = template_options(row)
+        return replace(self, chat_template_kwargs={**(self.chat_template_kwargs or {}), **options}) if options else self
 
     def prompt(self, prompt: Prompt, where: str) -> list[int]:
         """The prompt's token ids. Raises: InputError as `encode_prompt` does, about `where`."""
@@ -119,10 +125,10 @@ class Conversations:
                 joined[-1]["content"] += message["content"]
             else:
                 joined.append(dict(message))
+        kwargs = self.chat_template_kwargs or {}
+        require_tools_read(self.tokenizer.get_chat_template(tools=kwargs.get("tools")), joined, kwargs, f"{where}: ")
         try:
-            text = self.tokenizer.apply_chat_template(
-                joined, tokenize=False, **options, **(self.chat_template_kwargs or {})
-            )
+            text = self.tokenizer.apply_chat_template(joined, tokenize=False, **options, **kwargs)
         except Exception as error:  # a template raises what it likes, jinja2's errors most often
             problem = " ".join(str(error).split())
             raise InputError(f"{where}: the chat template refuses the messages: {problem}") from error

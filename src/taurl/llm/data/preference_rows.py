@@ -19,7 +19,7 @@ from taurl.llm.data.data_files import Row
 from taurl.llm.data.datasets import Rows, check_prompts, columns_of, is_task, key, load_rows, prepare_rows
 from taurl.llm.data.tasks import Prompts, named, train_and_held_out
 from taurl.llm.models.heads import context_length
-from taurl.runtime.errors import InputError, shorten
+from taurl.runtime.errors import InputError, located, shorten
 
 Form: TypeAlias = Literal["pairs", "ranking", "label", "score", "process"]
 """What is known of the completions of a prompt: which of two is better, an order, or a number for each by itself (a
@@ -122,12 +122,15 @@ class PreferenceReader:
 
         Args:
             two_labels: refuse labels that are neither 0 nor 1.
+        Raises: InputError for a max_length beyond the model's context.
         """
-        limits = [limit for limit in (settings.max_length, context_length(model)) if limit is not None]
+        context = context_length(model)
+        if settings.max_length and context and settings.max_length > context:
+            raise InputError(f"max_length is {settings.max_length}, more than the model's context of {context}")
         return cls(
             form=form,
             conversations=Conversations.of(settings, tokenizer),
-            longest=min(limits, default=None),
+            longest=settings.max_length or context,
             arguments=settings.dataset_args,
             columns=settings.columns,
             answer_after=settings.answer_after,
@@ -196,9 +199,11 @@ class PreferenceReader:
         return Preferences(kept, [row.prompt for row in judged], judged, too_long)
 
     def _judged(self, row: Row, where: str) -> JudgedRow:
-        prompt = self.conversations.prompt(row["prompt"], where)
+        with located(where):
+            conversations = self.conversations.of_row(row)
+        prompt = conversations.prompt(row["prompt"], where)
         if self.form == "process":
-            return self._process(row, prompt, where)
+            return self._process(row, conversations, prompt, where)
         if self.form == "ranking":
             given = _listed(row, "completions", where, at_least=2)
             names = [f"completions[{place}]" for place in range(len(given))]
@@ -211,7 +216,7 @@ class PreferenceReader:
             silent = names == ["completion"] and completion == ""  # what was sampled may be nothing but its end
             if not silent and (problem := prompt_problem(completion, f"its {name}")):
                 raise InputError(f"{where}: {problem}")
-        completions = [self.conversations.completion(row["prompt"], completion, prompt, where) for completion in given]
+        completions = [conversations.completion(row["prompt"], completion, prompt, where) for completion in given]
         if self.form in ("pairs", "ranking"):
             margin = 0.0 if row.get("margin") is None else _number(row["margin"], "margin", where)
             return JudgedRow(prompt, completions, margin)
@@ -220,7 +225,7 @@ class PreferenceReader:
             raise InputError(f"{where}: its label is {values[0]:g}; expected true or false")
         return JudgedRow(prompt, completions, values=values)
 
-    def _process(self, row: Row, prompt: list[int], where: str) -> JudgedRow:
+    def _process(self, row: Row, conversations: Conversations, prompt: list[int], where: str) -> JudgedRow:
         steps, labels = (_listed(row, name, where, at_least=1) for name in COLUMNS["process"])
         for place, step in enumerate(steps):
             if not isinstance(step, str) or not step.strip():
@@ -230,7 +235,7 @@ class PreferenceReader:
         if len(labels) != len(steps):
             raise InputError(f"{where}: {len(labels)} labels for {len(steps)} completions; expected one each")
         values = [_number(label, f"labels[{place}]", where) for place, label in enumerate(labels)]
-        completion, ends = self.conversations.steps(row["prompt"], steps, STEP_SEPARATOR, prompt, where)
+        completion, ends = conversations.steps(row["prompt"], steps, STEP_SEPARATOR, prompt, where)
         return JudgedRow(prompt, [completion], step_ends=ends, step_labels=values)
 
 

@@ -71,7 +71,7 @@ def read_form(row: Row, *, strings_are_messages: bool) -> Chat | Text | TokenRow
         return _ids(row)
     for column in ("messages", "conversations"):
         if _has(row, column):
-            return Chat(_messages(row, column), options=_options(row))
+            return Chat(_messages(row, column), options=template_options(row))
     if _has(row, "prompt") and _has(row, "completion"):
         return _completion(row, strings_are_messages)
     if _has(row, "text"):
@@ -89,7 +89,7 @@ def _expected(row: Row) -> str:
     return f"expected {EXPECTED}; rename with columns, for example question=prompt answer=completion"
 
 
-def _has(row: Row, column: str) -> bool:
+def _has(row: Mapping[str, Any], column: str) -> bool:
     value = row.get(column)
     return value is not None and not (isinstance(value, str) and value == "" and column in NO_TEXTS)
 
@@ -186,14 +186,18 @@ def _completion(row: Row, strings_are_messages: bool) -> Chat | Text:
     if answer[0]["role"] != "assistant":
         raise InputError(f"column 'completion': its first message is of role {answer[0]['role']!r}; expected assistant")
     if prompt[-1]["role"] != "assistant":
-        return Chat(prompt + answer, len(prompt), options=_options(row))
+        return Chat(prompt + answer, len(prompt), options=template_options(row))
     if not isinstance(prompt[-1].get("content"), str):
         raise InputError("column 'prompt': its last message is the assistant's and has no content to go on with")
     whole = {**prompt[-1], **answer[0], "content": prompt[-1]["content"] + answer[0].get("content", "")}
-    return Chat([*prompt[:-1], whole, *answer[1:]], len(prompt) - 1, prompt, _options(row))
+    return Chat([*prompt[:-1], whole, *answer[1:]], len(prompt) - 1, prompt, template_options(row))
 
 
-def _options(row: Row) -> dict[str, Any]:
+def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row gives its chat template beside the messages: `chat_template_kwargs`, and `tools` among them.
+
+    Raises: InputError for values of another type.
+    """
     options: dict[str, Any] = {}
     if _has(row, "chat_template_kwargs"):
         options = _parsed(row, "chat_template_kwargs")
@@ -207,7 +211,7 @@ def _options(row: Row) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _parsed(row: Row, column: str) -> Any:
+def _parsed(row: Mapping[str, Any], column: str) -> Any:
     """The value of a column that holds no string, read as JSON where it is one."""
     value = row[column]
     if not isinstance(value, str):

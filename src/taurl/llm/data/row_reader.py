@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taurl.llm.data.chat import with_system_prompt
+from taurl.llm.data.chat import require_tools_read, with_system_prompt
 from taurl.llm.data.chat_rows import RowEncoder
 from taurl.llm.data.chat_templates import CHATML, make_room, set_chat_template, write_stop_tokens
 from taurl.llm.data.data_files import Row
@@ -100,7 +100,7 @@ class RowReader:
                         rows.append(row)
                         parts.append(row_parts)
                         cuts.append(cut)
-                        lasts.append(wholes[-1] if self.settings.overlong == "split" else row_parts[-1])
+                        lasts.append(wholes[-1])
                     else:
                         left_out += cut
                 if len(rows) == before and limit != 0:
@@ -179,6 +179,9 @@ class RowReader:
             return [self.encoder.text(form)]
         self._require_template()
         chat = self._with_system_prompt(form)
+        require_tools_read(
+            self.tokenizer.get_chat_template(tools=chat.options.get("tools")), chat.messages, chat.options
+        )
         if not self.settings.separate_turns or self.settings.mask == "all":
             return [self.encoder.chat(chat)]
         turns = self.encoder.turns(chat)

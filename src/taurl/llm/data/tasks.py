@@ -20,8 +20,9 @@ from taurl.llm.data.datasets import (
     prepare_rows,
     split,
 )
+from taurl.llm.data.row_forms import template_options
 from taurl.llm.models.heads import context_length
-from taurl.runtime.errors import InputError
+from taurl.runtime.errors import InputError, located
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,14 @@ class PromptReader:
         return self if not isinstance(source, str) or is_task(source) else replace(self, arguments={})
 
     def _encode(self, row: Mapping[str, Any], index: int) -> list[int]:
+        with located(f"row {index + 1} of the data"):
+            options = template_options(row)
         ids = encode_prompt(
             row["prompt"],
             self.tokenizer,
             system_prompt=self.system_prompt,
             prompt_format=self.prompt_format,
-            chat_template_kwargs=self.chat_template_kwargs,
+            chat_template_kwargs={**self.chat_template_kwargs, **options},
             row=index,
         )
         if self.context and len(ids) + self.max_tokens > self.context:

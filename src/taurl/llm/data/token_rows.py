@@ -56,7 +56,7 @@ class TokenRows:
         weights: how often rows of each data set are drawn, in proportion.
         cuts: of each row, how many of its token rows were `truncated`, `split` or `dropped` for their length.
         left_out: the same of the rows that were read and of which nothing was left.
-        lasts: the token row with each row's last answer, before it was split.
+        lasts: the token row with each row's last answer, before it was cut to length.
     """
 
     rows: Rows

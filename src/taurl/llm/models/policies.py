@@ -200,10 +200,13 @@ class Policy:
             weight.requires_grad_(True).register_hook(lambda gradient, rows=rows: gradient * rows)
 
     def add_adapter(self, name: str) -> None:
-        """Put another adapter beside the policy's own on its frozen trunk, with the same settings; see `adapter`."""
+        """Put a copy of the policy's own adapter beside it on the frozen trunk, under this name; see `adapter`."""
         own = self.model.active_adapter
         kept = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.add_adapter(name, copy.deepcopy(self.model.peft_config[own]))
+        mine = dict(self.adapter_parameters(own))
+        for path, weight in self.adapter_parameters(name):
+            weight.data.copy_(mine[".".join(own if part == name else part for part in path.split("."))])
         self._adapter_weights = [*kept, *(parameter for _, parameter in self.adapter_parameters(name))]
         switch_off_dropout(self.model)
         self._activate(own)
