@@ -111,18 +111,63 @@ def test_the_first_loss_is_that_of_transformers_own_scores(folder, config):
     assert record["accuracy"] == float((pairs[:, 0] > pairs[:, 1]).float().mean())
 
 
+def log_sigmoid(x):
+    return -math.log(1 + math.exp(-x))
+
+
+def naive_losses(loss, row, scores, config, classes=3):
+    """The losses of a row's units, given its scores."""
+    judged = row.step_labels or row.values
+    match loss:
+        case "bradley_terry":
+            better, worse = scores
+            return [-log_sigmoid(better - worse - row.margin) + config.centering * (better + worse) ** 2]
+        case "plackett_luce":
+            rest = [math.log(sum(math.exp(score) for score in scores[place:])) for place in range(len(scores))]
+            return [sum(rest) - sum(scores)]
+        case "mse":
+            return [0.5 * (score - target) ** 2 for score, target in zip(scores, judged, strict=True)]
+        case "huber":
+            limit = config.huber_threshold
+            far = [abs(score - target) for score, target in zip(scores, judged, strict=True)]
+            return [0.5 * d * d if d <= limit else limit * (d - 0.5 * limit) for d in far]
+        case "ordinal":
+            bounds = [-math.inf, *(k - (classes - 2) / 2 for k in range(classes - 1)), math.inf]
+            above = [[1 / (1 + math.exp(bound - score)) for bound in bounds[:-1]] + [0.0] for score in scores]
+            return [-math.log(one[int(label)] - one[int(label) + 1]) for one, label in zip(above, judged, strict=True)]
+    return [-log_sigmoid(score if label else -score) for score, label in zip(scores, judged, strict=True)]
+
+
+def naive_loss(trainer):
+    """The mean over the units of the training rows, each scored by one forward pass of one sequence."""
+    losses = []
+    for row in trainer.train_rows.judged:
+        scores = []
+        for completion in row.completions:
+            with torch.no_grad():
+                logits = trainer.policy.model(input_ids=torch.tensor([row.prompt + completion])).logits.double()
+            ends = [len(row.prompt) + end for end in row.step_ends]
+            scores += logits[0, ends, 0].tolist() if ends else logits.flatten().tolist()
+        losses += naive_losses(trainer.config.loss, row, scores, trainer.config)
+    return sum(losses) / len(losses)
+
+
 @pytest.mark.parametrize("loss", ["bradley_terry", "plackett_luce", "mse", "huber", "bce", "ordinal", "process"])
-def test_parts_leave_the_gradient_unchanged_for_every_loss(loss, config, tmp_path):
+def test_every_loss_is_that_of_plain_formulas_and_parts_leave_its_gradient_unchanged(loss, config, tmp_path):
     """One update in float64 with all rows at once, and with parts of one row each."""
     rows = {
         "plackett_luce": [{"prompt": "a", "completions": ["b", "cc", "ddd"][: 2 + i % 2]} for i in range(6)],
         "ordinal": [{"prompt": "a", "completion": "b" * (1 + i), "label": i % 3} for i in range(6)],
         "mse": [{"prompt": "a", "completion": "b" * (1 + i), "score": i / 2} for i in range(6)],
-        "huber": [{"prompt": "a", "completion": "b" * (1 + i), "score": 2.0 * i} for i in range(6)],
-        "process": [{"prompt": "a", "completions": ["b"] * (1 + i % 3), "labels": [1] * (1 + i % 3)} for i in range(6)],
-    }.get(loss, [row | {"margin": 0.5} for row in PAIRS[:6]])
+        "huber": [{"prompt": "a", "completion": "b" * (1 + i), "score": i / 2} for i in range(6)],
+        "process": [
+            {"prompt": "a", "completions": ["b"] * (1 + i % 3), "labels": [1, i % 2, 0][: 1 + i % 3]} for i in range(6)
+        ],
+    }.get(loss, [row | {"margin": 0.3 * i} for i, row in enumerate(PAIRS[:6])])
+    options = {"huber": {"huber_threshold": 0.7}, "bradley_terry": {"centering": 0.1}}.get(loss, {})
 
-    def gradient(tokens):
+    def update(tokens):
+        """Loss by formula, loss as trained, and gradient."""
         with KeepFloat64():
             kind = AutoModelForTokenClassification if loss == "process" else AutoModelForSequenceClassification
             settings = tiny_model().config
@@ -133,26 +178,30 @@ def test_parts_leave_the_gradient_unchanged_for_every_loss(loss, config, tmp_pat
             trainer = Reward(
                 model,
                 rows,
-                config(**changes, scale_rows=0, out=tmp_path / str(tokens), precision="auto", max_grad_norm=1e9),
+                config(
+                    **changes, **options, scale_rows=0, out=tmp_path / str(tokens), precision="auto", max_grad_norm=1e9
+                ),
                 tokenizer=tiny_tokenizer(),
             )
-            norms = []
+            expected = naive_loss(trainer)
+            gradients = []
             original = trainer.optimizer.adam.step
 
             def step():
-                norms.append({n: m.grad.clone() for n, m in trainer.optimizer.masters.items()})
+                gradients.append({n: m.grad.clone() for n, m in trainer.optimizer.masters.items()})
                 return original()
 
             trainer.optimizer.adam.step = step
             (record,) = list(trainer.steps())
-            return record["loss"], norms[0]
+            return expected, record["loss"], gradients[0]
 
-    (whole_loss, whole), (loss_of_parts, parts) = gradient(10_000), gradient(1)
-    assert loss_of_parts == pytest.approx(whole_loss, rel=1e-12)
+    (expected, whole_loss, whole), (_, loss_of_parts, parts) = update(10_000), update(1)
+    assert whole_loss == pytest.approx(expected, rel=1e-9)
+    assert loss_of_parts == pytest.approx(expected, rel=1e-9)
     largest = max(float(g.abs().max()) for g in whole.values())
     assert largest > 0
-    for name, expected in whole.items():
-        assert (parts[name] - expected).abs().max() < 1e-9 * max(float(expected.abs().max()), 1e-3 * largest), name
+    for name, gradient in whole.items():
+        assert (parts[name] - gradient).abs().max() < 1e-9 * max(float(gradient.abs().max()), 1e-3 * largest), name
 
 
 @pytest.mark.parametrize("rank", [0, 2])
