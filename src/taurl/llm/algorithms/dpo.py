@@ -81,7 +81,7 @@ class DPO(OnlineTrainer):
         reference: a name or a model object; by default the weights that training starts from.
         eval_dataset: held-out data, as `dataset`.
         tokenizer: by default the model's own.
-        callbacks: called with each step's record.
+        callbacks: called with every record: each step's, and that of an evaluation before the first.
     """
 
     algorithm = "dpo"

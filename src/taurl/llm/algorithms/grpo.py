@@ -39,7 +39,7 @@ class GRPO(RatioTrainer):
         config: settings; what is given here as an object stands in place of its setting there.
         eval_dataset: held-out data, as `dataset`.
         tokenizer: by default the model's own.
-        callbacks: called with each step's record.
+        callbacks: called with every record: each step's, and that of an evaluation before the first.
     """
 
     algorithm = "grpo"

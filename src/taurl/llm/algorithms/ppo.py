@@ -75,7 +75,7 @@ class PPO(RatioTrainer):
         tokenizer: by default the model's own.
         critic, reference: see `PPOConfig`; a name, or a model object.
         environment: in place of dataset and rewards: a name, or what makes an `episodes.Environment` from a seed.
-        callbacks: called with each step's record.
+        callbacks: called with every record: each step's, and that of an evaluation before the first.
     """
 
     algorithm = "ppo"

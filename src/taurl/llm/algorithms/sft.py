@@ -51,7 +51,7 @@ class SFT(Trainer):
         rewards: names or functions that score answers to held-out rows (with `generate_rows`).
         eval_dataset: held-out data, as `dataset`.
         tokenizer: by default the model's own.
-        callbacks: called with each step's record.
+        callbacks: called with every record: each step's, and that of an evaluation before the first.
     """
 
     algorithm = "sft"
