@@ -25,6 +25,7 @@ from taurl.control.playing import recorded
 from taurl.control.saved import load
 from taurl.control.settings import ControlConfig
 from taurl.control.spaces import has_images
+from taurl.control.updates import FlatAdam
 from taurl.runtime.config import read_config
 from taurl.runtime.directory import require_algorithm, write_folder
 from taurl.runtime.errors import InputError, one_line
@@ -224,6 +225,7 @@ class Trainer(ABC):
         if recent := self.environments.recent:
             figures["rollout/ep_rew_mean"] = sum(episode.reward for episode in recent) / len(recent)
             figures["rollout/ep_len_mean"] = sum(episode.length for episode in recent) / len(recent)
+        self._count_skipped(step, figures)
         figures["time/fps"] = (step.number - self.run.step) / step.elapsed()
         try:
             if self._evaluation_due(step.number):
@@ -238,6 +240,15 @@ class Trainer(ABC):
         if step.number < self.config.steps:
             self._say_unsaved()
         return record
+
+    def _count_skipped(self, step: Step, figures: Record) -> None:
+        """How many updates were not taken, said where there were any; nothing where no network is trained."""
+        optimizers = [holder for holder in self.state.values() if isinstance(holder, FlatAdam)]
+        if not optimizers:
+            return
+        figures["updates_skipped"] = skipped = sum(optimizer.take_skipped() for optimizer in optimizers)
+        if skipped:
+            self.run.view.note(f"step {step.number}: {skipped} of its updates not taken: their gradient was not finite")
 
     def reached(self, record: Record) -> bool:
         """Whether an evaluation has come to `stop_at`; the run is then saved as it stands."""

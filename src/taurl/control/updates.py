@@ -31,6 +31,7 @@ class FlatAdam:
 
     Attributes:
         changes: counts the updates, taken or not.
+        skipped: those not taken since `take_skipped`.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class FlatAdam:
         self.mean, self.square = torch.zeros_like(self.parameters), torch.zeros_like(self.parameters)
         self.step_count = torch.zeros(())
         self.non_finite_in_a_row = 0
-        self.changes = 0
+        self.changes = self.skipped = 0
         for parameter, own, gradient in zip(
             self.named.values(), self._views(self.parameters), self._views(self.gradient), strict=True
         ):
@@ -110,12 +111,18 @@ class FlatAdam:
         if math.isfinite(norm):
             self.non_finite_in_a_row = 0
             return
+        self.skipped += 1
         self.non_finite_in_a_row += 1
         if self.non_finite_in_a_row >= self.config.stop_after_non_finite:
             raise RunError(
                 f"gradient norm {norm:g}: not finite, {self.non_finite_in_a_row} times in a row "
                 "(stop_after_non_finite), so no step was taken; try a new run with a lower learning_rate"
             )
+
+    def take_skipped(self) -> int:
+        """How many updates were not taken since the last call."""
+        taken, self.skipped = self.skipped, 0
+        return taken
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and moving averages, for the checkpoint."""
