@@ -1,6 +1,7 @@
 """PPO: environments that it solves, values at time limits, the first ratio, and runs that repeat and go on."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -151,6 +152,38 @@ def test_both_bounds_fall_to_nothing_together(tmp_path):
     assert trainer._clips(751) == pytest.approx((0.05, 0.1))
     steady = trainer_of(tmp_path / "steady", steps=1000, clip=0.2, value_clip=0.4)
     assert steady._clips(751) == Clips(0.2, 0.4)
+
+
+def descents(trainer, rollout, step):
+    """The rate and the bounds of each update of an iteration that ends at that step."""
+    descend, seen = trainer._descend, []
+
+    def watched(batch, rate, clips, *, measured):
+        seen.append((rate, *clips))
+        return descend(batch, rate, clips, measured=measured)
+
+    trainer._descend = watched
+    trainer._iterate(rollout, step)
+    return seen
+
+
+def test_an_iteration_has_the_rate_and_the_bounds_of_its_step(tmp_path):
+    settings = {"schedule": "linear", "learning_rate": 1e-2, "clip": 0.2, "value_clip": 0.4, "anneal_clip": True}
+    trainer = trainer_of(tmp_path, steps=1000, **settings)
+    rollout = trainer.collector.collect(trainer.policy.actor, trainer.critic, 16)
+    assert descents(trainer, rollout, 751) == [pytest.approx((2.5e-3, 0.05, 0.1))] * 4
+
+
+@pytest.mark.parametrize(
+    ("value_clip", "said"), [(None, "anneal_clip does nothing"), (0.4, "anneal_clip is for value_clip alone")]
+)
+def test_with_a_price_only_the_bound_of_the_value_falls(value_clip, said, tmp_path, capsys):
+    settings = {"kl_penalty_target": 0.01, "value_clip": value_clip, "anneal_clip": True}
+    trainer = trainer_of(tmp_path, steps=1000, **settings)
+    assert f"kl_penalty_target takes the place of the clip, so {said}\n" in capsys.readouterr().err
+    bounds = trainer._clips(751)
+    assert bounds.ratio == math.inf
+    assert bounds.value == (value_clip and pytest.approx(0.1))
 
 
 def test_saving_changes_nothing_where_the_state_can_be_had(tmp_path):

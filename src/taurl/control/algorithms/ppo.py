@@ -85,7 +85,8 @@ class PPO(Trainer):
         if config.kl_penalty_target is not None:
             self.penalty = self.state["penalty"] = KLPenalty(config.kl_coefficient, config.kl_penalty_target)
             if config.anneal_clip:
-                self.run.view.note("kl_penalty_target takes the place of the clip, so anneal_clip does nothing")
+                left = "does nothing" if config.value_clip is None else "is for value_clip alone"
+                self.run.view.note(f"kl_penalty_target takes the place of the clip, so anneal_clip {left}")
 
     def steps(self) -> Iterator[Record]:
         config = self.config
