@@ -5,15 +5,20 @@ import sys
 from pathlib import Path
 
 import gymnasium
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
+import taurl.control
 from taurl.cli import main
 from taurl.commands.control_play import figures
-from taurl.control import PPO, PPOConfig, load
+from taurl.control import ALGORITHMS, PPO, PPOConfig, load, presets
 from taurl.control.evaluation import LONGEST, with_limit
 from taurl.control.playing import play
 from taurl.control.presets import preset
+from taurl.control.trainer import evaluate_policy
+from taurl.runtime.config import read_yaml, validated
 
 SMALL = "--no-preset --no-video --environments 2 --rollout-steps 16 --minibatch-size 16 --record-every 32 --steps 32"
 
@@ -66,6 +71,41 @@ def test_evaluating_prints_the_spread(run, capsys, folder):
     assert len(lines) == 5
     for line, pattern in zip(lines, expected, strict=True):
         assert re.fullmatch(pattern, line)
+
+
+def test_evaluating_is_that_of_the_library(run, capsys):
+    def printed(*words):
+        assert control("evaluate", run, "--episodes", 12, *words) == 0
+        return capsys.readouterr().out.splitlines()[0]
+
+    found = evaluate_policy(load(run), "CartPole-v1", 12, seed=7, arguments={})
+    mean, spread, _ = figures(float(np.mean(found.returns)), float(np.std(found.returns)), max(found.returns))
+    assert printed("--seed", 7) == f"return         {mean} ± {spread}"
+    assert printed("--seed", 7) != printed("--seed", 7, "--sampled")
+
+
+def test_playing_writes_a_video_and_says_the_returns(run, capsys, tmp_path):
+    assert control("play", run, "--video", tmp_path / "out.gif", "--episodes", 2, "--seed", 7) == 0
+    found = [evaluate_policy(load(run), "CartPole-v1", 1, seed=seed, arguments={}).returns[0] for seed in (7, 8)]
+    said = [f"episode {number}: return {value}" for number, value in enumerate(figures(*found), 1)]
+    assert capsys.readouterr().out.splitlines() == [*said, f"video: {tmp_path / 'out.gif'}"]
+    with Image.open(tmp_path / "out.gif") as film:
+        assert film.size == (600, 400)
+        assert film.n_frames > 5
+
+
+PRESETS = sorted(Path(presets.__file__).parent.glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=[f"{path.parent.name}/{path.stem}" for path in PRESETS])
+def test_each_file_of_tuned_settings_is_for_its_algorithm_and_environment(path):
+    module = path.parent.name.replace("-", "_")
+    name = next(name for name, of in ALGORITHMS.items() if of == module)
+    config = validated(getattr(taurl.control, f"{name}Config"), read_yaml(path), source=str(path))
+    of_many = path.stem == "ALE"
+    assert config.env == (None if of_many else path.stem)
+    for env in ("ALE/Pong-v5", "ale_py:ALE/Pong-v5") if of_many else (path.stem, f"my_module:{path.stem}"):
+        assert preset(path.parent.name, env) == path
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,8 @@ class DQN(Trainer):
                         with step.phase("update", "updating"):
                             figures += self._learn(taken)
                 self.policy.epsilon = self._epsilon(step.number)
-                record = self.finish(step, {**means(figures), "train/epsilon": self.policy.epsilon})
+                shown = {"train/epsilon": self.policy.epsilon, "learning_rate": learning_rate(step.number, config)}
+                record = self.finish(step, {**means(figures), **shown})
                 yield record
                 if self.reached(record):
                     return

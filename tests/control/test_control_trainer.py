@@ -1,0 +1,97 @@
+"""What surrounds every algorithm: its rate by the schedule, when it evaluates and on what, and the best so far."""
+
+import pytest
+from small_environments import Endless, Identity
+
+from taurl.control import ALGORITHMS, PPO, PPOConfig
+from taurl.control.algorithms.a2c import A2C
+from taurl.control.algorithms.dqn import DQN
+from taurl.control.algorithms.grpo import GRPO
+from taurl.control.algorithms.q_learning import QLearning
+from taurl.control.algorithms.reinforce import REINFORCE
+from taurl.control.algorithms.trpo import TRPO
+from taurl.control.evaluation import evaluation_seed
+from taurl.control.tables import Table
+from taurl.control.updates import FlatAdam
+
+SMALL = {"environments": 4, "rollout_steps": 16, "minibatch_size": 64, "record_every": 64, "eval_episodes": 4}
+
+# Each takes 64 steps in an iteration, and then one update.
+ONE_UPDATE = {
+    QLearning: {"environments": 64},
+    DQN: {"train_every": 64, "gradient_steps": 1, "learning_starts": 0},
+    REINFORCE: {"baseline": "none"},
+    A2C: {"rollout_steps": 16},
+    TRPO: {"rollout_steps": 16, "minibatch_size": 64, "critic_epochs": 1},
+    PPO: {"rollout_steps": 16, "minibatch_size": 64, "epochs": 1},
+    GRPO: {"group_size": 4, "epochs": 1, "minibatches": 1},
+}
+
+
+@pytest.mark.parametrize("trainer_class", ONE_UPDATE, ids=ALGORITHMS)
+def test_each_update_has_the_rate_of_its_step(trainer_class, tmp_path, monkeypatch):
+    descend, learn, rates = FlatAdam._descend, Table.learn, []
+    monkeypatch.setattr(FlatAdam, "_descend", lambda self, rate: rates.append(rate) or descend(self, rate))
+    monkeypatch.setattr(
+        Table, "learn", lambda *cells, rate, **others: rates.append(rate) or learn(*cells, rate=rate, **others)
+    )
+    settings = {"steps": 256, "record_every": 128, "eval_episodes": 0, "environments": 4}
+    scheduled = {"learning_rate": 0.5, "schedule": "linear", "warmup_steps": 100}
+    env = Identity if trainer_class is QLearning else lambda: Endless(limit=16)
+    config = trainer_class.config_class(out=tmp_path / "run", **{**settings, **ONE_UPDATE[trainer_class]}, **scheduled)
+    trainer = trainer_class(env, config).train()
+    # Up over 100 steps, down to nothing over the 156 that follow.
+    expected = [0.5 * 64 / 100, *(0.5 * (257 - step) / 156 for step in (128, 192, 256))]
+    assert rates == pytest.approx(expected)
+    assert [record["learning_rate"] for record in trainer.run.records()] == pytest.approx(expected[1::2])
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"), [(0, [256]), (128, [128, 256]), (100, [128, 256]), (64, [64, 128, 192, 256])]
+)
+def test_evaluations_are_as_often_as_asked_and_at_the_end(every, expected, tmp_path):
+    trainer = PPO(Endless, PPOConfig(out=tmp_path / "run", steps=256, eval_every=every, **SMALL)).train()
+    records = trainer.run.records()
+    assert [record["step"] for record in records] == [64, 128, 192, 256]
+    assert [record["step"] for record in records if "eval/mean_reward" in record] == expected
+
+
+def test_evaluations_have_other_seeds_than_training(tmp_path):
+    class Seeded(Endless):
+        def reset(self, *, seed=None, options=None):
+            seeds.extend([] if seed is None else [seed])
+            return super().reset(seed=seed)
+
+    seeds = []
+    trainer = PPO(Seeded, PPOConfig(out=tmp_path / "run", steps=64, seed=3, **{**SMALL, "eval_episodes": 0})).train()
+    assert seeds == [3, 4, 5, 6]
+    trainer.evaluate(2)
+    assert seeds[4:] == [evaluation_seed(3), evaluation_seed(3) + 1]
+    assert not set(seeds[4:]) & set(range(1000))
+
+
+class Growing(Endless):
+    """Each episode, of whichever copy, is worth more than the one before."""
+
+    begun = 0
+
+    def reset(self, *, seed=None, options=None):
+        Growing.begun += 1
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        shown, _, *rest = super().step(action)
+        return shown, float(Growing.begun), *rest
+
+
+def test_the_best_evaluation_is_known_again_on_resume_and_none_of_what_is_done_again(tmp_path):
+    trainer = PPO(Growing, PPOConfig(out=tmp_path / "run", steps=256, eval_every=64, save_every=128, **SMALL))
+    means = {}
+    for record in trainer.steps():
+        means[record["step"]] = record["eval/mean_reward"]
+        if record["step"] == 192:  # killed; the last checkpoint is of step 128
+            break
+    assert means[64] < means[128] < means[192]
+    resumed = PPO.resume(tmp_path / "run", env=Growing)
+    assert resumed.run.step == 128
+    assert resumed.best == means[128]
