@@ -35,7 +35,7 @@ docs: $(INSTALLED)
 # The short set, under half an hour: where the minutes end before five updates are measured, the table says how many.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/functional_agreement.py --write
-	$(BIN)/python benchmarks/record.py "Sampling" sampling.py --rows 32x64 64x64 --rounds 3
+	$(BIN)/python benchmarks/record.py "Sampling" sampling.py --rows 32x64 stops --rounds 5
 	$(BIN)/python benchmarks/sft.py --steps 5 --minutes 4 --write
 	$(BIN)/python benchmarks/grpo_step.py --steps 5 --minutes 7 --write
 	$(BIN)/python benchmarks/preference.py --steps 5 --minutes 7 --write
@@ -43,6 +43,8 @@ bench: $(INSTALLED)
 
 # What takes hours: PPO beside GRPO, the demo's task on both sides, and the control wing's medians of five.
 bench-long: $(INSTALLED)
+	$(BIN)/python benchmarks/record.py "Sampling, 64 prompts" sampling.py --rows 64x64
+	$(BIN)/python benchmarks/record.py "Sampling: how cost grows, one round" sampling_growth.py --rounds 1
 	$(BIN)/python benchmarks/ppo.py --steps 5 --write
 	$(BIN)/python benchmarks/demo_task.py --minutes 180 --write
 	$(BIN)/python benchmarks/record.py "Control: steps a second" control_speed.py

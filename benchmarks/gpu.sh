@@ -13,8 +13,10 @@ peers=${PEERS:-$HOME/.cache/taurl/peers}
 common=(--device "$device" --model "${MODEL:-smollm2-135m-instruct}")
 if [ "$device" = cpu ]; then
   $python benchmarks/gpu_correctness.py "${common[@]}"
+  $python benchmarks/sampling.py --rows 32x64 --rounds 1
 else
   $python benchmarks/record.py "The same numbers on a GPU" gpu_correctness.py "${common[@]}"
+  $python benchmarks/record.py "Sampling on a GPU" sampling.py --device "$device" --rows 32x64 stops --rounds 3
   common+=(--write)
 fi
 common+=(--peers "$peers")

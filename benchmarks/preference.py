@@ -1,10 +1,11 @@
-"""One step on 8 pairs of GSM8K solutions: taurl's reward model and DPO against TRL's trainers of both.
+"""One step on 8 pairs of GSM8K solutions: taurl's reward models and DPO against TRL's trainers.
 
     python benchmarks/preference.py [--only dpo] [--rounds 5] [--steps 3] [--minutes 15] [--write]
 
 Both sides get the same token ids in the same batches, with the same weights (the reward model's head included),
 learning rate and β; losses are compared step by step. With --held-out N both score N held-out pairs at the end; for the
-figures of one epoch, --steps is the number of pairs over 8.
+figures of one epoch, --steps is the number of pairs over 8. The point-wise model, which learns to call chosen solutions
+good and rejected ones bad, each by itself, stands alone: TRL has none.
 """
 
 import math
@@ -13,16 +14,20 @@ from tempfile import TemporaryDirectory
 
 from llm_speed.data import pair_row, read
 from llm_speed.heads import with_scalar_head
-from llm_speed.sides import INSTALLED, OURS, SAME, Found, Job, common_job, in_turn, parser
+from llm_speed.sides import INSTALLED, OURS, SAME, Found, Job, common_job, in_turn, our_side, parser
 from llm_speed.tables import Target, finish, largest_difference, pass_flops, share_of_peak
 
 from taurl.llm.data.datasets import PromptOrder
 from taurl.llm.models.loading import load_tokenizer, resolve_model
 
 PAIRS = 8
-TITLES = {"dpo": "DPO step", "reward": "Reward model step"}
-RATES = {"dpo": 2e-6, "reward": 2e-5}  # of examples/dpo_gsm8k.yaml and reward_gsm8k.yaml
-TARGETS = {"dpo": Target({INSTALLED: 5, SAME: 3.5}), "reward": Target({INSTALLED: 3, SAME: 2.5})}
+TITLES = {"dpo": "DPO step", "reward": "Reward model step", "pointwise": "Point-wise reward model step"}
+RATES = {"dpo": 2e-6, "reward": 2e-5, "pointwise": 2e-5}  # of examples/dpo_gsm8k.yaml and reward_gsm8k.yaml
+TARGETS = {
+    "dpo": Target({INSTALLED: 5, SAME: 3.5}),
+    "reward": Target({INSTALLED: 3, SAME: 2.5}),
+    "pointwise": Target({}),
+}
 
 
 def main() -> None:
@@ -43,7 +48,7 @@ def main() -> None:
         with TemporaryDirectory() as folder:
             model = job["model"] if kind == "dpo" else with_scalar_head(job["model"], tokenizer, Path(folder))
             asked = job | {"kind": kind, "model": model, "learning_rate": RATES[kind]}
-            found = in_turn(options, asked)
+            found = in_turn(options, asked, [our_side()] if kind == "pointwise" else None)
             finish(options, TITLES[kind], asked, found, TARGETS[kind], *notes(kind, asked, found))
 
 

@@ -123,7 +123,15 @@ def dpo(job: dict[str, Any], laps: Laps) -> None:
 
 
 def reward(job: dict[str, Any], laps: Laps) -> None:
-    config = llm.RewardConfig(**settings(job), rows_per_step=job["rows_per_step"])
+    reward_model(job, laps, "bradley_terry")
+
+
+def pointwise(job: dict[str, Any], laps: Laps) -> None:
+    reward_model(job, laps, "bce")
+
+
+def reward_model(job: dict[str, Any], laps: Laps, loss: str) -> None:
+    config = llm.RewardConfig(**settings(job), rows_per_step=job["rows_per_step"], loss=loss)
     trainer = llm.Reward(None, [words(row) for row in job["rows"]], config=config)
     records = run(job, trainer, laps)
     model, peak = trainer.policy.model, peak_memory_gb(job["device"])
@@ -166,4 +174,5 @@ def mean(records: list[dict[str, Any]], name: str) -> float:
 if __name__ == "__main__":
     keep_freed_memory()  # as the command line does
     job = read_job()
-    {"sft": sft, "grpo": grpo, "dpo": dpo, "reward": reward, "ppo": ppo, "sample": sample}[job["kind"]](job, Laps(job))
+    kinds = {one.__name__: one for one in (sft, grpo, dpo, reward, pointwise, ppo, sample)}
+    kinds[job["kind"]](job, Laps(job))

@@ -99,13 +99,16 @@ class Side:
         return json.loads(done.stdout.splitlines()[-1])
 
 
+def our_side() -> Side:
+    return Side(OURS, "ours.py", Path(sys.executable))
+
+
 def sides(options: argparse.Namespace) -> list[Side]:
     """taurl, the peer as installed, and the peer with taurl's allocator settings (on a CPU with glibc)."""
-    ours = Side(OURS, "ours.py", Path(sys.executable))
     if options.alone:
-        return [ours]
+        return [our_side()]
     python = environment(options.peers)
-    found = [ours, Side(INSTALLED, "theirs.py", python)]
+    found = [our_side(), Side(INSTALLED, "theirs.py", python)]
     if choose_device(options.device).type == "cpu" and sys.platform == "linux":
         found.append(Side(SAME, "theirs.py", python, allocator=True))
     return found

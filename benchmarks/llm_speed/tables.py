@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llm_speed.sides import INSTALLED, OURS, Found, Job, Side, median_seconds, peak_gb
+from llm_speed.sides import INSTALLED, OURS, Found, Job, median_seconds, our_side, peak_gb
 from shared import HERE, PACKAGES, write_section
 
 from taurl.runtime.machine import describe_machine, matrix_product_seconds
@@ -90,7 +90,7 @@ def matrix_product_peak(job: Job) -> float:
 def profile(job: Job) -> str:
     """Where the time of one of taurl's steps goes, by operator."""
     once = job | {"profile": True, "steps": 1, "warm_up": 0, "minutes": 60}
-    operators = Side(OURS, "ours.py", Path(sys.executable)).run(once)["operators"]
+    operators = our_side().run(once)["operators"]
     listed = ", ".join(f"`{name}` {share:.0%}" for name, share in operators)
     return f"Profile of one of taurl's steps, share of the time by operator: {listed}."
 
