@@ -312,7 +312,8 @@ def test_a_reward_that_fails_later_costs_no_step_that_was_taken(config, folder, 
     settings = config(steps=4)
     with pytest.raises(InputError, match="returned 7 values for 8 completions"):
         GRPO(str(folder), ROWS, broken, settings).train()
-    assert f"go on with --resume {settings.out}" in "".join(capfd.readouterr().err.split("\n"))
+    way_on = f"go on with resume({str(settings.out)!r}, dataset=…, rewards=…) from Python"
+    assert way_on in "".join(capfd.readouterr().err.split("\n"))
     resumed = GRPO.resume(settings.out, dataset=ROWS, rewards=letter_a).train().run
     whole = GRPO(
         str(folder), ROWS, letter_a, settings.model_copy(update={"out": settings.out.parent / "whole"})
