@@ -52,7 +52,7 @@ def summarized(
     metrics = {f"eval/{name}": value for name, value in reward_metrics(names, scores).items()}
     lengths = [completion.length for completion in completions]
     metrics["eval/completions/mean_length"] = float(np.mean(lengths))
-    metrics["eval/completions/clipped_ratio"] = float(np.mean([c.finish == "length" for c in completions]))
+    metrics["eval/completions/clipped_ratio"] = float(np.mean([c.truncated for c in completions]))
     samples = [
         {"step": state.global_step, "kind": "evaluation", "row": index, **sample}
         for index, sample in enumerate(describe(rows, completions, tokenizer, names, scores))

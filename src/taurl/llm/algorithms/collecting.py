@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from taurl.llm.algorithms.figures import rollout_figures
+from taurl.llm.algorithms.online import Samples
 from taurl.llm.algorithms.ppo_config import PPOConfig
 from taurl.llm.data.chat import encode_prompt
 from taurl.llm.data.tasks import held_out_count
 from taurl.llm.episodes import Episode, MakeEnvironment, Stage
-from taurl.llm.evaluation import Evaluation, TrainerState, reward_metrics, summarized
+from taurl.llm.evaluation import Evaluation, TrainerState, summarized
 from taurl.llm.generation import Sampling
 from taurl.llm.models.heads import context_length
 from taurl.llm.models.policies import Policy
@@ -28,62 +28,36 @@ ENVIRONMENT = "environment"  # the name of its rewards
 
 
 @dataclass
-class Collected:
-    """A step's N completions.
+class Collected(Samples):
+    """A step's N completions, and what their tokens earned.
 
     Attributes:
-        rows: the data row of each.
-        origins: the index of each row in the data (of each episode in the step).
-        scores: by the reward functions of these `names`, in all.
         rewards: float64 [N, L], what each token earned: a score at a completion's end, an episode's turn by turn.
         earned: bool [N, L], where there is a reward, if only of 0.
-        truncated: bool [N], what was cut off.
         turns: of each episode.
     """
 
-    rollout: Rollout
-    rows: list[Record]
-    origins: list[int]
-    scores: Scores
-    names: list[str]
     rewards: Tensor
     earned: Tensor
-    truncated: Tensor
-    group_size: int
     turns: list[int] | None = None
 
-    def figures(self, times: Mapping[str, float]) -> Record:
-        """Rewards, lengths, and speed by the seconds of the step's phases."""
-        totals = torch.from_numpy(self.scores.total)
-        alone = self.group_size == 1
-        grouped = totals[None] if alone else totals.reshape(-1, self.group_size)
-        figures = rollout_figures(self.rollout, grouped, times)
-        if alone:  # no groups whose rewards could agree; reward_std is that of the step
-            del figures["frac_reward_zero_std"]
-        if self.turns is not None:
-            figures["episodes/mean_turns"] = float(np.mean(self.turns))
-        return reward_metrics(self.names, self.scores) | figures
+    def figures(self, rewards: Tensor, times: Mapping[str, float]) -> Record:
+        """Those of all samples, and how long the episodes were."""
+        turns = {} if self.turns is None else {"episodes/mean_turns": float(np.mean(self.turns))}
+        return super().figures(rewards, times) | turns
 
 
 def collect_completions(trainer: "PPO", step: Step) -> Collected:
     """Sample completions of the step's prompts, and score them."""
-    config = trainer.config
-    indices = trainer.order.take((step.number - 1) * config.prompts_per_step, config.prompts_per_step)
-    batch, size = trainer.prompts.take(indices), config.group_size
-    rows = [row for row in batch.rows for _ in range(size)]
-    with step.phase("sample", f"sampling {len(batch)} prompts × {size}"):
-        rollout = trainer.sample(batch.ids, size, step.number)
-    with step.phase("reward", "scoring"):
-        scores = trainer.score(rows, rollout.completions, step.number)
-    absent = torch.from_numpy(np.isnan(scores.total))
+    samples = trainer.collect(step)
+    rollout, totals = samples.rollout, samples.totals.flatten()
+    absent = totals.isnan()
     rollout.mask[absent.to(rollout.mask.device)] = False  # no reward applies: nothing to learn from
     last = rollout.last.cpu()
     rewards = torch.zeros(rollout.mask.shape, dtype=torch.float64)
-    rewards[torch.arange(len(rows)), last] = torch.from_numpy(np.nan_to_num(scores.total))
+    rewards[torch.arange(len(totals)), last] = totals.nan_to_num(0.0)
     earned = torch.nn.functional.one_hot(last, rewards.shape[1]).bool() & ~absent[:, None]
-    origins = [index for index in indices for _ in range(size)]
-    names = trainer.rewards.names
-    return Collected(rollout, rows, origins, scores, names, rewards, earned, _cut_off(rollout), size)
+    return Collected(**vars(samples), rewards=rewards, earned=earned)
 
 
 def make_stage(make: MakeEnvironment, config: PPOConfig, policy: Policy) -> Stage:
@@ -116,9 +90,8 @@ def collect_episodes(trainer: "PPO", stage: Stage, step: int) -> Collected:
         rewards[row, : len(episode.rewards)] = torch.tensor(episode.rewards, dtype=torch.float64)
         earned[row, : len(episode.rewards)] = torch.tensor(episode.turn_ends())
     rows, origins = [{"prompt": episode.messages} for episode in episodes], list(range(len(episodes)))
-    turns = [episode.turns for episode in episodes]
-    given = rollout, rows, origins, episode_scores(episodes), [ENVIRONMENT], rewards, earned, _cut_off(rollout)
-    return Collected(*given, config.group_size, turns)
+    samples = Samples(rollout, rows, origins, episode_scores(episodes), [ENVIRONMENT], config.group_size)
+    return Collected(**vars(samples), rewards=rewards, earned=earned, turns=[episode.turns for episode in episodes])
 
 
 def play_held_out(trainer: "PPO", stage: Stage, step: int) -> Evaluation:
@@ -145,8 +118,3 @@ def episode_scores(episodes: Sequence[Episode]) -> Scores:
     """The sum of each episode's rewards, as if a reward function had given it."""
     totals = np.array([sum(episode.rewards) for episode in episodes])
     return Scores(totals[:, None], totals, {ENVIRONMENT: 0.0}, {}, {})
-
-
-def _cut_off(rollout: Rollout) -> Tensor:
-    cut = [completion.finish == "length" for completion in rollout.completions]
-    return torch.tensor(cut, device=rollout.mask.device)

@@ -19,13 +19,12 @@ from taurl.llm.algorithms.dpo_config import DPOConfig
 from taurl.llm.algorithms.dpo_figures import FallWatch, answer_rewards, pair_figures, unpaired_figures
 from taurl.llm.algorithms.dpo_losses import PairLoss, RewardShift, UnpairedLoss, check_losses, sorts_the_batch
 from taurl.llm.algorithms.dpo_reference import NoReference, Reference
-from taurl.llm.algorithms.figures import Tally, rollout_figures
+from taurl.llm.algorithms.figures import Tally
 from taurl.llm.algorithms.online import MEMORY_SETTINGS, OnlineTrainer, RewardFunction
 from taurl.llm.algorithms.setup import repeat_data
 from taurl.llm.data.datasets import PromptOrder
 from taurl.llm.data.given_answers import GivenAnswers
 from taurl.llm.data.preference_rows import Form, PreferenceReader, train_and_held_out_preferences
-from taurl.llm.evaluation import reward_metrics
 from taurl.llm.scoring.answer_batches import AnswerBatch, AnswerPart, batch_logprobs, part_logprobs
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import out_of_memory_names
@@ -185,33 +184,24 @@ class DPO(OnlineTrainer):
     def _given(self, step: Step) -> Batch:
         """The rows of a step, with what the reference says of them."""
         with step.phase("reference", "asking the reference"):
-            return self._batch(self.train_answers, self._rows_of(step.number))
+            return self._batch(self.train_answers, self.prompts_of(step.number))
 
     def _sampled(self, step: Step) -> tuple[Batch | None, Record]:
         """The policy's own answers, the best of a prompt against its worst; None where none of them differ."""
         config = self.config
-        indices = self.order.take((step.number - 1) * config.prompts_per_step, config.prompts_per_step)
-        prompts = self.prompts.take(indices)
-        rows = [row for row in prompts.rows for _ in range(config.group_size)]
-        origins = [index for index in indices for _ in range(config.group_size)]
-        with step.phase("sample", f"sampling {len(prompts)} prompts × {config.group_size}"):
-            rollout = self.sample(prompts.ids, config.group_size, step.number)
-        with step.phase("reward", "scoring"):
-            scores = self.score(rows, rollout.completions, step.number)
-        cut = np.array([completion.finish == "length" for completion in rollout.completions])
-        rewards = (scores.total - config.missing_eos_penalty * cut).reshape(len(prompts), config.group_size)
-        pairs = best_and_worst(rewards)
-        signs = np.zeros(rewards.shape)  # which answers are raised and which lowered, for samples.jsonl
+        samples = self.collect(step)
+        rollout, totals = samples.rollout, samples.totals
+        rewards = totals - config.missing_eos_penalty * rollout.truncated.cpu().double().reshape(totals.shape)
+        pairs = best_and_worst(rewards.numpy())
+        signs = torch.zeros(rewards.shape)  # which answers are raised and which lowered, for samples.jsonl
         for prompt, (best, worst) in pairs.items():
-            signs[prompt, [best, worst]] = 1, -1
-        names = self.rewards.names
-        self.log_completions(step, origins, rows, rollout, scores, names, torch.from_numpy(signs.flatten()))
-        figures = reward_metrics(names, scores) | rollout_figures(rollout, torch.from_numpy(rewards), step.times)
-        figures["pairs"] = len(pairs)
+            signs[prompt, best], signs[prompt, worst] = 1, -1
+        self.log_completions(step, samples, signs.flatten())
+        figures = {**samples.figures(rewards, step.times), "pairs": len(pairs)}
         if not pairs:
             return None, figures
         answers = AnswerBatch.of(
-            [prompts.ids[prompt] for prompt in pairs],
+            [rollout.prompts[prompt] for prompt in pairs],
             [
                 [rollout.completions[prompt * config.group_size + place].tokens for place in pair]
                 for prompt, pair in pairs.items()
@@ -302,10 +292,6 @@ class DPO(OnlineTrainer):
         self.held_out_answers = GivenAnswers.of(held_out, config.loss_type, others=train)
         self.order = PromptOrder(len(self.train_answers), config.seed)
 
-    def _rows_of(self, step: int) -> list[int]:
-        count = self.config.prompts_per_step
-        return self.order.take((step - 1) * count, count)
-
     def _batch(self, answers: GivenAnswers, rows: Sequence[int]) -> Batch:
         batch = answers.take(rows, self.device)
         reference = self.reference.given(answers, rows, batch)
@@ -320,7 +306,7 @@ class DPO(OnlineTrainer):
         if self.can_evaluate():
             rows = range(len(self.held_out_answers))
             self.reference.know(self.held_out_answers, [rows], self.device, self.run.view.note)
-        steps = (self._rows_of(step) for step in range(1, self.config.steps + 1))
+        steps = (self.prompts_of(step) for step in range(1, self.config.steps + 1))
         self.reference.know(self.train_answers, steps, self.device, self.run.view.note)
 
     def _circumstances(self) -> list[Any]:

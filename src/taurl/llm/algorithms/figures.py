@@ -39,20 +39,21 @@ class Tally:
 
 
 def rollout_figures(rollout: Rollout, rewards: Tensor, times: Mapping[str, float]) -> dict[str, float]:
-    """Spread of the rewards [P, G] within their groups, lengths of the completions, and speed.
+    """Spread of the rewards [P, G] within their groups (with G = 1: in the step), lengths, and speed.
 
     Args:
         times: seconds of the step's phases, `time/sample` among them.
     """
-    groups = [group[~np.isnan(group)] for group in rewards.numpy()]
+    grouped = rewards.shape[1] > 1
+    groups = [group[~np.isnan(group)] for group in (rewards if grouped else rewards.T).numpy()]
     spreads = [group.std(ddof=1) for group in groups if len(group) > 1]
     lengths = [completion.length for completion in rollout.completions]
     return {
         "reward_std": float(np.mean(spreads)) if spreads else 0.0,
-        "frac_reward_zero_std": 1 - float(has_variance(rewards).float().mean()),
+        **({"frac_reward_zero_std": 1 - float(has_variance(rewards).float().mean())} if grouped else {}),
         "completions/mean_length": float(np.mean(lengths)),
         "completions/max_length": max(lengths),
-        "completions/clipped_ratio": float(np.mean([c.finish == "length" for c in rollout.completions])),
+        "completions/clipped_ratio": float(np.mean([c.truncated for c in rollout.completions])),
         "sampling/tokens_per_second": sum(lengths) / times["time/sample"],
         "tokens_per_second": sum(lengths) / sum(times.values()),
     }

@@ -6,7 +6,6 @@ P prompts with G completions each make N = P · G rows of at most L tokens.
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,11 +15,9 @@ from taurl.functional.aggregation import weighted_sum
 from taurl.functional.importance import mismatch_weights
 from taurl.functional.kl import k3, kl_loss, kl_penalty, kl_ratios
 from taurl.functional.loss_types import clipped_tokens, loss_weights, policy_loss
-from taurl.llm.algorithms.figures import Tally, rollout_figures
+from taurl.llm.algorithms.figures import Tally
 from taurl.llm.algorithms.grpo_config import GRPOConfig
 from taurl.llm.algorithms.online import MEMORY_SETTINGS, RatioTrainer, RewardFunction
-from taurl.llm.evaluation import reward_metrics
-from taurl.llm.rewards import Scores
 from taurl.llm.scoring.rollouts import Part, Rollout
 from taurl.runtime.machine import out_of_memory_names
 from taurl.runtime.optimization import learning_rate
@@ -80,33 +77,18 @@ class GRPO(RatioTrainer):
         with run.begin(**self.state), out_of_memory_names(MEMORY_SETTINGS):
             self.evaluate_before()
             for step in run.steps():
-                indices = self.order.take((step.number - 1) * config.prompts_per_step, config.prompts_per_step)
-                batch = self.prompts.take(indices)
-                rows = [row for row in batch.rows for _ in range(config.group_size)]
-                with step.phase("sample", f"sampling {len(batch)} prompts × {config.group_size}"):
-                    rollout = self.sample(batch.ids, config.group_size, step.number)
-                with step.phase("reward", "scoring"):
-                    scores = self.score(rows, rollout.completions, step.number)
-                rewards = torch.from_numpy(scores.total).reshape(len(batch), config.group_size)  # NaN: none applies
+                samples = self.collect(step)
+                rollout, rewards = samples.rollout, samples.totals
                 advantages = group_relative(rewards, scale=config.scale_rewards)
                 rollout.advantages = advantages.flatten().to(self.device, self.dtype)
-                self._leave_out(rollout, scores)
+                rollout.mask[rewards.flatten().isnan().to(self.device)] = False  # no reward applies
+                if config.mask_truncated:
+                    rollout.mask[rollout.truncated] = False
                 with step.phase("update", "updating"):
                     figures = self._update(rollout, has_variance(rewards), step.number)
                 self.note_updates(step, figures)
-                origins = [index for index in indices for _ in range(config.group_size)]
-                names, given = self.rewards.names, rollout.advantages
-                self.log_completions(step, origins, rows, rollout, scores, names, given)
-                figures = reward_metrics(self.rewards.names, scores) | figures
-                figures |= rollout_figures(rollout, rewards, step.times)
-                yield self.finish(step, figures)
-
-    def _leave_out(self, rollout: Rollout, scores: Scores) -> None:
-        """Train on no completion that no reward applies to and, by option, on none that hit the limit."""
-        out = np.isnan(scores.total)
-        if self.config.mask_truncated:
-            out |= np.array([completion.finish == "length" for completion in rollout.completions])
-        rollout.mask[torch.from_numpy(out).to(self.device)] = False
+                self.log_completions(step, samples, rollout.advantages)
+                yield self.finish(step, samples.figures(rewards, step.times) | figures)
 
     def _update(self, rollout: Rollout, has_signal: Tensor, step: int) -> Record:
         """One optimiser update for each minibatch of each epoch.

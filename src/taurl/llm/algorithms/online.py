@@ -1,18 +1,19 @@
 """What algorithms have in common that sample from the policy, score what it said, and learn from that."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from taurl.llm.algorithms.figures import Tally
+from taurl.llm.algorithms.figures import Tally, rollout_figures
 from taurl.llm.algorithms.online_config import OnlineConfig, SampledConfig
 from taurl.llm.algorithms.setup import loading_model, repeat_data
 from taurl.llm.algorithms.trainer import Trainer
 from taurl.llm.data.datasets import PromptOrder
 from taurl.llm.data.tasks import PromptReader, train_and_held_out
-from taurl.llm.evaluation import Evaluation, TrainerState, describe, evaluate, reward_columns, score
+from taurl.llm.evaluation import Evaluation, TrainerState, describe, evaluate, reward_columns, reward_metrics, score
 from taurl.llm.generation import Completion, Sampling
 from taurl.llm.models.policies import Policy
 from taurl.llm.rewards import RewardSet, Scores
@@ -30,6 +31,34 @@ HEADLINE = {
     "tokens/s": "tokens_per_second",
 }
 MEMORY_SETTINGS = "tokens_per_part or slots (or kv_memory_gb, max_tokens, group_size, prompts_per_step)"
+
+
+@dataclass
+class Samples:
+    """What a step sampled: N = P · G completions of P prompts, and their scores.
+
+    Attributes:
+        rows: the data row of each completion.
+        origins: the index of each row in the data (of each episode in the step).
+        scores: by the reward functions of these `names`.
+        group_size: G.
+    """
+
+    rollout: Rollout
+    rows: list[Record]
+    origins: list[int]
+    scores: Scores
+    names: list[str]
+    group_size: int
+
+    @property
+    def totals(self) -> Tensor:
+        """The scores, float64 [P, G]; NaN where no reward function applies."""
+        return torch.from_numpy(self.scores.total).reshape(-1, self.group_size)
+
+    def figures(self, rewards: Tensor, times: Mapping[str, float]) -> Record:
+        """Metrics of the scores, of the rewards [P, G] made of them, and of speed, by the seconds of the phases."""
+        return reward_metrics(self.names, self.scores) | rollout_figures(self.rollout, rewards, times)
 
 
 class OnlineTrainer(Trainer):
@@ -92,6 +121,23 @@ class OnlineTrainer(Trainer):
         repeat_data(self.run, self.prompts.fingerprint() + self.held_out.fingerprint())
         self.order = PromptOrder(len(self.prompts), config.seed)
 
+    def prompts_of(self, step: int) -> list[int]:
+        """Where the prompts of a step stand in the data."""
+        count = self.config.prompts_per_step
+        return self.order.take((step - 1) * count, count)
+
+    def collect(self, step: Step) -> Samples:
+        """Sample completions of the step's prompts, and score them."""
+        indices, size = self.prompts_of(step.number), self.config.group_size
+        prompts = self.prompts.take(indices)
+        rows = [row for row in prompts.rows for _ in range(size)]
+        with step.phase("sample", f"sampling {len(prompts)} prompts × {size}"):
+            rollout = self.sample(prompts.ids, size, step.number)
+        with step.phase("reward", "scoring"):
+            scores = self.score(rows, rollout.completions, step.number)
+        origins = [index for index in indices for _ in range(size)]
+        return Samples(rollout, rows, origins, scores, self.rewards.names, size)
+
     def sample(self, prompts: list[list[int]], group_size: int, step: int) -> Rollout:
         """Completions of prompts given as token ids, `group_size` of each."""
         config = self.config
@@ -128,30 +174,16 @@ class OnlineTrainer(Trainer):
             part.put(self.forward(rollout, part, model)[0], into=found)
         return found
 
-    def log_completions(
-        self,
-        step: Step,
-        origins: Sequence[int],
-        rows: Sequence[Record],
-        rollout: Rollout,
-        scores: Scores,
-        names: Sequence[str],
-        advantages: Tensor,
-    ) -> None:
-        """Keep the step's first completions, and show one of them all.
-
-        Args:
-            origins: of each completion, the index of its row in the data.
-            names: of the rewards.
-            advantages: float [N].
-        """
-        samples = describe(rows, rollout.completions, self.policy.tokenizer, names, scores)
+    def log_completions(self, step: Step, samples: Samples, advantages: Tensor) -> None:
+        """Keep the step's first completions with their advantages [N], and show one of them all."""
+        completions = samples.rollout.completions
+        found = describe(samples.rows, completions, self.policy.tokenizer, samples.names, samples.scores)
         kept = []
-        for place, sample in enumerate(samples[: self.config.samples_per_step]):
-            origin = {"step": step.number, "kind": "train", "row": origins[place]}
+        for place, sample in enumerate(found[: self.config.samples_per_step]):
+            origin = {"step": step.number, "kind": "train", "row": samples.origins[place]}
             kept.append(origin | sample | {"advantage": float(advantages[place])})
         self.run.log_samples(kept)
-        shown = samples[step.number % len(samples)]
+        shown = found[step.number % len(found)]
         title = f"step {step.number}, reward {shown['reward']:.3g}"
         self.run.view.sample(title, f"{shown['prompt']}\n→ {shown['completion']}")
 

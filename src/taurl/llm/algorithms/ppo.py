@@ -167,7 +167,7 @@ class PPO(RatioTrainer):
                 if moved and self.has_reference and collected.rollout.mask.any():  # else nothing was measured
                     self.controls.adapt(figures["kl_per_completion"])
                 self._log_step(step, collected, estimates)
-                yield self.finish(step, collected.figures(step.times) | figures)
+                yield self.finish(step, collected.figures(collected.totals, step.times) | figures)
 
     def _collect(self, step: Step) -> Collected:
         """Completions (or episodes) and what they earned."""
@@ -179,7 +179,7 @@ class PPO(RatioTrainer):
     def _estimate(self, collected: Collected, step: int) -> tuple[Estimates, Record]:
         """Rewards, values and advantages of all tokens, from the weights before the updates."""
         config, rollout = self.config, collected.rollout
-        truncated = collected.truncated
+        truncated = rollout.truncated
         settled = settled_rewards(collected, config, self.controls)
         rewards = settled.to(self.device, self.dtype)
         if not rewards.isfinite().all():
@@ -351,8 +351,7 @@ class PPO(RatioTrainer):
         """Samples, and a picture of one completion by token."""
         rollout, lengths = collected.rollout, estimates.advantages.count_nonzero(1).clamp(min=1)
         mean_advantages = estimates.advantages.sum(1) / lengths
-        given = collected.origins, collected.rows, rollout, collected.scores, collected.names
-        self.log_completions(step, *given, mean_advantages)
+        self.log_completions(step, collected, mean_advantages)
         row = step.number % len(rollout.completions)
         completion = rollout.completions[row]
         figures = {

@@ -37,12 +37,13 @@ def settled_rewards(collected: Collected, config: PPOConfig, controls: Controls)
     """What each token earned, float64 [N, L]: normalised, clipped, and settled for completions that were cut off."""
     rewards, earned = collected.rewards.clone(), collected.earned
     last = torch.nn.functional.one_hot(collected.rollout.last.cpu(), rewards.shape[1]).bool()
-    cut = last & collected.truncated.cpu()[:, None]
+    truncated = collected.rollout.truncated.cpu()[:, None]
+    cut = last & truncated
     if config.truncated == "bootstrap" and collected.turns is None:
         earned = earned & ~cut  # the score of a whole answer, which this is not
         rewards[cut] = 0.0
     elif config.truncated == "mask":
-        earned = earned & ~collected.truncated.cpu()[:, None]  # what is not trained on has no part in the scale
+        earned = earned & ~truncated  # what is not trained on has no part in the scale
     if config.normalize_rewards:
         # From every turn a mean would be taken as often as an episode has turns, so that longer ones lost by it.
         rewards[earned] = controls.normalize(rewards[earned], centered=collected.turns is None)

@@ -64,6 +64,11 @@ class Completion:
     chosen: list[bool] | None = None
 
     @property
+    def truncated(self) -> bool:
+        """Whether it was cut off."""
+        return self.finish == "length"
+
+    @property
     def length(self) -> int:
         """How many tokens were drawn."""
         return len(self.tokens) if self.chosen is None else sum(self.chosen)

@@ -59,6 +59,11 @@ class Rollout:
         return len(self.completions) // len(self.prompts)
 
     @property
+    def truncated(self) -> Tensor:
+        """Bool [N], what was cut off."""
+        return torch.tensor([completion.truncated for completion in self.completions], device=self.mask.device)
+
+    @property
     def lengths(self) -> Tensor:
         """Int64 [N], how many tokens each completion has, those that the policy did not choose included."""
         return torch.tensor([len(completion.tokens) for completion in self.completions], device=self.tokens.device)
