@@ -9,6 +9,7 @@ from tiny_policy import KeepFloat64, tiny_model, tiny_tokenizer
 from taurl.llm.algorithms import dpo as dpo_module
 from taurl.llm.algorithms.dpo import DPO
 from taurl.llm.algorithms.dpo_config import DPOConfig
+from taurl.llm.algorithms.dpo_losses import sorts_the_batch
 
 PAIRS = [
     {"prompt": "1+1?", "chosen": "2", "rejected": "3 or 4"},
@@ -212,7 +213,8 @@ def test_the_gradient_is_that_of_plain_loops_however_it_is_cut(tmp_path, monkeyp
     config = settings(tmp_path, **terms)
     loss, expected, pairs = naive_step(config)
     seen = set()
-    for tokens in (10_000, 80, 20):
+    rows_mix = sorts_the_batch(config) or config.reward_shift == "running"
+    for tokens in (10_000, 80, 20) if rows_mix else (10_000, 20):
         cut = settings(tmp_path / str(tokens), **terms, tokens_per_part=tokens)
         record, gradient, parts = step(cut, monkeypatch)
         seen.add(parts)

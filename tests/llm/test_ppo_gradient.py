@@ -3,10 +3,11 @@
 import itertools
 import math
 import statistics
+from collections import defaultdict
 
 import pytest
 import torch
-from test_grpo_gradient import Mismatched, difference, move, naive_kl, naive_tokens
+from test_grpo_gradient import Mismatched, difference, move, naive_importance, naive_kl, naive_tokens
 from tiny_policy import KeepFloat64, tiny_model, tiny_tokenizer
 
 from taurl.functional.advantages import group_relative
@@ -169,21 +170,47 @@ def naive_estimates(models, rows, config):
     return found
 
 
-def naive_losses(models, rows, estimates, old, config):
-    """Policy loss and value loss of the whole batch. `old` is None on a first update."""
+def naive_figures(models, rows, estimates, config):
+    """What is logged of a step before its updates."""
+    values, returns = ([number for row in estimates for number in row[place]] for place in (2, 4))
+    figures = {"value/mean": statistics.fmean(values)}
+    errors = [target - value for target, value in zip(returns, values, strict=True)]
+    figures["value/explained_variance"] = 1 - statistics.pvariance(errors) / statistics.pvariance(returns)
+    if not models.trainer.critic:
+        figures = {}
+    if config.kl_coefficient:
+        apart = []
+        for index, *_ in estimates:
+            prompt, completion, _ = rows[index]
+            logprobs = [float(p) for p in models.actor(prompt, completion.tokens)[0]]
+            logprobs = completion.logprobs if config.old_logprobs == "sampler" else logprobs
+            apart += [p - b for p, b in zip(logprobs, models.reference(prompt, completion.tokens), strict=True)]
+        figures["kl"] = statistics.fmean(naive_kl("k3", x) for x in apart)
+        figures["kl_per_completion"] = sum(apart) / len(estimates)
+        if config.kl_place == "reward":
+            prices = [config.kl_coefficient * naive_kl(config.kl_estimator, x) for x in apart]
+            figures["reward/kl_penalty"] = sum(prices) / len(estimates)
+    return figures
+
+
+def naive_losses(models, rows, estimates, old, config, figures=None):
+    """Policy loss and value loss of the whole batch. `old` is None on a first update.
+
+    What is logged of each token goes to `figures`.
+    """
     count = sum(len(rewards) for _, rewards, *_ in estimates)
     policy_loss, value_loss = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for index, _, old_values, advantages, returns in estimates:
         prompt, completion, _ = rows[index]
         logprobs, entropies = models.actor(prompt, completion.tokens)
         values = models.values(prompt, completion.tokens)
+        befores = [float(p) for p in logprobs] if old is None else old[index]
+        befores = completion.logprobs if config.old_logprobs == "sampler" else befores
         for t, logprob in enumerate(logprobs):
-            before = float(logprob) if old is None else old[index][t]
-            before = completion.logprobs[t] if config.old_logprobs == "sampler" else before
-            ratio = torch.exp(logprob - before)
+            ratio = torch.exp(logprob - befores[t])
             clipped = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
             loss = -min(ratio * advantages[t], clipped * advantages[t])
-            loss = loss * min(math.exp(before - completion.logprobs[t]), config.importance_cap)
+            loss = loss * naive_importance(config, t, befores, completion.logprobs)
             if config.kl_place == "loss":
                 x = logprob - models.reference(prompt, completion.tokens)[t]
                 loss = loss + config.kl_coefficient * naive_kl(config.kl_estimator, x)
@@ -193,6 +220,13 @@ def naive_losses(models, rows, estimates, old, config):
                 near = old_values[t] + min(max(values[t] - old_values[t], -config.value_clip), config.value_clip)
                 error = max(error, (near - returns[t]) ** 2)
             value_loss = value_loss + 0.5 * error / count
+            if figures is not None:
+                figures["clip_ratio/low_mean"].append(advantages[t] < 0 and float(ratio) < 1 - config.clip_low)
+                figures["clip_ratio/high_mean"].append(advantages[t] > 0 and float(ratio) > 1 + config.clip_high)
+                figures["value/clip_ratio"].append(float((values[t] - old_values[t]).abs()) > config.value_clip)
+                figures["value/loss"].append(0.5 * float(error))
+                figures["entropy"].append(float(entropies[t]))
+                figures["approx_kl"].append(naive_kl("k3", befores[t] - float(logprob)))
     return policy_loss, value_loss
 
 
@@ -213,29 +247,30 @@ def naive_gradients(kept):
             name: torch.zeros_like(weight) if gradient is None else gradient
             for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
         }
-    return found, float(policy_loss), float(value_loss), estimates
+    return found, float(policy_loss), float(value_loss), naive_figures(models, rows, estimates, config)
 
 
-def compared(tmp_path, **changes):
-    """The step's gradients must be those of the loops, whole and cut into parts."""
+def compared(tmp_path, cuts, **changes):
+    """The step's gradients and figures must be those of the loops, whole and cut into parts."""
     config = settings(tmp_path, **changes)
     rehearsal = Kept(config)
     prompts = rehearsal.trainer.prompts.take(rehearsal.trainer.order.take(0, len(PROMPTS))).ids
     rehearsal.trainer.sample(prompts, GROUP, 1)  # the same draws as in the step
-    expected, policy_loss, value_loss, _ = naive_gradients(rehearsal)
-    for tokens in (10_000, 60, 20):
+    expected, policy_loss, value_loss, figures = naive_gradients(rehearsal)
+    for tokens in cuts:
         out = tmp_path / f"parts{tokens}"
         kept = Kept(config.model_copy(update={"tokens_per_part": tokens, "out": out})).take()
         assert [c.tokens for _, c, _ in kept.rows()] == [c.tokens for _, c, _ in rehearsal.rows()]
         for optimizer, gradients in expected.items():
             assert difference(kept.gradient(optimizer), gradients) < 1e-9, optimizer
+        for name, figure in figures.items():
+            assert kept.record[name] == pytest.approx(figure, rel=1e-9), name
         if kept.trainer.critic:
             assert kept.record["value/loss"] == pytest.approx(value_loss, rel=1e-9)
         if not (kept.trainer.critic and kept.trainer.critic.shares_trunk):
             assert kept.record["loss"] == pytest.approx(policy_loss, rel=1e-9, abs=1e-12)
     finishes = {c.finish for _, c, _ in rehearsal.rows()}
     assert finishes == {"stop", "length"}
-    return kept
 
 
 @pytest.mark.parametrize(
@@ -251,11 +286,13 @@ def compared(tmp_path, **changes):
         {"kl_estimator": "k3", "kl_coefficient": 0.1, "reward_clip": 0.6, "truncated": "penalty"},
         {"old_logprobs": "sampler", "clip_high": 5.0, "clip_low": 0.9},
         {"kl_coefficient": 0.0, "discount": 1.0, "trace_decay": 0.95, "importance_cap": 1.1},
+        {"importance_mode": "sequence_mask", "importance_cap": 1.1},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())) or "defaults",
 )
 def test_the_gradient_is_that_of_plain_loops_however_it_is_cut(tmp_path, changes):
-    compared(tmp_path, **changes)
+    every = changes in ({}, {"critic": "head", "entropy_coefficient": 0.1})  # in the others rows do not mix either
+    compared(tmp_path, (10_000, 60, 20) if every else (10_000, 20), **changes)
 
 
 @pytest.mark.parametrize("kl_coefficient", [0.0, 0.3])
@@ -285,16 +322,19 @@ def test_several_updates_of_policy_and_critic(tmp_path, kl_coefficient):
         torch.optim.AdamW(o.parameters.values(), lr=0.02, weight_decay=0.0)
         for o in (trainer.optimizer, trainer.critic_optimizer)
     ]
+    figures = defaultdict(list)
     for _ in range(config.epochs):
         for optimizer in optimizers:
             optimizer.zero_grad()
-        for loss in naive_losses(models, rows, estimates, old, config):
+        for loss in naive_losses(models, rows, estimates, old, config, figures):
             loss.backward()
         for optimizer in optimizers:
             optimizer.step()
     kept = Kept(config.model_copy(update={"tokens_per_part": 60, "out": tmp_path / "trained"})).take()
-    for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "value/clip_ratio"):
-        assert kept.record[name] > 0
+    for name, numbers in figures.items():
+        assert kept.record[name] == pytest.approx(statistics.fmean(numbers), rel=1e-7), name
+    assert 0 < kept.record["clip_ratio/low_mean"] != kept.record["clip_ratio/high_mean"] > 0
+    assert kept.record["value/clip_ratio"] > 0
     for optimizer in ("optimizer", "critic_optimizer"):
         expected = getattr(trainer, optimizer).parameters
         found = getattr(kept.trainer, optimizer).parameters
@@ -440,6 +480,35 @@ def test_tokens_have_the_advantages_that_control_gives_the_same_trajectory(tmp_p
         )
         torch.testing.assert_close(estimates.advantages[row, :length], advantages[:, 0], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(estimates.returns[row, :length], (advantages + values)[:, 0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("truncated", ["bootstrap", "mask", "penalty"])
+def test_the_scale_of_scores_is_that_of_those_which_are_earned(tmp_path, truncated):
+    """What was cut off earns no score, or is not trained on, and has then no part in mean and deviation either."""
+    kept = Kept(settings(tmp_path, normalize_rewards=True, truncated=truncated, kl_coefficient=0.0))
+    _, estimates = collected_estimates(kept.trainer)
+    cut = [completion.finish == "length" for _, completion, _ in kept.rows()]
+    scores = [None if c and truncated != "penalty" else score for c, (*_, score) in zip(cut, kept.rows(), strict=True)]
+    known = [score for score in scores if score is not None]
+    assert 2 <= len(known) < len([score for *_, score in kept.rows() if score is not None]) + (truncated == "penalty")
+    mean, deviation = statistics.fmean(known), statistics.pstdev(known)
+    assert float(kept.trainer.controls.scores.mean) == pytest.approx(mean, rel=1e-9)
+    for row, score in enumerate(scores):
+        earned = 0.0 if score is None else (score - mean) / deviation - (cut[row] and truncated == "penalty")
+        assert float(estimates.rewards[row].sum()) == pytest.approx(earned, rel=1e-6, abs=1e-9)
+
+
+def test_every_minibatch_is_an_update_of_its_own_mean(tmp_path, monkeypatch):
+    """The weights of its tokens sum to 1, whatever the other minibatches hold."""
+    sums, real = {}, PPO._descend
+
+    def noted(self, batch, *arguments):
+        sums[len(batch.tally.updates)] = float(batch.weights.sum())
+        return real(self, batch, *arguments)
+
+    monkeypatch.setattr(PPO, "_descend", noted)
+    Kept(settings(tmp_path, minibatches=4, tokens_per_part=60)).take()
+    assert list(sums.values()) == pytest.approx([1.0] * 4)
 
 
 def test_without_critic_and_price_and_whitened_by_group_it_is_grpo(tmp_path):
