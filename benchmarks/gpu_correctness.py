@@ -2,37 +2,67 @@
 
     python benchmarks/gpu_correctness.py [--device cuda] [--model smollm2-135m-instruct]
 
-Log-probabilities and the gradient of a policy loss, of completions that share their prompts, and the log-probabilities
-that the sampler gives with what it draws. Prints a table; the exit status is 1 if a difference is above its bound.
+Log-probabilities and the gradient of a policy loss, of completions that share their prompts; the same of rows that lie
+end to end, as supervised training has them (on a GPU in half precision by a kernel of its own); and the
+log-probabilities that the sampler gives with what it draws. Prints a table; the exit status is 1 if a difference is
+above its bound.
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from taurl.llm.data.chat import encode_prompt
+from taurl.llm.data.token_rows import TokenRow
 from taurl.llm.generation import Sampling, SlotSampler
 from taurl.llm.models.loading import load_model, load_tokenizer
 from taurl.llm.scoring.likelihood import completion_logprobs
+from taurl.llm.scoring.row_attention import attending_within_rows
+from taurl.llm.scoring.supervised import part_scores, row_parts
 from taurl.runtime.machine import choose_device
 
 QUESTIONS = ["What is 12 + 30?", "Tom has three boxes of nine pens. He gives four pens away. How many are left?"]
 GROUP, TOKENS = 4, 32
 # Of log-probabilities the mean difference in nats; of the gradient its relative difference in norm.
 BOUNDS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.05, 0.1)}
+Found = tuple[Tensor, Tensor]  # log-probabilities, and the gradient, flat
 
 
-def gradient(model: torch.nn.Module, prompts: list[list[int]], tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [N, L] of completions under a model, and the gradient of their mean weighted by row, flat."""
-    device = next(model.parameters()).device
-    prompt_of = torch.arange(len(prompts), device=device).repeat_interleave(GROUP)
-    tokens = tokens.to(device)
+def shared(model: PreTrainedModel, prompts: list[list[int]], tokens: Tensor) -> Found:
+    """Log-probabilities [N, L] of completions that share their prompts, and the gradient of their weighted mean."""
+    prompt_of = torch.arange(len(prompts), device=model.device).repeat_interleave(GROUP)
+    tokens = tokens.to(model.device)
     logprobs, _ = completion_logprobs(model, prompts, prompt_of, tokens, torch.ones_like(tokens, dtype=torch.bool))
-    weights = torch.linspace(-1, 1, len(tokens), device=device)[:, None]
-    (weights * logprobs).mean().backward()
-    flat = torch.cat([p.grad.flatten().double().cpu() for p in model.parameters() if p.grad is not None])
-    return logprobs.detach().double().cpu(), flat
+    return logprobs, gradient(model, logprobs)
+
+
+def end_to_end(model: PreTrainedModel, prompts: list[list[int]], tokens: Tensor) -> Found:
+    """The same of whole rows that lie end to end, of different lengths: [M], in the order of the part."""
+    rows = []
+    for place, completion in enumerate(tokens.tolist()):
+        ids = prompts[place // GROUP] + completion[: TOKENS - 3 * place]
+        rows.append(TokenRow(ids, [at >= len(prompts[place // GROUP]) for at in range(len(ids))]))
+    (part,) = row_parts(rows, 10_000, model.device, packed=True)
+    with attending_within_rows(model):
+        logprobs = part_scores(model, part).logprobs
+        return logprobs, gradient(model, logprobs)
+
+
+def gradient(model: PreTrainedModel, logprobs: Tensor) -> Tensor:
+    model.zero_grad()
+    weights = torch.linspace(-1, 1, len(logprobs), device=logprobs.device, dtype=logprobs.dtype)
+    (weights @ logprobs).sum().div(logprobs.numel()).backward()
+    return torch.cat([p.grad.flatten().double().cpu() for p in model.parameters() if p.grad is not None])
+
+
+def differences(way: Callable[..., Found], models: list[PreTrainedModel], *given: object) -> tuple[float, float]:
+    """How far the log-probabilities (mean, nats) and the gradient (relative) of two models are apart."""
+    (found, steepness), (exact, expected) = (way(model, *given) for model in models)
+    nats = float((found.detach().double().cpu() - exact.detach()).abs().mean())
+    return nats, float((steepness - expected).norm() / expected.norm())
 
 
 def main() -> None:
@@ -44,21 +74,22 @@ def main() -> None:
     prompts = [encode_prompt(question, tokenizer) for question in QUESTIONS]
     reference = load_model(options.model, dtype=torch.float64)
     failed = False
-    print(f"| {device} against CPU float64 | log-probabilities, nats | gradient | sampler, nats |\n|---|---|---|---|")
+    print(f"| {device}, CPU float64 | prompts shared | gradient | rows end to end | gradient | sampler | bounds |")
+    print("|---|---|---|---|---|---|---|")
     for dtype, (nats, relative) in BOUNDS.items():
         model = load_model(options.model, dtype=dtype, device=device)
         groups = SlotSampler(model, slots=GROUP * len(prompts)).generate(prompts, GROUP, Sampling(TOKENS))
         completions = [completion for group in groups for completion in group]
         tokens = torch.tensor([completion.tokens for completion in completions])
+        pairs = [differences(way, [model, reference], prompts, tokens) for way in (shared, end_to_end)]
         sampler = torch.tensor([completion.logprobs for completion in completions], dtype=torch.float64)
-        reference.zero_grad()
-        exact, exact_gradient = gradient(reference, prompts, tokens)
-        found, found_gradient = gradient(model, prompts, tokens)
-        differences = [float((found - exact).abs().mean()), float((sampler - exact).abs().mean())]
-        steeper = float((found_gradient - exact_gradient).norm() / exact_gradient.norm())
-        failed |= max(differences) > nats or steeper > relative
-        name = str(dtype).removeprefix("torch.")
-        print(f"| {name} | {differences[0]:.1e} (≤ {nats:g}) | {steeper:.1e} (≤ {relative:g}) | {differences[1]:.1e} |")
+        with torch.no_grad():
+            of = torch.arange(len(prompts)).repeat_interleave(GROUP)
+            exact, _ = completion_logprobs(reference, prompts, of, tokens, torch.ones_like(tokens, dtype=torch.bool))
+        drawn = float((sampler - exact).abs().mean())
+        failed |= max(drawn, *(apart for apart, _ in pairs)) > nats or max(steeper for _, steeper in pairs) > relative
+        cells = [f"{number:.1e}" for pair in pairs for number in pair] + [f"{drawn:.1e}"]
+        print(f"| {str(dtype).removeprefix('torch.')} | {' | '.join(cells)} | {nats:g} nats, {relative:g} |")
     raise SystemExit(int(failed))
 
 
