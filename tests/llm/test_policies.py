@@ -7,6 +7,7 @@ from tiny_policy import save_tiny_policy, tiny_model, tiny_tokenizer
 
 from taurl.llm.models.loading import load_model
 from taurl.llm.models.policies import Policy, base_name, share_weights, switch_off_dropout
+from taurl.llm.settings import LoraSettings
 from taurl.runtime.errors import InputError
 
 IDS = torch.tensor([[3, 32, 43, 33, 1, 4]])
@@ -50,7 +51,7 @@ def test_nothing_to_train_and_an_adapter_on_an_adapter_are_refused():
         Policy(frozen, tiny_tokenizer())
     adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(InputError, match="has an adapter already"):
-        Policy(adapted, tiny_tokenizer(), lora=(2, 4, "all-linear"))
+        Policy(adapted, tiny_tokenizer(), LoraSettings(lora_rank=2))
 
 
 def test_the_reference_keeps_the_starting_weights_and_only_where_it_is_asked_for():
@@ -103,7 +104,7 @@ def test_an_adapter_beside_the_policys_own_begins_as_its_copy():
 def test_an_adapter_names_its_base_so_that_it_is_found_again(tmp_path, monkeypatch):
     save_tiny_policy(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
-    policy = Policy("tiny", lora=(2, 4, "all-linear"))
+    policy = Policy("tiny", settings=LoraSettings(lora_rank=2, lora_alpha=4))
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
             if "lora_B" in name:

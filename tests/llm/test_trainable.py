@@ -5,7 +5,7 @@ import torch
 from tiny_policy import tiny_model, tiny_tokenizer
 
 from taurl.llm.models.loading import load_model
-from taurl.llm.models.policies import Lora, Policy
+from taurl.llm.models.policies import Policy
 from taurl.llm.models.trainable import freeze_parameters, layer_factors
 from taurl.llm.settings import LoraSettings
 from taurl.runtime.config import TrainingConfig
@@ -31,7 +31,7 @@ def test_a_head_that_shares_the_embeddings_learns_as_they_do():
 
 
 def test_an_adapters_layers_have_factors_too():
-    policy = Policy(tiny_model(), tiny_tokenizer(), lora=Lora(2, 4, ("q_proj",)))
+    policy = Policy(tiny_model(), tiny_tokenizer(), LoraSettings(lora_rank=2, lora_targets=("q_proj",)))
     factors = layer_factors(policy.model, 0.5)
     trained = [name for name, parameter in policy.model.named_parameters() if parameter.requires_grad]
     assert {factors[name] for name in trained} == {0.25, 0.5}
@@ -61,7 +61,7 @@ def test_a_pattern_that_matches_nothing_or_everything_is_refused():
 
 
 def test_merging_leaves_the_policy_as_it_is(tmp_path):
-    policy = Policy(tiny_model(), tiny_tokenizer(), lora=Lora(2, 4, "all-linear", dora=True))
+    policy = Policy(tiny_model(), tiny_tokenizer(), LoraSettings(lora_rank=2, lora_alpha=4, use_dora=True))
     with torch.no_grad():
         for parameter in policy.model.parameters():
             if parameter.requires_grad:
@@ -74,7 +74,7 @@ def test_merging_leaves_the_policy_as_it_is(tmp_path):
 
 def test_four_bits_are_refused_where_they_cannot_be():
     with pytest.raises(InputError, match="load_in_4bit loads a model by its name; this one came as an object"):
-        Policy(tiny_model(), tiny_tokenizer(), lora=Lora(2, 4), load_in_4bit=True)
+        Policy(tiny_model(), tiny_tokenizer(), LoraSettings(lora_rank=2, load_in_4bit=True))
     with pytest.raises(InputError, match="needs a GPU with CUDA"):
         load_model("anything", dtype=torch.float32, in_4bit=True)
 

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from taurl.llm.algorithms.figures import Tally, rollout_figures
 from taurl.llm.algorithms.online_config import OnlineConfig, SampledConfig
-from taurl.llm.algorithms.setup import loading_model, repeat_data
+from taurl.llm.algorithms.setup import repeat_data
 from taurl.llm.algorithms.trainer import Trainer
 from taurl.llm.data.datasets import PromptOrder
 from taurl.llm.data.tasks import PromptReader, train_and_held_out
 from taurl.llm.evaluation import Evaluation, TrainerState, describe, evaluate, reward_columns, reward_metrics, score
 from taurl.llm.generation import Completion, Sampling
-from taurl.llm.models.policies import Policy
 from taurl.llm.rewards import RewardSet, Scores
 from taurl.llm.scoring.likelihood import completion_logprobs
 from taurl.llm.scoring.rollouts import Part, Rollout
@@ -86,18 +85,8 @@ class OnlineTrainer(Trainer):
 
     def load_policy(self, dtype: torch.dtype | None, *, keep_reference: bool, samples: bool = True) -> None:
         """Make the policy, its optimiser and, where anything is sampled, its generator."""
-        config = self.config
-        with loading_model():
-            self.policy = Policy.of(
-                config,
-                self.given("model"),
-                self.tokenizer,
-                dtype=dtype,
-                device=self.device,
-                keep_reference=keep_reference,
-                gradient_checkpointing=config.gradient_checkpointing,
-            )
-            self.optimizer = self.policy.optimizer(config, layer_decay=config.layer_decay)
+        self.make_policy(dtype, keep_reference=keep_reference)
+        self.make_optimizer()
         if samples:
             self.generator = self.new_generator()
         self.dtype = torch.promote_types(self.policy.model.dtype, torch.float32)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.algorithms.reward_config import RewardConfig
 from taurl.llm.algorithms.reward_losses import FORMS, checked_classes, unit_count, unit_losses
-from taurl.llm.algorithms.setup import loading_model, repeat_data
+from taurl.llm.algorithms.setup import repeat_data
 from taurl.llm.algorithms.trainer import Trainer
 from taurl.llm.data.chat import prompt_text
 from taurl.llm.data.datasets import PromptOrder
@@ -87,16 +87,8 @@ class Reward(Trainer):
         repeat_data(run, self.train_rows.fingerprint() + self.held_out.fingerprint())
         self.order = PromptOrder(len(self.train_rows), config.seed)
         self.count_steps(len(self.train_rows), config.rows_per_step)
-        with loading_model():
-            self.policy = (ProcessRewardModel if self.form == "process" else RewardModel).of(
-                config,
-                self.given("model"),
-                self.tokenizer,
-                dtype=dtype,
-                device=self.device,
-                gradient_checkpointing=config.gradient_checkpointing,
-            )
-            self.optimizer = self.policy.optimizer(config, layer_decay=config.layer_decay)
+        self.make_policy(dtype, ProcessRewardModel if self.form == "process" else RewardModel)
+        self.make_optimizer()
         self.state = {"optimizer": self.optimizer}
 
     def steps(self) -> Iterator[Record]:

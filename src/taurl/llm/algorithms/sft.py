@@ -22,7 +22,6 @@ from taurl.llm.data.row_data import RowData, RowPosition
 from taurl.llm.data.row_reader import RowReader
 from taurl.llm.data.token_rows import TokenRow
 from taurl.llm.models.heads import causal_lm, context_length, evaluating
-from taurl.llm.models.policies import Policy
 from taurl.llm.scoring.row_attention import attending_within_rows, knows_rows
 from taurl.llm.scoring.supervised import RowPart, embedding_noise, part_scores, row_parts, trained_tokens
 from taurl.runtime.directory import write_folder
@@ -91,19 +90,12 @@ class SFT(Trainer):
         self._check_data(reader)
         self.position = RowPosition(self.data.order)
         self.count_steps(self.data.count, config.rows_per_step)
+        self.make_policy(dtype)
         with loading_model():
-            self.policy = Policy.of(
-                config,
-                self.given("model"),
-                self.tokenizer,
-                dtype=dtype,
-                device=self.device,
-                gradient_checkpointing=config.gradient_checkpointing,
-            )
             reader.settle(causal_lm(self.policy.model))
-            if reader.new_tokens and self.policy.has_adapter:
-                self.policy.train_tokens(reader.new_tokens)
-            self.optimizer = self.policy.optimizer(config, layer_decay=config.layer_decay)
+        if reader.new_tokens and self.policy.has_adapter:
+            self.policy.train_tokens(reader.new_tokens)
+        self.make_optimizer()
         self.state = {"optimizer": self.optimizer, "data": self.position}
         self.packed = self._packed()
         self.answering = None

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taurl.llm.algorithms.setup import choose_machine, separate, with_whole_paths
+from taurl.llm.algorithms.setup import choose_machine, loading_model, separate, with_whole_paths
 from taurl.llm.generation import Generator, default_kv_memory_gb
 from taurl.llm.models.compiled import compile_layers
 from taurl.llm.models.loading import load_outline
@@ -22,6 +22,7 @@ from taurl.runtime.directory import require_algorithm, write_folder
 from taurl.runtime.errors import InputError
 from taurl.runtime.given import require_given_again
 from taurl.runtime.machine import peak_memory_gb
+from taurl.runtime.optimization import Optimizer
 from taurl.runtime.run import GIVEN, Callback, Record, Run, Stateful, Step
 from taurl.runtime.seeding import seed_everything
 
@@ -33,7 +34,7 @@ class Trainer(ABC):
         algorithm: its name, as on the command line.
         headline: what the terminal shows of each record, by label.
         takes: names of what it may be given from Python as an object, in place of the setting of that name.
-        policy: the model that is trained.
+        policy, optimizer: the model that is trained, and what trains it.
         device: where it lives.
         state: what a checkpoint holds, by name.
         latest: figures of an evaluation that the run's metrics do not have yet, for the model card.
@@ -45,6 +46,7 @@ class Trainer(ABC):
     takes: ClassVar[tuple[str, ...]]
     config: Any
     policy: Policy
+    optimizer: Optimizer
     state: dict[str, Stateful]
 
     def start(self, config: TrainingConfig | None, callbacks: Sequence[Callback], **given: Any) -> None:
@@ -145,6 +147,26 @@ class Trainer(ABC):
         Args:
             dtype: of the weights; None leaves a model object's as they are.
         """
+
+    def make_policy(
+        self, dtype: torch.dtype | None, kind: type[Policy] = Policy, *, keep_reference: bool = False
+    ) -> None:
+        """Load the model that is trained, with an adapter where the config asks for one."""
+        with loading_model():
+            self.policy = kind(
+                self.given("model"),
+                self.tokenizer,
+                self.config,
+                dtype=dtype,
+                device=self.device,
+                keep_reference=keep_reference,
+                gradient_checkpointing=self.config.gradient_checkpointing,
+            )
+
+    def make_optimizer(self) -> None:
+        """Make the optimiser of the weights that are trained."""
+        with loading_model():
+            self.optimizer = self.policy.optimizer(self.config, layer_decay=self.config.layer_decay)
 
     def note_nothing_held_out(self, held_out: Sized) -> None:
         """Say that a data set is too small for held-out rows, where their number was left open."""

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -36,25 +36,14 @@ def tokenizer_of(model: str | PreTrainedModel) -> PreTrainedTokenizerBase:
     return load_tokenizer(name)
 
 
-class Lora(NamedTuple):
-    """An adapter to train; of rank 0: none."""
-
-    rank: int = 0
-    alpha: int = 1
-    targets: str | tuple[str, ...] = "all-linear"
-    dora: bool = False
-
-
 class Policy:
     """A causal language model ready for reinforcement learning: dropout off, and a LoRA adapter if asked for.
 
     Args:
         model: a model object (trained in place), or a name for `load_model`.
         tokenizer: by default the model's own.
+        settings: which weights are trained; by default all.
         dtype: of the weights; None leaves a model object's as they are.
-        lora: rank, alpha, targets, and whether it is a DoRA; rank 0 trains all weights.
-        load_in_4bit: keep the weights below the adapter in 4 bits.
-        freeze: patterns of names of parameters that are not trained.
         keep_reference: keep the starting weights, for a KL term. With a new adapter they are there already; of an
             adapter that the model brings, and of all else that is trained, a copy is made.
     """
@@ -66,22 +55,21 @@ class Policy:
         self,
         model: str | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        settings: LoraSettings | None = None,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
-        lora: Lora | tuple[int, int, str | tuple[str, ...]] = (0, 1, "all-linear"),
-        load_in_4bit: bool = False,
-        freeze: Sequence[str] = (),
         keep_reference: bool = False,
         gradient_checkpointing: bool = False,
     ):
         name = model if isinstance(model, str) else model.config.name_or_path
         self.tokenizer = tokenizer or tokenizer_of(model)
-        self.name, self.in_4bit = name or "", load_in_4bit
+        settings = settings or LoraSettings()
+        self.name, self.in_4bit = name or "", settings.load_in_4bit
         if isinstance(model, str):
             dtype = dtype or torch.float32
-            self.model: Any = self._load(model, dtype=dtype, device=device, in_4bit=load_in_4bit)
-        elif load_in_4bit:
+            self.model: Any = self._load(model, dtype=dtype, device=device, in_4bit=self.in_4bit)
+        elif self.in_4bit:
             raise InputError("load_in_4bit loads a model by its name; this one came as an object, loaded already")
         else:
             self.model = model
@@ -90,14 +78,14 @@ class Policy:
         self.has_adapter = hasattr(self.model, "peft_config")
         self.adapter_is_new = False
         self.new_tokens: tuple[int, ...] = ()
-        if lora[0]:
-            self._add_lora(Lora(*lora))
+        if settings.lora_rank:
+            self._add_lora(settings)
             self.model.peft_config["default"].base_model_name_or_path = base_name(
                 name or "", self.model.config.name_or_path
             )
         if getattr(self.model, "is_quantized", False) and not self.has_adapter:
             raise InputError(f"the weights of model {name!r} are quantised and cannot be trained: give lora_rank")
-        freeze_parameters(self.model, freeze)
+        freeze_parameters(self.model, settings.freeze)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             advice = f"an adapter loads frozen: {MERGE}" if self.has_adapter else "look at freeze"
             raise InputError(f"model {name!r} has no weights to train: all are frozen ({advice})")
@@ -115,32 +103,6 @@ class Policy:
             self._require_repeatable()
         else:
             self.model.eval()
-
-    @classmethod
-    def of(
-        cls,
-        settings: LoraSettings,
-        model: str | PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-        keep_reference: bool = False,
-        gradient_checkpointing: bool = False,
-    ) -> Self:
-        """A policy with what a config says about the weights that are trained; the rest as in the constructor."""
-        lora = Lora(settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.use_dora)
-        return cls(
-            model,
-            tokenizer,
-            dtype=dtype,
-            device=device,
-            lora=lora,
-            load_in_4bit=settings.load_in_4bit,
-            freeze=settings.freeze,
-            keep_reference=keep_reference,
-            gradient_checkpointing=gradient_checkpointing,
-        )
 
     def _load(self, name: str | Path, **options: Any) -> PreTrainedModel:
         """`load_model`, with the head that this kind of policy has."""
@@ -166,25 +128,25 @@ class Policy:
         factors = layer_factors(self.model, layer_decay)
         return Optimizer(self.model.named_parameters(), config, factors=factors)
 
-    def _add_lora(self, lora: Lora) -> None:
+    def _add_lora(self, settings: LoraSettings) -> None:
         from peft import LoraConfig, get_peft_model  # takes a second to import
 
         if self.has_adapter:
             raise InputError(f"model {self.name!r} has an adapter already, and gets no second one: {MERGE}")
-        modules = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+        targets = settings.lora_targets
         config = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            target_modules=modules,
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            target_modules=targets if isinstance(targets, str) else list(targets),
             exclude_modules=list(self.adapter_excludes) or None,
-            use_dora=lora.dora,
+            use_dora=settings.use_dora,
             task_type=self.adapter_task,
         )
         try:
             with quiet_transformers():
                 self.model = get_peft_model(self.model, config)
         except ValueError as error:
-            raise InputError(f"lora_targets is {lora.targets!r}: {str(error).splitlines()[0]}") from error
+            raise InputError(f"lora_targets is {targets!r}: {str(error).splitlines()[0]}") from error
         self.has_adapter = self.adapter_is_new = True
 
     def train_tokens(self, tokens: Sequence[int]) -> None:
