@@ -95,7 +95,8 @@ def test_it_learns_from_single_answers_and_takes_pairs_for_two_of_them(config, l
         records = DPO(tiny_model(), rows, config=changed, tokenizer=tiny_tokenizer()).train().run.records()
         assert records[-1]["rewards/margins"] > 0.2
         assert records[-1]["loss"] < records[1]["loss"]
-        assert records[-1]["kl"] >= 0
+        assert records[1]["kl"] == pytest.approx(0, abs=1e-6)  # still the reference, which is no better than itself
+        assert records[1]["loss"] == pytest.approx(0.5, rel=1e-5)
     assert records[-1]["eval/rewards/chosen"] > records[-1]["eval/rewards/rejected"]
 
 
@@ -176,7 +177,8 @@ def test_online_it_learns_a_letter_from_its_own_answers(config, folder):
     records = run.records()
     assert records[-1]["eval/reward"] > records[0]["eval/reward"] + 0.3
     assert np.mean([r["reward"] for r in records[-3:]]) > np.mean([r["reward"] for r in records[1:4]]) + 0.3
-    assert all(0 <= r["pairs"] <= 8 for r in records[1:])
+    assert records[1]["loss"] == pytest.approx(np.log(2), rel=1e-6)
+    assert records[1]["rewards/margins"] == 0
     kinds = [sample["kind"] for sample in run.samples()]
     assert kinds.count("train") == 25 * settings.samples_per_step
     assert kinds.count("evaluation") == 2 * 3
@@ -202,9 +204,38 @@ def test_a_step_in_which_no_answers_differ_moves_by_momentum_alone(config):
     assert record["pairs"] == record["loss"] == record["grad_norm"] == 0
     assert not {name for name in record if name.startswith(("rewards/chosen", "logps/"))}
     after = trainer.optimizer.tensors()
-    for name in before:
-        if name.startswith("exp_avg/"):
-            torch.testing.assert_close(after[name], 0.9 * before[name], rtol=1e-5, atol=1e-8)
+    averages = [name for name in before if name.startswith("exp_avg/")]
+    assert averages
+    for name in averages:
+        torch.testing.assert_close(after[name], 0.9 * before[name], rtol=1e-5, atol=1e-8)
+
+
+def test_the_pairs_of_a_step_are_those_whose_rewards_differ(config, folder):
+    rows = [{"prompt": row["prompt"]} for row in ROWS]
+    judged = []
+
+    def kept(completions, **kwargs):
+        judged.append(letter_a(completions))
+        return judged[-1]
+
+    settings = config(steps=6, prompts_per_step=8, group_size=4, eval_rows=0, max_tokens=6)
+    records = DPO(str(folder), rows, kept, settings).train().run.records()
+    expected = [sum(len(set(one[start : start + 4])) > 1 for start in range(0, 32, 4)) for one in judged]
+    assert [record["pairs"] for record in records] == expected
+    assert 0 < max(expected) < 8
+
+
+def test_online_the_reference_is_the_model_at_first_or_the_one_that_is_given(config, folder):
+    rows = [{"prompt": row["prompt"]} for row in ROWS]
+    margins = []
+    for reference in (None, tiny_model(seed=1)):
+        settings = config(steps=2, eval_rows=0, max_tokens=6, out=config().out.parent / str(len(margins)))
+        first, second = DPO(str(folder), rows, high_ids, settings, reference=reference).train().run.records()
+        assert (first["loss"] == pytest.approx(np.log(2), rel=1e-6)) == (reference is None)
+        assert (first["rewards/margins"] == 0) == (reference is None)
+        assert second["rewards/margins"] != 0
+        margins.append(second["rewards/margins"])
+    assert margins[0] != margins[1]
 
 
 # --- the reference

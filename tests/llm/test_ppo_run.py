@@ -382,8 +382,13 @@ def test_settings_that_do_not_fit_together(config, changes, message):
 
 
 def test_rewards_that_never_apply_change_nothing_and_stop_nothing(config, folder):
-    record = PPO(str(folder), ROWS, lambda completions, **_: [None] * len(completions), config(steps=1)).train()
-    assert record.run.records()[-1]["loss"] == 0
+    trainer = PPO(str(folder), ROWS, lambda completions, **_: [None] * len(completions), config(steps=1))
+    parts = {"policy": trainer.policy.model, "trunk": trainer.critic.model, "head": trainer.critic.head}
+    before = {(part, name): t.clone() for part, module in parts.items() for name, t in module.state_dict().items()}
+    assert trainer.train().run.records()[-1]["loss"] == 0
+    for part, module in parts.items():
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor, before[part, name]), (part, name)
 
 
 def test_where_nothing_was_measured_the_price_stays(config, folder):

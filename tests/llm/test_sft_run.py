@@ -240,7 +240,9 @@ def test_a_resumed_run_equals_one_that_never_stopped(config, folder, tmp_path, c
     interrupted(cut, settings.steps - 1)
     resumed = SFT.resume(tmp_path / "cut", **held_out).train().run
     assert [untimed(r) for r in resumed.records()] == [untimed(r) for r in whole.records()]
-    for path in (whole.directory / "final").glob("*.safetensors"):
+    written = list((whole.directory / "final").glob("*.safetensors"))
+    assert written
+    for path in written:
         assert (resumed.directory / "final" / path.name).read_bytes() == path.read_bytes()
 
 

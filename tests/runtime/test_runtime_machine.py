@@ -7,6 +7,7 @@ import resource
 from pathlib import Path
 
 import pytest
+import threadpoolctl
 import torch
 from counting_algorithm import Child
 
@@ -61,10 +62,18 @@ def test_a_matrix_product_takes_time():
 
 
 def test_threads():
+    """Of torch, and of the library that numpy multiplies matrices with."""
+
+    def of_numpy():
+        return {pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"}
+
     before = torch.get_num_threads()
     try:
-        assert set_threads(2) == torch.get_num_threads() == 2
-        assert set_threads(None) == torch.get_num_threads() == len(os.sched_getaffinity(0))
+        with threadpoolctl.threadpool_limits():  # and back to what they were
+            for threads in (2, 1):
+                assert set_threads(threads) == torch.get_num_threads() == threads
+                assert of_numpy() == {threads}
+            assert set_threads(None) == torch.get_num_threads() == len(os.sched_getaffinity(0))
     finally:
         torch.set_num_threads(before)
 
