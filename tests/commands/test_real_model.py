@@ -28,7 +28,8 @@ def test_the_main_job_takes_a_step_and_its_result_answers(here, capsys):
     before, step = (json.loads(line) for line in (here / "run/metrics.jsonl").read_text().splitlines())
     assert 0 <= before["eval/rewards/last_number/mean"] <= 1
     assert 0 < step["entropy"] < 5  # a trained model: uniform would be 10.8
-    assert step["sampling/logp_difference_mean"] < 0.1
+    precision = json.loads((here / "run/environment.json").read_text())["precision"]
+    assert step["sampling/logp_difference_mean"] < {"float32": 1e-3, "bfloat16": 0.05}[precision]
     assert step["updates_skipped"] == 0
     (here / "prompts.jsonl").write_text(json.dumps({"prompt": "What is the capital of France?"}))
     capsys.readouterr()
