@@ -21,12 +21,7 @@ def main(words: Sequence[str]) -> int:
 
     from taurl.llm.rewards import RewardSet
 
-    rewards = RewardSet(  # a misspelt one is found before torch is imported
-        config.rewards,
-        config.reward_weights,
-        timeout=config.reward_timeout,
-        worker_process=config.reward_process,
-    )
+    rewards = RewardSet.of(config, config.rewards)  # a misspelt one is found before torch is imported
 
     from taurl.llm.data.tasks import PromptReader
     from taurl.llm.evaluation import described, evaluate, reward_columns

@@ -58,9 +58,7 @@ class Answering:
                 f"generate_rows: held-out row {chosen[ids.index([])] + 1} has no question before its answer: give rows "
                 "with a prompt, or generate_rows 0"
             )
-        rewards = RewardSet(
-            functions, settings.reward_weights, timeout=settings.reward_timeout, worker_process=settings.reward_process
-        )
+        rewards = RewardSet.of(settings, functions)
         if not ids:
             raise InputError(
                 f"generate_rows: no held-out question leaves room for max_tokens {settings.max_tokens} in the model's "

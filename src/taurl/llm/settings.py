@@ -149,6 +149,14 @@ class RewardSettings(Settings):
     reward_process: bool = Field(False, json_schema_extra=FREE)
     """Run the synchronous reward functions in a process of their own, so that reward_timeout can stop them."""
 
+    @model_validator(mode="after")
+    def _rewards_fit_together(self) -> Self:
+        if self.reward_weights is not None and self.rewards and len(self.reward_weights) != len(self.rewards):
+            raise ValueError(f"{len(self.reward_weights)} reward_weights for {len(self.rewards)} rewards")
+        if self.reward_timeout is None and self.reward_process:
+            raise ValueError("reward_process needs a reward_timeout")
+        return self
+
 
 class LoraSettings(Settings):
     """Which weights are trained: all, some, or an adapter, and how fast those of each layer."""

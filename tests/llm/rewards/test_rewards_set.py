@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from taurl.llm.algorithms.grpo_config import GRPOConfig
+from taurl.llm.algorithms.sft_config import SFTConfig
+from taurl.llm.inference_config import EvaluateConfig
 from taurl.llm.rewards import RewardSet
 from taurl.runtime.errors import InputError
 
@@ -164,6 +167,14 @@ def test_a_timeout_that_no_function_would_keep_is_refused(make):
         InputError, match=r"reward_timeout is 5 s, but none of the reward functions is async.*reward_process"
     ):
         make([length], timeout=5)
+
+
+@pytest.mark.parametrize("config", [GRPOConfig, SFTConfig, EvaluateConfig])
+def test_settings_of_rewards_that_do_not_fit_are_refused_wherever_they_stand(config):
+    with pytest.raises(ValueError, match="reward_process needs a reward_timeout"):
+        config(reward_process=True)
+    with pytest.raises(ValueError, match="2 reward_weights for 1 rewards"):
+        config(rewards=("last_number",), reward_weights=(1.0, 2.0))
 
 
 def test_a_timeout_of_the_functions_own_is_not_ours(make):

@@ -75,13 +75,7 @@ class OnlineTrainer(Trainer):
 
     def load_rewards(self) -> None:
         """Make the reward functions."""
-        config = self.config
-        self.rewards = RewardSet(
-            self.given("rewards"),
-            config.reward_weights,
-            timeout=config.reward_timeout,
-            worker_process=config.reward_process,
-        )
+        self.rewards = RewardSet.of(self.config, self.given("rewards"))
 
     def load_policy(self, dtype: torch.dtype | None, *, keep_reference: bool, samples: bool = True) -> None:
         """Make the policy, its optimiser and, where anything is sampled, its generator."""

@@ -38,14 +38,6 @@ class SampledConfig(
     samples_per_step: int = Field(8, ge=0, json_schema_extra=FREE)
     """Completions of each step that are kept in samples.jsonl."""
 
-    @model_validator(mode="after")
-    def _rewards_fit_together(self) -> Self:
-        if self.reward_weights is not None and self.rewards and len(self.reward_weights) != len(self.rewards):
-            raise ValueError(f"{len(self.reward_weights)} reward_weights for {len(self.rewards)} rewards")
-        if self.reward_timeout is None and self.reward_process:
-            raise ValueError("reward_process needs a reward_timeout")
-        return self
-
 
 class OnlineConfig(SampledConfig):
     """How often a step's samples are learned from, by GRPO and PPO."""

@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from taurl.llm.rewards.model import reward_model
 from taurl.llm.rewards.specs import Spec, callable_name, load, parse
 from taurl.llm.rewards.text import content_of, text_of
 from taurl.llm.rewards.worker import Worker
+from taurl.llm.settings import RewardSettings
 from taurl.runtime.errors import InputError, shorten
 
 EXCERPT = 80  # characters of a prompt or completion that an error shows
@@ -88,6 +89,12 @@ class RewardSet:
         in_worker = {index: source for index, source in enumerate(sources) if not self._async[index]}
         self._worker = Worker(in_worker) if worker_process else None
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    @classmethod
+    def of(cls, settings: RewardSettings, functions: Sequence[str | Callable[..., Any]]) -> Self:
+        """These functions, called as a config says."""
+        timeout, process = settings.reward_timeout, settings.reward_process
+        return cls(functions, settings.reward_weights, timeout=timeout, worker_process=process)
 
     @property
     def models(self) -> list[Any]:
