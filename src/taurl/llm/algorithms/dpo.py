@@ -20,7 +20,7 @@ from taurl.llm.algorithms.dpo_figures import FallWatch, answer_rewards, pair_fig
 from taurl.llm.algorithms.dpo_losses import PairLoss, RewardShift, UnpairedLoss, check_losses, sorts_the_batch
 from taurl.llm.algorithms.dpo_reference import NoReference, Reference
 from taurl.llm.algorithms.figures import Tally
-from taurl.llm.algorithms.online import MEMORY_SETTINGS, OnlineTrainer, RewardFunction
+from taurl.llm.algorithms.online import OnlineTrainer, RewardFunction
 from taurl.llm.algorithms.setup import repeat_data
 from taurl.llm.data.datasets import PromptOrder
 from taurl.llm.data.given_answers import GivenAnswers
@@ -116,7 +116,8 @@ class DPO(OnlineTrainer):
         config = self.config
         check_losses(config)
         self.online = bool(self.given("rewards"))
-        self.memory_settings = MEMORY_SETTINGS if self.online else "tokens_per_part (or prompts_per_step)"
+        if not self.online:
+            self.memory_settings = "tokens_per_part (or prompts_per_step)"
         self._refuse_unread()
         if self.online and config.unpaired:
             raise InputError(
@@ -161,11 +162,10 @@ class DPO(OnlineTrainer):
 
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""
-        config, run = self.config, self.run
+        config = self.config
         with out_of_memory_names(self.memory_settings):
             self._know_reference()
-        with run.begin(**self.state), out_of_memory_names(self.memory_settings):
-            self.evaluate_before()
+        with self.begin() as run:
             self.fall_watch = FallWatch()
             for record in run.records():  # of the steps before a resume
                 self.fall_watch.warning(record)

@@ -17,9 +17,8 @@ from taurl.functional.kl import k3, kl_loss, kl_penalty, kl_ratios
 from taurl.functional.loss_types import clipped_tokens, loss_weights, policy_loss
 from taurl.llm.algorithms.figures import Tally
 from taurl.llm.algorithms.grpo_config import GRPOConfig
-from taurl.llm.algorithms.online import MEMORY_SETTINGS, RatioTrainer, RewardFunction
+from taurl.llm.algorithms.online import RatioTrainer, RewardFunction
 from taurl.llm.scoring.rollouts import Part, Rollout
-from taurl.runtime.machine import out_of_memory_names
 from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import Callback, Record
 
@@ -73,9 +72,8 @@ class GRPO(RatioTrainer):
 
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""
-        config, run = self.config, self.run
-        with run.begin(**self.state), out_of_memory_names(MEMORY_SETTINGS):
-            self.evaluate_before()
+        config = self.config
+        with self.begin() as run:
             for step in run.steps():
                 samples = self.collect(step)
                 rollout, rewards = samples.rollout, samples.totals

@@ -29,7 +29,6 @@ HEADLINE = {
     "length": "completions/mean_length",
     "tokens/s": "tokens_per_second",
 }
-MEMORY_SETTINGS = "tokens_per_part or slots (or kv_memory_gb, max_tokens, group_size, prompts_per_step)"
 
 
 @dataclass
@@ -71,6 +70,7 @@ class OnlineTrainer(Trainer):
     """
 
     headline: ClassVar[Mapping[str, str]] = HEADLINE
+    memory_settings = "tokens_per_part or slots (or kv_memory_gb, max_tokens, group_size, prompts_per_step)"
     config: SampledConfig
 
     def load_rewards(self) -> None:

@@ -23,7 +23,7 @@ from taurl.functional.token_returns import token_generalized_advantage
 from taurl.functional.value_losses import clipped_value_loss, explained_variance, squared_value_loss
 from taurl.llm.algorithms.collecting import Collected, collect_completions, collect_episodes, make_stage, play_held_out
 from taurl.llm.algorithms.figures import Tally
-from taurl.llm.algorithms.online import HEADLINE, MEMORY_SETTINGS, RatioTrainer, RewardFunction
+from taurl.llm.algorithms.online import HEADLINE, RatioTrainer, RewardFunction
 from taurl.llm.algorithms.ppo_config import ENVIRONMENT_ALONE, PPOConfig
 from taurl.llm.algorithms.ppo_estimates import Estimates, kl_prices, settled_rewards, whitened
 from taurl.llm.algorithms.ppo_state import Controls
@@ -37,7 +37,6 @@ from taurl.llm.rewards.specs import load_callable
 from taurl.llm.scoring.likelihood import completion_hidden, hidden_logprobs
 from taurl.llm.scoring.rollouts import Part, Rollout
 from taurl.runtime.errors import InputError
-from taurl.runtime.machine import out_of_memory_names
 from taurl.runtime.optimization import Optimizer, Update, learning_rate
 from taurl.runtime.run import Callback, Record, Step
 
@@ -154,9 +153,7 @@ class PPO(RatioTrainer):
 
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""
-        run = self.run
-        with run.begin(**self.state), out_of_memory_names(MEMORY_SETTINGS):
-            self.evaluate_before()
+        with self.begin() as run:
             for step in run.steps():
                 collected = self._collect(step)
                 with step.phase("estimate", "estimating advantages"):

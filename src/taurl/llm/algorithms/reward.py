@@ -26,7 +26,6 @@ from taurl.llm.pictures.reward_figures import figures
 from taurl.llm.pictures.reward_pictures import pictures
 from taurl.llm.scoring.reward_scores import pad_token_id, part_scores, row_scores, scoring_parts
 from taurl.runtime.errors import InputError
-from taurl.runtime.machine import out_of_memory_names
 from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import Callback, Record
 
@@ -53,6 +52,7 @@ class Reward(Trainer):
     algorithm = "reward"
     config_class = RewardConfig
     headline = HEADLINE
+    memory_settings = "tokens_per_part (or max_length, rows_per_step)"
     takes = ("model", "dataset", "eval_dataset", "tokenizer")
     config: RewardConfig
     policy: RewardModel
@@ -93,9 +93,8 @@ class Reward(Trainer):
 
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""
-        config, run = self.config, self.run
-        with run.begin(**self.state), out_of_memory_names("tokens_per_part (or max_length, rows_per_step)"):
-            self.evaluate_before()
+        config = self.config
+        with self.begin() as run:
             for step in run.steps():
                 indices = self.order.take((step.number - 1) * config.rows_per_step, config.rows_per_step)
                 rows = [self.train_rows.judged[index] for index in indices]

@@ -26,7 +26,6 @@ from taurl.llm.scoring.row_attention import attending_within_rows, knows_rows
 from taurl.llm.scoring.supervised import RowPart, embedding_noise, part_scores, row_parts, trained_tokens
 from taurl.runtime.directory import write_folder
 from taurl.runtime.errors import InputError
-from taurl.runtime.machine import out_of_memory_names
 from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import Callback, Record
 
@@ -56,6 +55,7 @@ class SFT(Trainer):
     algorithm = "sft"
     config_class = SFTConfig
     headline = HEADLINE
+    memory_settings = "tokens_per_part (or max_length)"
     takes = ("model", "dataset", "rewards", "eval_dataset", "tokenizer")
     config: SFTConfig
 
@@ -135,10 +135,8 @@ class SFT(Trainer):
 
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""
-        config, run = self.config, self.run
-        memory_settings = "tokens_per_part (or max_length)"
-        with run.begin(**self.state), out_of_memory_names(memory_settings):
-            self.evaluate_before()
+        config = self.config
+        with self.begin() as run:
             for step in run.steps():
                 if self._out_of_patience():
                     run.view.note(f"stopped early: {config.patience} evaluations without a lower held-out loss")

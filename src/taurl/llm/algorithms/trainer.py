@@ -4,6 +4,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -21,7 +22,7 @@ from taurl.runtime.config import TrainingConfig, read_config, validated
 from taurl.runtime.directory import require_algorithm, write_folder
 from taurl.runtime.errors import InputError
 from taurl.runtime.given import require_given_again
-from taurl.runtime.machine import peak_memory_gb
+from taurl.runtime.machine import out_of_memory_names, peak_memory_gb
 from taurl.runtime.optimization import Optimizer
 from taurl.runtime.run import GIVEN, Callback, Record, Run, Stateful, Step
 from taurl.runtime.seeding import seed_everything
@@ -36,6 +37,7 @@ class Trainer(ABC):
         takes: names of what it may be given from Python as an object, in place of the setting of that name.
         policy, optimizer: the model that is trained, and what trains it.
         device: where it lives.
+        memory_settings: those to lower where memory runs out.
         state: what a checkpoint holds, by name.
         latest: figures of an evaluation that the run's metrics do not have yet, for the model card.
     """
@@ -47,6 +49,7 @@ class Trainer(ABC):
     config: Any
     policy: Policy
     optimizer: Optimizer
+    memory_settings: str
     state: dict[str, Stateful]
 
     def start(self, config: TrainingConfig | None, callbacks: Sequence[Callback], **given: Any) -> None:
@@ -195,6 +198,14 @@ class Trainer(ABC):
     @abstractmethod
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""
+
+    @contextmanager
+    def begin(self) -> Iterator[Run]:
+        """Around the loop: `Run.begin` with the state, the evaluation before the first step, and what to lower where
+        memory runs out."""
+        with self.run.begin(**self.state) as run, out_of_memory_names(self.memory_settings):
+            self.evaluate_before()
+            yield run
 
     def train(self) -> Self:
         """Run all steps that are left, and export the result to `final/`."""
