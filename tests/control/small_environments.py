@@ -4,6 +4,7 @@ import copy
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
@@ -133,6 +134,22 @@ def resetting_on_the_next_step(monkeypatch):
         return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
 
     monkeypatch.setattr(taurl.control.making, "synchronous", synchronous)
+
+
+def advantages_by_hand(rollout, *, discount, trace_decay):
+    """GAE of a rollout, [T, B], one number after the other."""
+    found = [[0.0] * rollout.rewards.shape[1] for _ in rollout.rewards]
+    for column in range(rollout.rewards.shape[1]):
+        following = 0.0
+        for t in reversed(range(len(found))):
+            reward, value, next_value = (
+                float(one[t, column]) for one in (rollout.rewards, rollout.values, rollout.next_values)
+            )
+            error = reward - value + (0.0 if rollout.terminated[t, column] else discount * next_value)
+            goes_on = not (rollout.terminated[t, column] or rollout.truncated[t, column])
+            following = error + (discount * trace_decay * following if goes_on else 0.0)
+            found[t][column] = following
+    return torch.tensor(found)
 
 
 def same_records(one, other):

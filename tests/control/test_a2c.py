@@ -5,7 +5,15 @@ import dataclasses
 import pytest
 import torch
 from gymnasium import spaces
-from small_environments import Endless, Hidden, Identity, same_records, same_weights, unbroken_and_resumed
+from small_environments import (
+    Endless,
+    Hidden,
+    Identity,
+    advantages_by_hand,
+    same_records,
+    same_weights,
+    unbroken_and_resumed,
+)
 
 from taurl.control.algorithms.a2c import A2C
 from taurl.control.algorithms.a2c_config import A2CConfig
@@ -54,6 +62,19 @@ def test_the_gradient_is_that_of_n_step_returns(tmp_path):
             terms.append(-logprobs[t, copy] * advantage + 0.5 * error - 0.1 * entropies[t, copy])
     for mine, theirs in zip(found, gradient_of(trainer, sum(terms) / len(terms)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_advantages_are_those_of_gae_whitened_if_asked(whiten, tmp_path):
+    trainer = trainer_of(tmp_path, discount=0.9, trace_decay=0.7, whiten_advantages=whiten)
+    rollout = rollout_of(trainer, 40)
+    figures = trainer._loss(rollout)[1]
+    expected = advantages_by_hand(rollout, discount=0.9, trace_decay=0.7)[rollout.valid]
+    # V has not moved, so the error of its return is the advantage.
+    torch.testing.assert_close(figures["train/value_loss"], (expected**2).mean() / 2)
+    if whiten:
+        expected = (expected - expected.mean()) / (expected.std() + 1e-4)
+    torch.testing.assert_close(figures["train/policy_loss"], -(rollout.logprobs[rollout.valid] * expected).mean())
 
 
 @pytest.mark.parametrize("whiten", [False, True])

@@ -112,7 +112,7 @@ def test_loss_and_gradient_are_those_of_a_plain_loop_over_the_episodes(tmp_path,
             share = {"grpo": len(counted) * lengths[i], "dapo": steps, "dr_grpo": len(counted) * 6}[loss_type]
             expected = expected - gain / share
     assert clipped > 3
-    assert loss.item() == pytest.approx(float(expected), rel=1e-4)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     for one, other in zip(found, torch.autograd.grad(expected, trainer.policy.actor.parameters()), strict=True):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-6)
 

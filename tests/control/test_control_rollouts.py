@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from small_environments import Counting, Showing, resetting_on_the_next_step
+from small_environments import Counting, Endless, Showing, resetting_on_the_next_step
 
 from taurl.control.distributions import distribution_for
 from taurl.control.environments import Environments, SingleEpisodes
@@ -104,6 +104,18 @@ def test_observations_are_counted_once():
     before = collector.normalizer.seen
     collector._current()
     assert collector.normalizer.seen is before
+
+
+def test_the_returns_that_scale_rewards_begin_anew_with_the_episodes():
+    environments = Environments(lambda: Endless(limit=100), 2, seed=0)
+    collector = collector_of(environments)
+    collector.normalizer = Normalizer(1, 2, observations=False, rewards=True, discount=0.5)
+    for steps, returned in ((3, 1.75), (1, 1.875)):
+        collector.collect(actor, None, steps)
+        assert collector.normalizer.running_returns.tolist() == [returned] * 2
+    environments.begin_anew()  # as after a checkpoint that cannot hold where they stand
+    collector.collect(actor, None, 1)
+    assert collector.normalizer.running_returns.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(

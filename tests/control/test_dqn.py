@@ -200,6 +200,36 @@ def test_what_an_update_changes_is_seen_by_the_next(tmp_path, options, each, mon
     assert trainer.optimizer.changes == 5
 
 
+def test_exploration_is_full_until_learning_starts_and_then_falls(tmp_path):
+    settings = {"epsilon_start": 0.8, "epsilon_end": 0.2, "epsilon_fraction": 0.5, "learning_starts": 100}
+    trainer = trained(tmp_path, "CartPole-v1", steps=1000, **settings)
+    expected = {0: 1.0, 99: 1.0, 100: 0.68, 250: 0.5, 500: 0.2, 900: 0.2}
+    assert [trainer._epsilon(taken) for taken in expected] == pytest.approx([*expected.values()])
+
+
+def test_actions_are_at_random_as_often_as_epsilon_says(tmp_path):
+    settings = {"epsilon_start": 1.0, "epsilon_end": 0.0, "epsilon_fraction": 1.0, "learning_starts": 0}
+    trainer = trained(tmp_path, Echo, steps=8000, train_every=4000, buffer_size=4000, **settings)
+    last = trainer.network.layers.linears[-1]
+    torch.nn.init.zeros_(last.weight)
+    last.bias.data = torch.tensor([0.0, 1.0, 0.0])  # the greedy action is 1
+    trainer._act(4000)  # ε goes from 1/2 to 0
+    counts = np.stack([np.bincount(part, minlength=3) for part in np.split(trainer.replay.actions[:4000], 4)]) / 1000
+    at_random = np.array([[0.4375], [0.3125], [0.1875], [0.0625]]) / 3
+    assert counts == pytest.approx(at_random + [[0, 1, 0]] * (1 - 3 * at_random), abs=0.03)
+
+
+def test_the_weights_of_what_is_drawn_by_priority_come_to_undo_the_preference(tmp_path):
+    trainer = trained(tmp_path, "CartPole-v1", steps=1000, prioritized=True, train_every=40, weight_exponent=0.4)
+    trainer._act(0)
+    trainer.replay.set_errors(np.arange(40), torch.linspace(0.1, 4, 40))
+    shares = trainer.replay.tree.priorities[:40] / trainer.replay.tree.priorities[:40].sum()
+    for taken, exponent in {0: 0.4, 500: 0.7, 1000: 1.0, 1500: 1.0}.items():
+        batch = trainer._draw(16, taken)
+        expected = (1 / (40 * shares[batch.places])) ** exponent
+        assert batch.weights.numpy() == pytest.approx(expected / expected.max(), rel=1e-5)
+
+
 @pytest.mark.parametrize("double", [False, True])
 def test_targets_by_hand(tmp_path, double):
     trainer = trained(tmp_path, "CartPole-v1", double=double)

@@ -57,6 +57,23 @@ def test_evaluation_and_acting_leave_it_alone(tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_settings_reach_the_policy(tmp_path):
+    def rollout_of(name, **settings):
+        trainer = PPO("Pendulum-v1", PPOConfig(out=tmp_path / name, discount=0.8, **SMALL, **settings))
+        return trainer.collector.collect(trainer.policy.actor, trainer.critic, 64)
+
+    plain, scaled = rollout_of("plain"), rollout_of("scaled", normalize_rewards=True)
+    normalizer = Normalizer(3, 4, observations=False, rewards=True, discount=0.8)
+    expected = normalizer.rewards(plain.rewards, plain.terminated | plain.truncated, plain.valid)
+    assert torch.equal(scaled.rewards, expected)
+    assert torch.equal(scaled.observations, plain.observations)
+    assert not plain.parameters[..., 1].any()
+    narrow = rollout_of("narrow", initial_log_std=-1.5)
+    assert (narrow.parameters[..., 1] == -1.5).all()
+    seen = rollout_of("seen", normalize_observations=True).observations
+    assert not torch.equal(seen, plain.observations)
+
+
 def test_it_travels_with_the_policy(tmp_path):
     trainer = PPO(lambda: Counting(), PPOConfig(out=tmp_path / "run", steps=256, **SMALL, **SCALES)).train()
     loaded = Policy.load(tmp_path / "run")

@@ -6,7 +6,15 @@ import math
 import pytest
 import torch
 from gymnasium import spaces
-from small_environments import Endless, Hidden, Identity, same_records, same_weights, unbroken_and_resumed
+from small_environments import (
+    Endless,
+    Hidden,
+    Identity,
+    advantages_by_hand,
+    same_records,
+    same_weights,
+    unbroken_and_resumed,
+)
 
 from taurl.control.algorithms.ppo import PPO, Clips, flat
 from taurl.control.algorithms.ppo_config import PPOConfig
@@ -155,23 +163,57 @@ def test_both_bounds_fall_to_nothing_together(tmp_path):
 
 
 def descents(trainer, rollout, step):
-    """The rate and the bounds of each update of an iteration that ends at that step."""
+    """Of each update of an iteration that ends at that step: minibatch, rate, bounds, and the figures."""
     descend, seen = trainer._descend, []
 
     def watched(batch, rate, clips, *, measured):
-        seen.append((rate, *clips))
-        return descend(batch, rate, clips, measured=measured)
+        found = descend(batch, rate, clips, measured=measured)
+        seen.append((batch, rate, clips, found[1]))
+        return found
 
     trainer._descend = watched
     trainer._iterate(rollout, step)
     return seen
 
 
+def rollout_of(trainer):
+    return trainer.collector.collect(trainer.policy.actor, trainer.critic, trainer.config.rollout_steps)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_advantages_and_returns_are_those_of_gae(whiten, tmp_path):
+    settings = {"discount": 0.9, "trace_decay": 0.7, "whiten_advantages": whiten, "minibatch_size": 128, "epochs": 1}
+    trainer = trainer_of(tmp_path, rollout_steps=32, **settings)
+    rollout = rollout_of(trainer)
+    valid = rollout.valid
+    assert not valid.all()
+    ((batch, *_),) = descents(trainer, rollout, 128)
+    expected = advantages_by_hand(rollout, discount=0.9, trace_decay=0.7)
+    torch.testing.assert_close(batch.returns.view(32, 4)[valid], (expected + rollout.values)[valid])
+    if whiten:
+        expected = (expected - expected[valid].mean()) / (expected[valid].std() + 1e-4)
+    torch.testing.assert_close(batch.advantages.view(32, 4)[valid], expected[valid], rtol=1e-4, atol=1e-5)
+
+
+def test_epochs_end_where_the_divergence_exceeds_one_and_a_half_times_its_target(tmp_path):
+    def iterated(name, target):
+        """Updates of two epochs of two, and the divergence at the end of the first."""
+        trainer = trainer_of(tmp_path / name, target_kl=target)  # all begin alike
+        seen = descents(trainer, rollout_of(trainer), 64)
+        assert len(seen) == trainer.optimizer.changes
+        return len(seen), float(seen[1][3]["train/approx_kl"])
+
+    whole, divergence = iterated("whole", 1e9)
+    assert whole == 4
+    assert iterated("below", divergence / 1.4) == (4, divergence)
+    assert iterated("above", divergence / 1.6) == (2, divergence)
+
+
 def test_an_iteration_has_the_rate_and_the_bounds_of_its_step(tmp_path):
     settings = {"schedule": "linear", "learning_rate": 1e-2, "clip": 0.2, "value_clip": 0.4, "anneal_clip": True}
     trainer = trainer_of(tmp_path, steps=1000, **settings)
-    rollout = trainer.collector.collect(trainer.policy.actor, trainer.critic, 16)
-    assert descents(trainer, rollout, 751) == [pytest.approx((2.5e-3, 0.05, 0.1))] * 4
+    seen = descents(trainer, rollout_of(trainer), 751)
+    assert [(rate, *clips) for _, rate, clips, _ in seen] == [pytest.approx((2.5e-3, 0.05, 0.1))] * 4
 
 
 @pytest.mark.parametrize(
@@ -221,7 +263,8 @@ SPACES = {
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("value_clip", [None, 0.1])
 def test_the_written_gradient_is_that_of_the_loss(space, activation, value_clip, tmp_path):
-    settings = {"activation": activation, "value_clip": value_clip, "entropy_coefficient": 0.3}
+    coefficients = {"entropy_coefficient": 0.3, "value_coefficient": 0.6}
+    settings = {"activation": activation, "value_clip": value_clip, **coefficients}
     trainer = trainer_of(tmp_path, lambda: Identity(space), **settings)
     actor, critic = trainer.policy.actor, trainer.critic
     rollout = trainer.collector.collect(actor, critic, 16)

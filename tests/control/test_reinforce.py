@@ -181,6 +181,19 @@ def test_weights_of_the_policy_that_acted_are_one(tmp_path):
     assert float(figures["train/effective_samples"]) == pytest.approx(1)
 
 
+def test_the_entropy_bonus_is_the_sum_over_an_episode_times_its_weight(tmp_path):
+    trainer = exact_trainer(tmp_path, entropy_coefficient=0.3)
+    rollout = rollout_of(trainer)
+    logits = trainer.policy.actor(rollout.observations)
+    bonus = 0.3 * torch.distributions.Categorical(logits=logits).entropy().sum(0).mean()
+    with_it, plain = trainer.config, trainer.config.model_copy(update={"entropy_coefficient": 0.0})
+    for on_policy in (True, False):
+        losses = []
+        for trainer.config in (with_it, plain):
+            losses.append(trainer._loss(trainer._scored(rollout), on_policy)[0])
+        torch.testing.assert_close(losses[0], losses[1] - bonus)
+
+
 def test_the_constant_baseline_is_the_mean_of_earlier_iterations(tmp_path):
     trainer = trainer_of(tmp_path, baseline="constant")
     rollout = trainer.collector.collect_episodes(trainer.policy.actor, None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from pydantic import ValidationError
-from small_environments import same_records, same_weights, unbroken_and_resumed
+from small_environments import advantages_by_hand, same_records, same_weights, unbroken_and_resumed
 
 from taurl.control.algorithms.trpo import TRPO, Batch
 from taurl.control.algorithms.trpo_config import TRPOConfig
@@ -110,6 +110,16 @@ def test_the_step_of_a_linear_gaussian_policy_is_the_natural_gradient_in_closed_
     assert figures["train/step_accepted"] == 1.0
     taken = (after - before) / figures["train/step_fraction"]
     assert torch.allclose(taken, expected, rtol=2e-3, atol=1e-6)
+
+
+def test_advantages_and_returns_are_those_of_gae(tmp_path):
+    trainer = TRPO("CartPole-v1", TRPOConfig(out=tmp_path / "run", discount=0.9, trace_decay=0.7, **SMALL))
+    rollout, fit, seen = rollout_of(trainer), trainer._fit, []
+    trainer._fit = lambda batch, rate: seen.append(batch) or fit(batch, rate)
+    trainer._iterate(rollout, 256)
+    expected = advantages_by_hand(rollout, discount=0.9, trace_decay=0.7)
+    torch.testing.assert_close(seen[0].advantages, expected[rollout.valid])
+    torch.testing.assert_close(seen[0].returns, (expected + rollout.values)[rollout.valid])
 
 
 def test_nothing_moves_where_the_advantages_are_equal(tmp_path):
