@@ -73,4 +73,10 @@ def show(run: object) -> None:
     console.print(f"report         {run.directory / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-q_learning, dqn, reinforce, a2c, trpo, ppo, grpo = (partial(train, name) for name in ALGORITHMS)
+q_learning = partial(train, "QLearning")
+dqn = partial(train, "DQN")
+reinforce = partial(train, "REINFORCE")
+a2c = partial(train, "A2C")
+trpo = partial(train, "TRPO")
+ppo = partial(train, "PPO")
+grpo = partial(train, "GRPO")

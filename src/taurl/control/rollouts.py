@@ -12,6 +12,7 @@ from taurl.control.distributions import FORBIDDEN, ActionDistribution, Array, ma
 from taurl.control.environments import Environments, SingleEpisodes, Transition, batched
 from taurl.control.normalization import Normalizer
 from taurl.control.spaces import encode
+from taurl.functional.returns import generalized_advantage
 
 Network = Callable[[Tensor], Tensor]
 NOISE_STEPS = 32  # whose actions' noise is drawn at once
@@ -45,6 +46,19 @@ class Rollout:
     values: Tensor
     next_values: Tensor
     action_masks: Tensor | None = None
+
+    def advantages_and_returns(self, *, discount: float, trace_decay: float) -> tuple[Tensor, Tensor]:
+        """Advantages by GAE(γ, λ), and the λ-returns that they are of, both float [T, B]."""
+        advantages = generalized_advantage(
+            self.rewards,
+            self.values,
+            self.next_values,
+            self.terminated,
+            self.truncated,
+            discount=discount,
+            trace_decay=trace_decay,
+        )
+        return advantages, advantages + self.values
 
 
 class Collector:

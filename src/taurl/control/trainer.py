@@ -56,6 +56,7 @@ class Trainer(ABC):
 
     algorithm: ClassVar[str]
     config_class: ClassVar[type[ControlConfig]]
+    environments_class: ClassVar[type[Environments]] = Environments
     sees_images: ClassVar[bool] = False
     one_copy_will_do: ClassVar[bool] = True
     policy: Any
@@ -118,7 +119,15 @@ class Trainer(ABC):
         self.environment: EnvironmentLike = environment
         run.chosen |= {"threads": set_threads(self.config.threads), "device": "cpu"}
         seed_everything(self.config.seed)
-        self.environments = self._environments(self.config.environments, self.config.seed)
+        self.environments = self.environments_class(
+            environment,
+            self.config.environments,
+            seed=self.config.seed,
+            arguments=self.config.env_args,
+            vectorization=self.config.vectorization,
+            mask_actions=getattr(self.config, "mask_actions", False),
+            for_learning=True,
+        )
         space = self.environments.observation_space
         if has_images(space) and not self.sees_images:
             raise InputError(
@@ -263,18 +272,6 @@ class Trainer(ABC):
         every, before = self.config.eval_every, self.run.step
         return self.config.eval_episodes > 0 and (
             step >= self.config.steps or bool(every and step // every > before // every)
-        )
-
-    def _environments(self, count: int, seed: int) -> Environments:
-        config = self.config
-        return Environments(
-            self.environment,
-            count,
-            seed=seed,
-            arguments=config.env_args,
-            vectorization=config.vectorization,
-            mask_actions=getattr(config, "mask_actions", False),
-            for_learning=True,
         )
 
 

@@ -14,7 +14,6 @@ from taurl.control.policies import Policy
 from taurl.control.rollouts import Collector, Rollout
 from taurl.control.trainer import Trainer
 from taurl.control.updates import FlatAdam
-from taurl.functional.returns import generalized_advantage
 from taurl.functional.surrogates import reinforce
 from taurl.functional.value_losses import explained_variance, squared_value_loss
 from taurl.functional.whitening import whiten
@@ -63,16 +62,7 @@ class A2C(Trainer):
     def _loss(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """Policy gradient, value loss and entropy bonus of a rollout."""
         config, distribution, valid = self.config, self.policy.distribution, rollout.valid
-        advantages = generalized_advantage(
-            rollout.rewards,
-            rollout.values,
-            rollout.next_values,
-            rollout.terminated,
-            rollout.truncated,
-            discount=config.discount,
-            trace_decay=config.trace_decay,
-        )
-        returns = advantages + rollout.values
+        advantages, returns = rollout.advantages_and_returns(discount=config.discount, trace_decay=config.trace_decay)
         if config.whiten_advantages:
             advantages = whiten(advantages, valid)
         parameters, values = parameters_and_values(self.policy.actor, self.critic, rollout.observations)

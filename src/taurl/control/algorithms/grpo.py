@@ -20,6 +20,7 @@ from taurl.control.trainer import Trainer
 from taurl.control.updates import FlatAdam
 from taurl.functional.advantages import group_relative, has_variance
 from taurl.functional.aggregation import weighted_sum
+from taurl.functional.kl import k3
 from taurl.functional.loss_types import clipped_tokens, loss_weights, policy_loss
 from taurl.functional.returns import discounted_returns
 from taurl.runtime.optimization import learning_rate
@@ -47,6 +48,7 @@ class GRPO(Trainer):
     __doc__ = Trainer.__doc__
     algorithm = "grpo"
     config_class = GRPOConfig
+    environments_class = SingleEpisodes
     one_copy_will_do = False  # a group is of several episodes
     config: GRPOConfig
     environments: SingleEpisodes
@@ -128,18 +130,11 @@ class GRPO(Trainer):
         loss = weighted_sum(policy_loss(*given, clip_low=clip_low, clip_high=clip_high), weights)
         with torch.no_grad():
             low, high = clipped_tokens(*given, clip_low=clip_low, clip_high=clip_high)
-            log_ratios = found - episodes.logprobs[mask]
             values = {
                 "entropy": distribution.entropy(parameters),
-                "train/approx_kl": log_ratios.expm1() - log_ratios,  # k3 of KL(π_old ‖ π)
+                "train/approx_kl": k3(episodes.logprobs[mask], found),  # of KL(π_old ‖ π)
                 "clip_ratio/low_mean": low[mask],
                 "clip_ratio/high_mean": high[mask],
             }
             figures = {name: value.sum() / max(1, len(found)) for name, value in values.items()}
         return loss, {"loss": loss.detach(), **figures}
-
-    def _environments(self, count: int, seed: int) -> SingleEpisodes:
-        config = self.config
-        return SingleEpisodes(
-            self.environment, count, seed=seed, arguments=config.env_args, vectorization=config.vectorization
-        )

@@ -23,7 +23,7 @@ from taurl.control.trainer import Trainer
 from taurl.control.updates import Figures, FlatAdam
 from taurl.functional.aggregation import row_weights, weighted_sum
 from taurl.functional.importance import token_ratios
-from taurl.functional.returns import generalized_advantage
+from taurl.functional.kl import k3
 from taurl.functional.slopes import clipped_surrogate_slope, clipped_value_slope
 from taurl.functional.surrogates import clipped_surrogate, kl_penalized
 from taurl.functional.value_losses import clipped_value_loss, explained_variance, squared_value_loss
@@ -108,16 +108,7 @@ class PPO(Trainer):
     def _iterate(self, rollout: Rollout, step: int, *, measured: bool = True) -> Record:
         """Advantages, then epochs of minibatches. Returns the last epoch's figures, if they are measured."""
         config = self.config
-        advantages = generalized_advantage(
-            rollout.rewards,
-            rollout.values,
-            rollout.next_values,
-            rollout.terminated,
-            rollout.truncated,
-            discount=config.discount,
-            trace_decay=config.trace_decay,
-        )
-        returns = advantages + rollout.values
+        advantages, returns = rollout.advantages_and_returns(discount=config.discount, trace_decay=config.trace_decay)
         batch = flat(rollout, advantages, returns, priced=self.penalty is not None)
         rate, clips = learning_rate(step, config), self._clips(step)
         norms: list[float] = []
@@ -216,13 +207,12 @@ class PPO(Trainer):
         )
         loss = surrogate + config.value_coefficient * value_loss - config.entropy_coefficient * entropy
         with torch.no_grad():
-            log_ratios = logprobs - batch.logprobs
             figures = {
                 "loss": loss.detach(),
                 "train/policy_loss": surrogate.detach(),
                 "train/value_loss": value_loss.detach(),
                 "entropy": entropy.detach(),
-                "train/approx_kl": weighted_sum(log_ratios.expm1() - log_ratios, weights),  # k3 of KL(π_old ‖ π)
+                "train/approx_kl": weighted_sum(k3(batch.logprobs, logprobs), weights),  # of KL(π_old ‖ π)
             }
             if not self.penalty:
                 figures["train/clip_fraction"] = weighted_sum(((ratios - 1).abs() > clips.ratio).float(), weights)

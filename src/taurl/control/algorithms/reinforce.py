@@ -65,6 +65,7 @@ class REINFORCE(Trainer):
     __doc__ = Trainer.__doc__
     algorithm = "reinforce"
     config_class = REINFORCEConfig
+    environments_class = SingleEpisodes
     config: REINFORCEConfig
 
     def set_up(self) -> None:
@@ -173,12 +174,6 @@ class REINFORCE(Trainer):
         valid = episodes.rollout.valid
         loss = squared_value_loss(self.critic(episodes.rollout.observations[valid]), episodes.returns[valid]).mean()
         return loss, {"train/value_loss": loss.detach()}
-
-    def _environments(self, count: int, seed: int) -> SingleEpisodes:
-        config = self.config
-        return SingleEpisodes(
-            self.environment, count, seed=seed, arguments=config.env_args, vectorization=config.vectorization
-        )
 
 
 def bounded(log_weights: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from taurl.control.trainer import Trainer
 from taurl.control.updates import FlatAdam
 from taurl.functional.fisher import output_fisher_vector_product
 from taurl.functional.importance import token_ratios
-from taurl.functional.returns import generalized_advantage
 from taurl.functional.slopes import huber_value_slope
 from taurl.functional.surrogates import importance_weighted
 from taurl.functional.trust_region import backtracking_line_search, conjugate_gradient, maximum_step
@@ -86,16 +85,7 @@ class TRPO(Trainer):
     def _iterate(self, rollout: Rollout, step: int) -> Record:
         """Advantages, one step of the policy, then epochs of the critic."""
         config = self.config
-        advantages = generalized_advantage(
-            rollout.rewards,
-            rollout.values,
-            rollout.next_values,
-            rollout.terminated,
-            rollout.truncated,
-            discount=config.discount,
-            trace_decay=config.trace_decay,
-        )
-        returns = advantages + rollout.values
+        advantages, returns = rollout.advantages_and_returns(discount=config.discount, trace_decay=config.trace_decay)
         columns = (rollout.observations, rollout.actions, advantages, returns)
         batch = Batch(*(column[rollout.valid] for column in columns))
         explained = float(explained_variance(rollout.values, returns, rollout.valid))
