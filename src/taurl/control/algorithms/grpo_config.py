@@ -20,7 +20,7 @@ class GRPOConfig(NetworkSettings, ControlConfig):
     """One after the other (sync), or each in a process of its own (async), for environments that take milliseconds a
     step. (A vector class of the environment's own cannot begin some copies alike.)"""
     discount: float = Field(1.0, ge=0, le=1)
-    """γ of an episode's return. (1 is what the LLM wing does; the other algorithms here have 0.99.)"""
+    """γ of an episode's return. (1 as in `taurl llm grpo`; the other algorithms here have 0.99.)"""
 
     learning_rate: float = Field(3e-4, gt=0)
     """Peak learning rate of Adam."""
