@@ -1,7 +1,7 @@
-"""Answers to held-out rows of supervised data, scored by reward functions."""
+"""Answers to held-out rows, scored by reward functions."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -18,7 +18,7 @@ from taurl.runtime.errors import InputError
 
 @dataclass
 class Answering:
-    """Greedy answers to the questions of some rows, from what stands before a row's last answer.
+    """Answers to the questions of some rows.
 
     Attributes:
         rows: with the question as `prompt`.
@@ -36,13 +36,15 @@ class Answering:
     def of(
         cls,
         settings: Any,
-        functions: Sequence[str | Callable[..., Any]],
+        rewards: RewardSet,
         held_out: TokenRows,
         generator: Generator,
         tokenizer: PreTrainedTokenizerBase,
         context: int | None,
     ) -> Self:
-        """The first `generate_rows` rows whose question leaves room for an answer, and the settings' reward functions.
+        """Greedy answers to the first `generate_rows` rows whose question leaves room for one.
+
+        A question is what stands before a row's last answer.
 
         Args:
             context: most tokens of question and answer; None: no bound.
@@ -58,7 +60,6 @@ class Answering:
                 f"generate_rows: held-out row {chosen[ids.index([])] + 1} has no question before its answer: give rows "
                 "with a prompt, or generate_rows 0"
             )
-        rewards = RewardSet.of(settings, functions)
         if not ids:
             raise InputError(
                 f"generate_rows: no held-out question leaves room for max_tokens {settings.max_tokens} in the model's "
@@ -79,10 +80,6 @@ class Answering:
         )
         completions = [group[0] for group in groups]
         return evaluate(self.rows, completions, self.tokenizer, self.rewards, TrainerState(step, steps))
-
-    def close(self) -> None:
-        """Stop the reward functions' process, if they have one."""
-        self.rewards.close()
 
 
 def question_ids(row: TokenRow) -> list[int]:

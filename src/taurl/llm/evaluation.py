@@ -1,7 +1,7 @@
 """Scoring completions with reward functions, in training and on held-out rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,17 @@ class TrainerState:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures (`eval/…`) and one sample a row, as samples.jsonl has them."""
+    """How a model did on held-out rows.
+
+    Attributes:
+        metrics: figures, by `eval/…` names.
+        samples: records of samples.jsonl.
+        pictures: SVG, by the name of its file.
+    """
 
     metrics: dict[str, float]
-    samples: list[dict[str, Any]]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    pictures: dict[str, str] = field(default_factory=dict)
 
 
 def evaluate(

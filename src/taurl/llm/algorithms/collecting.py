@@ -11,7 +11,6 @@ from torch import Tensor
 from taurl.llm.algorithms.online import Samples
 from taurl.llm.algorithms.ppo_config import PPOConfig
 from taurl.llm.data.chat import encode_prompt
-from taurl.llm.data.tasks import held_out_count
 from taurl.llm.episodes import Episode, MakeEnvironment, Stage
 from taurl.llm.evaluation import Evaluation, TrainerState, summarized
 from taurl.llm.generation import Sampling
@@ -97,7 +96,7 @@ def collect_episodes(trainer: "PPO", stage: Stage, step: int) -> Collected:
 def play_held_out(trainer: "PPO", stage: Stage, step: int) -> Evaluation:
     """Greedy episodes, the same each time as far as the environment's seed tells."""
     config = trainer.config
-    seeds = episode_seeds(config.seed, 0, held_out_count(config.eval_rows))
+    seeds = episode_seeds(config.seed, 0, len(trainer.held_out))
     sampling = Sampling(config.max_tokens, temperature=0, stop=config.stop)
     trainer.run.view.status(f"playing {len(seeds)} episodes greedily")
     episodes = stage.play(seeds, trainer.generator, sampling)

@@ -25,6 +25,7 @@ from taurl.llm.algorithms.setup import repeat_data
 from taurl.llm.data.datasets import PromptOrder
 from taurl.llm.data.given_answers import GivenAnswers
 from taurl.llm.data.preference_rows import Form, PreferenceReader, train_and_held_out_preferences
+from taurl.llm.evaluation import Evaluation
 from taurl.llm.scoring.answer_batches import AnswerBatch, AnswerPart, batch_logprobs, part_logprobs
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import out_of_memory_names
@@ -126,7 +127,6 @@ class DPO(OnlineTrainer):
         if self.given("reference") is not None and not config.needs_reference:
             raise InputError(f"a reference is given, but {', '.join(config.loss_type)} needs none: leave it out")
         if self.online:
-            self.load_rewards()
             self.load_prompts()
         else:
             self._read_answers()
@@ -286,10 +286,10 @@ class DPO(OnlineTrainer):
             config.seed,
             run.view.note,
         )
-        self.note_nothing_held_out(held_out)
         repeat_data(run, train.fingerprint() + held_out.fingerprint())
         self.train_answers = GivenAnswers.of(train, config.loss_type)
-        self.held_out_answers = GivenAnswers.of(held_out, config.loss_type, others=train)
+        self.held_out = self.held_out_answers = GivenAnswers.of(held_out, config.loss_type, others=train)
+        self.note_nothing_held_out()
         self.order = PromptOrder(len(self.train_answers), config.seed)
 
     def _batch(self, answers: GivenAnswers, rows: Sequence[int]) -> Batch:
@@ -316,10 +316,10 @@ class DPO(OnlineTrainer):
         machine = torch.__version__, transformers.__version__, str(self.device), torch.get_num_threads()
         return [config.excess_weight, *batches, *machine]
 
-    def evaluate(self) -> dict[str, float]:
-        """Figures on the held-out rows, by `eval/…` names: those of training; online, rewards of greedy answers."""
-        if self.online or not self.can_evaluate():
-            return super().evaluate()
+    def evaluation(self, step: int) -> Evaluation:
+        """The figures of training on the held-out rows; online, rewards of greedy answers."""
+        if self.online:
+            return super().evaluation(step)
         rows = range(len(self.held_out_answers))
         self.reference.know(self.held_out_answers, [rows], self.device, self.run.view.note)
         self.run.view.status("evaluating on held-out rows")
@@ -328,20 +328,7 @@ class DPO(OnlineTrainer):
         objective = self._objective(batch)
         loss = float(objective(torch.arange(len(rows), device=self.device), logprobs))
         figures = self._figures(batch, objective, logprobs) | {"loss": loss}
-        return {f"eval/{name}": value for name, value in figures.items()}
-
-    def evaluate_at(self, step: int) -> Record:
-        """The same within the run; online, the answers go to samples.jsonl."""
-        return super().evaluate_at(step) if self.online else dict(self.evaluate())
-
-    def can_evaluate(self) -> bool:
-        """Whether there are held-out rows."""
-        return len(self.held_out if self.online else self.held_out_answers) > 0
-
-    def close(self) -> None:
-        """Stop the reward functions' process, if they have one."""
-        if self.online:
-            super().close()
+        return Evaluation({f"eval/{name}": value for name, value in figures.items()})
 
 
 def best_and_worst(rewards: np.ndarray) -> dict[int, tuple[int, int]]:

@@ -65,7 +65,6 @@ class GRPO(RatioTrainer):
         )
 
     def set_up(self, dtype: torch.dtype | None) -> None:
-        self.load_rewards()
         self.load_prompts()
         self.load_policy(dtype, keep_reference=self.config.kl_coefficient > 0)
         self.state = {"optimizer": self.optimizer}

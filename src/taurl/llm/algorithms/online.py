@@ -11,14 +11,14 @@ from taurl.llm.algorithms.figures import Tally, rollout_figures
 from taurl.llm.algorithms.online_config import OnlineConfig, SampledConfig
 from taurl.llm.algorithms.setup import repeat_data
 from taurl.llm.algorithms.trainer import Trainer
+from taurl.llm.answering import Answering
 from taurl.llm.data.datasets import PromptOrder
 from taurl.llm.data.tasks import PromptReader, train_and_held_out
-from taurl.llm.evaluation import Evaluation, TrainerState, describe, evaluate, reward_columns, reward_metrics, score
+from taurl.llm.evaluation import Evaluation, TrainerState, describe, reward_columns, reward_metrics, score
 from taurl.llm.generation import Completion, Sampling
 from taurl.llm.rewards import RewardSet, Scores
 from taurl.llm.scoring.likelihood import completion_logprobs
 from taurl.llm.scoring.rollouts import Part, Rollout
-from taurl.runtime.errors import InputError
 from taurl.runtime.run import Record, Step
 
 RewardFunction = str | Callable[..., Any]
@@ -63,19 +63,15 @@ class OnlineTrainer(Trainer):
     """A trainer that samples completions of prompts, has them scored, and learns from both.
 
     Attributes:
-        rewards: the reward functions.
         generator: samples from the policy's current weights.
-        prompts, held_out: what is trained and evaluated on.
+        prompts: what is trained on.
         dtype: of figures per token: float32, or float64 for a model in float64.
     """
 
     headline: ClassVar[Mapping[str, str]] = HEADLINE
     memory_settings = "tokens_per_part or slots (or kv_memory_gb, max_tokens, group_size, prompts_per_step)"
     config: SampledConfig
-
-    def load_rewards(self) -> None:
-        """Make the reward functions."""
-        self.rewards = RewardSet.of(self.config, self.given("rewards"))
+    rewards: RewardSet
 
     def load_policy(self, dtype: torch.dtype | None, *, keep_reference: bool, samples: bool = True) -> None:
         """Make the policy, its optimiser and, where anything is sampled, its generator."""
@@ -86,8 +82,9 @@ class OnlineTrainer(Trainer):
         self.dtype = torch.promote_types(self.policy.model.dtype, torch.float32)
 
     def load_prompts(self) -> None:
-        """Read the data, check that the reward functions find their columns, and note it for the resume."""
+        """Make the reward functions, read the data, check that they find their columns, and note it for the resume."""
         config = self.config
+        self.rewards = RewardSet.of(config, self.given("rewards"))
         self.prompts, self.held_out, dropped = train_and_held_out(
             PromptReader.of(config, self.tokenizer, self.outline()),
             self.given("dataset"),
@@ -97,7 +94,7 @@ class OnlineTrainer(Trainer):
         )
         if dropped:
             self.run.view.note(f"{dropped} training rows left out: their prompts are among the held-out ones")
-        self.note_nothing_held_out(self.held_out)
+        self.note_nothing_held_out()
         for rows in (self.prompts.rows, self.held_out.rows):
             if rows:
                 self.rewards.check_columns(reward_columns(rows))
@@ -170,37 +167,12 @@ class OnlineTrainer(Trainer):
         title = f"step {step.number}, reward {shown['reward']:.3g}"
         self.run.view.sample(title, f"{shown['prompt']}\n→ {shown['completion']}")
 
-    def evaluate(self) -> dict[str, float]:
-        """Greedy scores of the policy on the held-out rows, by `eval/…` names."""
-        if not self.can_evaluate():
-            raise InputError("there are no held-out rows to evaluate on: give eval_rows or eval_dataset")
-        return self.answers(self.run.step).metrics
-
-    def evaluate_at(self, step: int) -> Record:
-        """The same within the run: the answers go to samples.jsonl."""
-        found = self.answers(step)
-        self.run.log_samples(found.samples)
-        return dict(found.metrics)
-
-    def answers(self, step: int) -> Evaluation:
+    def evaluation(self, step: int) -> Evaluation:
         """Greedy answers to the held-out rows, scored."""
-        groups = self.generator.generate(
-            self.held_out.ids,
-            1,
-            Sampling(self.config.max_tokens, temperature=0, stop=self.config.stop),
-            progress=lambda done, count: self.run.view.status(f"evaluating on held-out rows: {done} of {count}"),
-        )
-        completions = [group[0] for group in groups]
-        state = TrainerState(step, self.config.steps)
-        return evaluate(self.held_out.rows, completions, self.policy.tokenizer, self.rewards, state)
-
-    def can_evaluate(self) -> bool:
-        """Whether there are held-out rows."""
-        return len(self.held_out) > 0
-
-    def close(self) -> None:
-        """Stop the reward functions' process, if they have one."""
-        self.rewards.close()
+        rows, ids, tokenizer = self.held_out.rows, self.held_out.ids, self.policy.tokenizer
+        sampling = Sampling(self.config.max_tokens, temperature=0, stop=self.config.stop)
+        answering = Answering(rows, ids, sampling, self.rewards, self.generator, tokenizer)
+        return answering(step, self.config.steps, self.run.view.status)
 
 
 class RatioTrainer(OnlineTrainer):

@@ -28,6 +28,7 @@ from taurl.llm.algorithms.ppo_config import ENVIRONMENT_ALONE, PPOConfig
 from taurl.llm.algorithms.ppo_estimates import Estimates, kl_prices, settled_rewards, whitened
 from taurl.llm.algorithms.ppo_state import Controls
 from taurl.llm.algorithms.setup import loading_model
+from taurl.llm.data.tasks import held_out_count
 from taurl.llm.episodes import MakeEnvironment
 from taurl.llm.evaluation import Evaluation
 from taurl.llm.models.critics import make_critic
@@ -117,10 +118,11 @@ class PPO(RatioTrainer):
     def set_up(self, dtype: torch.dtype | None) -> None:
         config, reference, environment = self.config, self.given("reference"), self.given("environment")
         if environment is None:
-            self.load_rewards()
             self.load_prompts()
         elif self.given("rewards") or self.given("dataset") is not None or self.given("eval_dataset") is not None:
             raise InputError(ENVIRONMENT_ALONE)
+        else:
+            self.held_out = range(held_out_count(config.eval_rows))  # episodes
         make = load_callable(environment, "environment") if isinstance(environment, str) else environment
         if reference is not None and config.kl_coefficient == 0:
             raise InputError("a reference is given, but kl_coefficient is 0: raise it, or leave the reference out")
@@ -359,15 +361,6 @@ class PPO(RatioTrainer):
         title = f"step {step.number}, score {collected.scores.total[row]:.3g}"
         self.run.write_artifact("completion-by-token.svg", token_picture(texts, figures, title=title).encode())
 
-    def answers(self, step: int) -> Evaluation:
+    def evaluation(self, step: int) -> Evaluation:
         """Greedy answers to the held-out rows, or greedy episodes of the environment."""
-        return super().answers(step) if self.stage is None else play_held_out(self, self.stage, step)
-
-    def can_evaluate(self) -> bool:
-        """Whether there are held-out rows, or an environment, whose episodes are as many as wanted."""
-        return super().can_evaluate() if self.stage is None else self.config.eval_rows != 0
-
-    def close(self) -> None:
-        """Stop the reward functions' process, if they have one."""
-        if self.stage is None:
-            super().close()
+        return super().evaluation(step) if self.stage is None else play_held_out(self, self.stage, step)

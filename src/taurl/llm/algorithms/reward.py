@@ -19,13 +19,12 @@ from taurl.llm.algorithms.trainer import Trainer
 from taurl.llm.data.chat import prompt_text
 from taurl.llm.data.datasets import PromptOrder
 from taurl.llm.data.preference_rows import JudgedRow, PreferenceReader, Preferences, train_and_held_out_preferences
-from taurl.llm.evaluation import decode
+from taurl.llm.evaluation import Evaluation, decode
 from taurl.llm.models.reward_folder import RewardNote
 from taurl.llm.models.reward_model import ProcessRewardModel, RewardModel
 from taurl.llm.pictures.reward_figures import figures
 from taurl.llm.pictures.reward_pictures import pictures
 from taurl.llm.scoring.reward_scores import pad_token_id, part_scores, row_scores, scoring_parts
-from taurl.runtime.errors import InputError
 from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import Callback, Record
 
@@ -80,7 +79,7 @@ class Reward(Trainer):
             config.seed,
             run.view.note,
         )
-        self.note_nothing_held_out(self.held_out)
+        self.note_nothing_held_out()
         judged = self.train_rows.judged + self.held_out.judged
         self.classes = checked_classes(judged, config)
         self.binary = all(value in (0, 1) for row in judged for value in row.values)
@@ -139,23 +138,11 @@ class Reward(Trainer):
             "learning_rate": rate,
         }
 
-    def can_evaluate(self) -> bool:
-        """Whether there are held-out rows."""
-        return len(self.held_out) > 0
-
-    def evaluate(self) -> dict[str, float]:
-        """Figures of the held-out rows, by `eval/…` names."""
-        if not self.can_evaluate():
-            raise InputError("there are no held-out rows to evaluate on: give eval_rows or eval_dataset")
-        return self._figures(self._scores(self.held_out))
-
-    def evaluate_at(self, step: int) -> Record:
-        """The same within the run: scores go to samples.jsonl, and pictures of them to the report."""
+    def evaluation(self, step: int) -> Evaluation:
+        """Figures, scores and pictures of the held-out rows."""
         scores = self._scores(self.held_out)
-        self.run.log_samples(self._samples(scores, step))
-        for name, picture in pictures(self.form, self.held_out.judged, scores).items():
-            self.run.write_artifact(name, picture.encode())
-        return dict(self._figures(scores))
+        drawn = pictures(self.form, self.held_out.judged, scores)
+        return Evaluation(self._figures(scores), self._samples(scores, step), drawn)
 
     def _figures(self, scores: Sequence[Sequence[float]]) -> dict[str, float]:
         rows = self.held_out.judged

@@ -21,7 +21,9 @@ from taurl.llm.answering import Answering
 from taurl.llm.data.row_data import RowData, RowPosition
 from taurl.llm.data.row_reader import RowReader
 from taurl.llm.data.token_rows import TokenRow
+from taurl.llm.evaluation import Evaluation
 from taurl.llm.models.heads import causal_lm, context_length, evaluating
+from taurl.llm.rewards import RewardSet
 from taurl.llm.scoring.row_attention import attending_within_rows, knows_rows
 from taurl.llm.scoring.supervised import RowPart, embedding_noise, part_scores, row_parts, trained_tokens
 from taurl.runtime.directory import write_folder
@@ -87,6 +89,7 @@ class SFT(Trainer):
         for note in self.data.notes:
             run.view.note(note)
         repeat_data(run, self.data.fingerprint)
+        self.held_out = self.data.held_out
         self._check_data(reader)
         self.position = RowPosition(self.data.order)
         self.count_steps(self.data.count, config.rows_per_step)
@@ -100,14 +103,16 @@ class SFT(Trainer):
         self.packed = self._packed()
         self.answering = None
         if config.generate_rows:
-            given, rows = self.given("rewards"), self.data.held_out
+            self.rewards = RewardSet.of(config, self.given("rewards"))
             generator, context = self.new_generator(), context_length(self.policy.model)
-            self.answering = Answering.of(config, given, rows, generator, self.policy.tokenizer, context)
+            self.answering = Answering.of(
+                config, self.rewards, self.held_out, generator, self.policy.tokenizer, context
+            )
 
     def _check_data(self, reader: RowReader) -> None:
         """Refuse settings that the data, as it was read, does not allow."""
-        config, held_out = self.config, len(self.data.held_out)
-        self.note_nothing_held_out(self.data.held_out)
+        config, held_out = self.config, len(self.held_out)
+        self.note_nothing_held_out()
         if config.generate_rows > held_out:
             what = f"generate_rows is {config.generate_rows}, more than the held-out rows ({held_out})"
             raise InputError(f"{what}: lower it, or give eval_rows or eval_dataset")
@@ -189,18 +194,13 @@ class SFT(Trainer):
     def _attention(self) -> AbstractContextManager[None]:
         return attending_within_rows(self.policy.model) if self.packed else nullcontext()
 
-    def can_evaluate(self) -> bool:
-        """Whether there are held-out rows."""
-        return len(self.data.held_out) > 0
-
-    def evaluate(self) -> dict[str, float]:
+    def evaluation(self, step: int) -> Evaluation:
         """Loss, perplexity and token accuracy on the held-out rows, and scores of answers to some of them."""
-        if not self.can_evaluate():
-            raise InputError("there are no held-out rows to evaluate on: give eval_rows or eval_dataset")
         figures = self._held_out()
-        if self.answering is not None:
-            figures |= self.answering(self.run.step, self.config.steps, self.run.view.status).metrics
-        return figures
+        if self.answering is None:
+            return Evaluation(figures)
+        found = self.answering(step, self.config.steps, self.run.view.status)
+        return Evaluation(figures | found.metrics, found.samples)
 
     @torch.no_grad()
     def _held_out(self) -> dict[str, float]:
@@ -222,11 +222,7 @@ class SFT(Trainer):
 
     def evaluate_at(self, step: int) -> Record:
         """The same within the run: answers go to samples.jsonl, and the best weights to best/."""
-        figures: Record = dict(self._held_out())
-        if self.answering is not None:
-            found = self.answering(step, self.config.steps, self.run.view.status)
-            self.run.log_samples(found.samples)
-            figures |= found.metrics
+        figures = super().evaluate_at(step)
         before = [loss for at, loss in self._losses_held_out() if at < step]
         if self.config.eval_every and step > 0 and figures["eval/loss"] < min(before, default=math.inf):
             self.latest = {"step": step, **figures}
@@ -246,8 +242,3 @@ class SFT(Trainer):
             return False
         losses = [loss for _, loss in self._losses_held_out()]
         return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.config.patience
-
-    def close(self) -> None:
-        """Stop the reward functions' process, if they have one."""
-        if self.answering is not None:
-            self.answering.close()

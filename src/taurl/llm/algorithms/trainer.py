@@ -3,7 +3,7 @@
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +13,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.algorithms.setup import choose_machine, loading_model, separate, with_whole_paths
+from taurl.llm.evaluation import Evaluation
 from taurl.llm.generation import Generator, default_kv_memory_gb
 from taurl.llm.models.compiled import compile_layers
 from taurl.llm.models.loading import load_outline
 from taurl.llm.models.model_card import model_card
 from taurl.llm.models.policies import Policy, tokenizer_of
+from taurl.llm.rewards import RewardSet
 from taurl.runtime.config import TrainingConfig, read_config, validated
 from taurl.runtime.directory import require_algorithm, write_folder
 from taurl.runtime.errors import InputError
@@ -37,6 +39,8 @@ class Trainer(ABC):
         takes: names of what it may be given from Python as an object, in place of the setting of that name.
         policy, optimizer: the model that is trained, and what trains it.
         device: where it lives.
+        rewards: what scores answers, if anything does.
+        held_out: what it is evaluated on, in the form that it reads; may be empty.
         memory_settings: those to lower where memory runs out.
         state: what a checkpoint holds, by name.
         latest: figures of an evaluation that the run's metrics do not have yet, for the model card.
@@ -49,6 +53,8 @@ class Trainer(ABC):
     config: Any
     policy: Policy
     optimizer: Optimizer
+    rewards: RewardSet | None = None
+    held_out: Any
     memory_settings: str
     state: dict[str, Stateful]
 
@@ -171,9 +177,9 @@ class Trainer(ABC):
         with loading_model():
             self.optimizer = self.policy.optimizer(self.config, layer_decay=self.config.layer_decay)
 
-    def note_nothing_held_out(self, held_out: Sized) -> None:
+    def note_nothing_held_out(self) -> None:
         """Say that a data set is too small for held-out rows, where their number was left open."""
-        if self.config.eval_rows is None and not len(held_out):
+        if self.config.eval_rows is None and not self.can_evaluate():
             self.run.view.note(
                 "nothing is held out of so few rows, so nothing is evaluated: give eval_rows or eval_dataset"
             )
@@ -244,17 +250,28 @@ class Trainer(ABC):
         at = step in (0, self.config.steps) or bool(every and step % every == 0)
         return at and self.can_evaluate()
 
-    @abstractmethod
     def can_evaluate(self) -> bool:
         """Whether there are held-out rows."""
+        return len(self.held_out) > 0
 
-    @abstractmethod
     def evaluate(self) -> dict[str, float]:
-        """Figures of the model on the held-out rows, by `eval/…` names."""
+        """Figures of the model on the held-out rows, by `eval/…` names. Raises: InputError if there are none."""
+        if not self.can_evaluate():
+            raise InputError("there are no held-out rows to evaluate on: give eval_rows or eval_dataset")
+        return self.evaluation(self.run.step).metrics
 
     def evaluate_at(self, step: int) -> Record:
-        """The same within the run, at this step."""
-        return dict(self.evaluate())
+        """The same within the run: samples go to samples.jsonl, and pictures to the report."""
+        found = self.evaluation(step)
+        if found.samples:
+            self.run.log_samples(found.samples)
+        for name, picture in found.pictures.items():
+            self.run.write_artifact(name, picture.encode())
+        return dict(found.metrics)
+
+    @abstractmethod
+    def evaluation(self, step: int) -> Evaluation:
+        """How the model does on the held-out rows, at this step."""
 
     def export(self, directory: str | Path) -> None:
         """Write a folder that `transformers` (with an adapter: `peft`) loads, as `Policy.export` says."""
@@ -268,5 +285,7 @@ class Trainer(ABC):
         records += [self.latest] if self.latest else []
         return model_card(self.algorithm, self.config, records, adapter=alone)
 
-    def close(self) -> None:  # noqa: B027
-        """Let go of what outlives the training, such as processes."""
+    def close(self) -> None:
+        """Stop the reward functions' process, if they have one."""
+        if self.rewards is not None:
+            self.rewards.close()
