@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from taurl.functional.log_ratios import length_desensitized_logprobs, sequence_logprobs
+from taurl.llm.scoring.budget import Size, fitting
 from taurl.llm.scoring.likelihood import completion_logprobs
 
 
@@ -69,17 +70,11 @@ class AnswerBatch:
         count = self.count
         copies = 1 if share_prompts else count
         longest: list[int] = self.lengths.amax(1).tolist()
-        chosen: list[int] = []
-        widths = 0, 0
-        for row in sorted(range(len(self)), key=lambda row: (longest[row], len(self.prompts[row]))):
-            wider = max(widths[0], len(self.prompts[row])), max(widths[1], longest[row])
-            if chosen and (len(chosen) + 1) * (copies * wider[0] + count * wider[1]) > tokens_per_part:
-                yield self._part(chosen, widths[1])
-                chosen, wider = [], (len(self.prompts[row]), longest[row])
-            chosen.append(row)
-            widths = wider
-        if chosen:
-            yield self._part(chosen, widths[1])
+        rows = sorted(range(len(self)), key=lambda row: (longest[row], len(self.prompts[row])))
+        for run in fitting(
+            rows, lambda row: Size(count, longest[row], copies, len(self.prompts[row])), tokens_per_part
+        ):
+            yield self._part(run, longest[run[-1]])
 
     def _part(self, rows: Sequence[int], length: int) -> "AnswerPart":
         places = torch.tensor(rows, device=self.tokens.device)

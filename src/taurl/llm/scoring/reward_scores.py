@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from taurl.llm.data.preference_rows import JudgedRow
 from taurl.llm.models.heads import causal_lm, evaluating
 from taurl.llm.models.loading import Head
+from taurl.llm.scoring.budget import Size, fitting
 from taurl.llm.scoring.likelihood import completion_hidden
 from taurl.runtime.errors import InputError
 
@@ -67,21 +68,12 @@ def scoring_parts(
     """
     pooled = [row if row.step_ends else pooled_row(row, pad) for row in rows]
     order = sorted(range(len(rows)), key=lambda place: (pooled[place].longest, place))
-    chosen: list[int] = []
-    completions = prompt_length = length = 0
-    for place in order:
-        row = pooled[place]
-        longest_prompt, longest = max(prompt_length, len(row.prompt)), max(length, *map(len, row.completions))
-        count = completions + len(row.completions)
-        copies = len(chosen) + 1 if share_prompts else count
-        if chosen and copies * longest_prompt + count * longest > tokens_per_part:
-            yield _part(pooled, chosen, device)
-            chosen, completions, prompt_length, length = [], 0, 0, 0
-        chosen.append(place)
-        completions += len(row.completions)
-        prompt_length = max(prompt_length, len(row.prompt))
-        length = max(length, *map(len, row.completions))
-    if chosen:
+
+    def size(place: int) -> Size:
+        row, count = pooled[place], len(pooled[place].completions)
+        return Size(count, max(map(len, row.completions)), 1 if share_prompts else count, len(row.prompt))
+
+    for chosen in fitting(order, size, tokens_per_part):
         yield _part(pooled, chosen, device)
 
 

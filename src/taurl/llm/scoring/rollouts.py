@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from taurl.llm.generation import Completion
+from taurl.llm.scoring.budget import Size, fitting
 
 
 @dataclass
@@ -86,28 +87,28 @@ class Rollout:
 
         Groups of similar length stand together, and a group is split only where it does not fit in one part. A row
         without a token to train on is in no part. Where prompts are not shared (gradient checkpointing), each row
-        brings a copy of its own. A completion reaches up to its last token that is trained on, or to its end where
-        the `whole` of it is asked for.
+        brings a copy of its own. A completion reaches up to its last token that is trained on; a `whole` one to its
+        end.
         """
         lengths = self._lengths(whole)
         groups: dict[int, list[int]] = {}
         for row in rows:
             if lengths[row]:
                 groups.setdefault(row // self.group_size if share_prompts else row, []).append(row)
-        chosen: list[int] = []
-        prompts = prompt_length = length = 0
-        for members in sorted(groups.values(), key=lambda members: max(lengths[row] for row in members)):
-            prompt = len(self.prompts[members[0] // self.group_size])
-            for piece in fitting_pieces(members, lengths, tokens_per_part - prompt):
-                longest = max(lengths[row] for row in piece)
-                padded = (prompts + 1) * max(prompt_length, prompt) + (len(chosen) + len(piece)) * max(length, longest)
-                if chosen and padded > tokens_per_part:
-                    yield self._part(chosen, length)
-                    chosen, prompts, prompt_length, length = [], 0, 0, 0
-                chosen += piece
-                prompts, prompt_length, length = prompts + 1, max(prompt_length, prompt), max(length, longest)
-        if chosen:
-            yield self._part(chosen, length)
+
+        def prompt_length(members: list[int]) -> int:
+            return len(self.prompts[members[0] // self.group_size])
+
+        def length(members: list[int]) -> int:
+            return max(lengths[row] for row in members)
+
+        pieces = [
+            piece
+            for members in sorted(groups.values(), key=length)
+            for piece in fitting(members, lambda row: Size(1, lengths[row]), tokens_per_part - prompt_length(members))
+        ]
+        for run in fitting(pieces, lambda it: Size(len(it), length(it), 1, prompt_length(it)), tokens_per_part):
+            yield self._part([row for piece in run for row in piece], max(map(length, run)))
 
     def _lengths(self, whole: bool) -> list[int]:
         """Each completion's length, whole or up to the last token that is trained on; 0 where there is none."""
@@ -145,16 +146,3 @@ class Part:
     def put(self, values: Tensor, *, into: Tensor) -> None:
         """Write values [n, length] of these rows into a rollout's tensor [N, L]."""
         into[self.rows, : self.length] = values.to(into.dtype)
-
-
-def fitting_pieces(rows: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Cut a group into runs of rows that make at most `tokens` tokens, padding included (one row at least)."""
-    piece: list[int] = []
-    longest = 0
-    for row in rows:
-        longest = max(longest, lengths[row])
-        if piece and (len(piece) + 1) * longest > tokens:
-            yield piece
-            piece, longest = [], lengths[row]
-        piece.append(row)
-    yield piece

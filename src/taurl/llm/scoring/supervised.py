@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from taurl.functional.logprobs import TokenScores
 from taurl.llm.data.token_rows import TokenRow
 from taurl.llm.models.heads import body, causal_lm, output_head
+from taurl.llm.scoring.budget import Size, fitting
 from taurl.llm.scoring.likelihood import head_scores
 
 
@@ -113,12 +114,8 @@ def packed_rows(lengths: dict[int, int], capacity: int) -> list[list[int]]:
 
 def sorted_rows(lengths: dict[int, int], capacity: int) -> list[list[int]]:
     """Rows of similar length together, as many as fit when each is padded to the longest."""
-    parts: list[list[int]] = []
-    for row in sorted(lengths, key=lambda row: lengths[row]):
-        if not parts or (len(parts[-1]) + 1) * lengths[row] > capacity:
-            parts.append([])
-        parts[-1].append(row)
-    return parts
+    rows = sorted(lengths, key=lambda row: lengths[row])
+    return list(fitting(rows, lambda row: Size(1, lengths[row]), capacity))
 
 
 def part_scores(model: PreTrainedModel, part: RowPart, noise: Tensor | None = None) -> TokenScores:
