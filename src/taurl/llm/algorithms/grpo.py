@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.functional.advantages import group_relative, has_variance
 from taurl.functional.aggregation import weighted_sum
-from taurl.functional.importance import mismatch_weights
 from taurl.functional.kl import k3, kl_loss, kl_penalty, kl_ratios
 from taurl.functional.loss_types import clipped_tokens, loss_weights, policy_loss
 from taurl.llm.algorithms.figures import Tally
@@ -97,11 +96,7 @@ class GRPO(RatioTrainer):
         if config.kl_coefficient > 0 or config.entropy_coefficient > 0:
             has_signal = torch.ones_like(has_signal)
         forwarded = has_signal.repeat_interleave(config.group_size).nonzero().flatten().tolist()
-        minibatches = [
-            rows
-            for epoch in range(config.epochs)
-            for rows in rollout.minibatches(config.minibatches, key=(config.seed, step, epoch))
-        ]
+        minibatches = [rows for epoch in range(config.epochs) for rows in self.minibatches(rollout, step, epoch)]
         rollout.old_logprobs = self.compared_with(rollout, set(forwarded) - set(minibatches[0]))
         if config.kl_coefficient > 0:
             with self.policy.reference() as reference:
@@ -123,18 +118,16 @@ class GRPO(RatioTrainer):
         """The part's share of the loss: surrogate, corrected for the sampler, with KL and entropy terms."""
         config, mask = self.config, part.of(rollout.mask)
         logprobs, entropies = self.forward(rollout, part, self.policy.model)
-        old, sampler = self.first_seen(rollout, part, logprobs, tally), part.of(rollout.sampler_logprobs)
+        old = self.first_seen(rollout, part, logprobs, tally)
         penalties, divergences = self._divergence(logprobs, old, rollout, part, tally)
         advantages = part.of(rollout.advantages)[:, None] - penalties
         # vespo weighs whole trajectories against the sampler itself, so that nothing is left to correct.
-        before = sampler if config.loss_type == "vespo" else old
+        vespo = config.loss_type == "vespo"
+        before = part.of(rollout.sampler_logprobs) if vespo else old
         given = (config.loss_type, logprobs, before, advantages, mask)
         level, clip_low, clip_high = config.ratio_level, config.clip_low, config.clip_high
         losses = policy_loss(*given, ratio_level=level, clip_low=clip_low, clip_high=clip_high)
-        if config.importance_cap is not None and config.loss_type != "vespo":
-            mode, cap = config.importance_mode, config.importance_cap
-            losses = losses * mismatch_weights(old, sampler, mask, mode=mode, high=cap)
-        losses = losses + divergences
+        losses = (losses if vespo else self.corrected(losses, old, rollout, part)) + divergences
         if config.entropy_coefficient > 0:
             losses = losses - config.entropy_coefficient * entropies
         low, high = clipped_tokens(*given, ratio_level=level, clip_low=clip_low, clip_high=clip_high)

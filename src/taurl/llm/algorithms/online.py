@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from taurl.functional.importance import mismatch_weights
 from taurl.llm.algorithms.figures import Tally, rollout_figures
 from taurl.llm.algorithms.online_config import OnlineConfig, SampledConfig
 from taurl.llm.algorithms.setup import repeat_data
@@ -180,6 +181,10 @@ class RatioTrainer(OnlineTrainer):
 
     config: OnlineConfig
 
+    def minibatches(self, rollout: Rollout, step: int, epoch: int) -> list[list[int]]:
+        """Rows of each update of an epoch."""
+        return rollout.minibatches(self.config.minibatches, key=(self.config.seed, step, epoch))
+
     def compared_with(self, rollout: Rollout, rows: Iterable[int]) -> Tensor:
         """What current log-probabilities are compared with [N, L]: the sampler's, or the trainer's before any update.
 
@@ -204,3 +209,11 @@ class RatioTrainer(OnlineTrainer):
                 old = logprobs.detach()
                 part.put(old, into=rollout.old_logprobs)
         return old
+
+    def corrected(self, losses: Tensor, old: Tensor, rollout: Rollout, part: Part) -> Tensor:
+        """Losses [n, l], by option weighed for how far sampler and trainer disagree."""
+        mode, cap = self.config.importance_mode, self.config.importance_cap
+        if cap is None:
+            return losses
+        sampler, mask = part.of(rollout.sampler_logprobs), part.of(rollout.mask)
+        return losses * mismatch_weights(old, sampler, mask, mode=mode, high=cap)

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.functional.aggregation import token_weights, weighted_sum
-from taurl.functional.importance import mismatch_weights
 from taurl.functional.kl import k3, kl_loss
 from taurl.functional.loss_types import clipped_tokens, policy_loss
 from taurl.functional.token_returns import token_generalized_advantage
@@ -214,11 +213,8 @@ class PPO(RatioTrainer):
         """
         rows = set(range(len(rollout.completions)))
         if not self.has_reference:
-            rows -= set(self._minibatches(rollout, step, 0)[0])
+            rows -= set(self.minibatches(rollout, step, 0)[0])
         return self.compared_with(rollout, rows)
-
-    def _minibatches(self, rollout: Rollout, step: int, epoch: int) -> list[list[int]]:
-        return rollout.minibatches(self.config.minibatches, key=(self.config.seed, step, epoch))
 
     def _say_that_no_score_counts(self) -> None:
         if not self.said:
@@ -257,7 +253,7 @@ class PPO(RatioTrainer):
         for epoch in range(config.epochs):
             ratios.clear()
             epochs += 1
-            for rows in self._minibatches(rollout, number, epoch):
+            for rows in self.minibatches(rollout, number, epoch):
                 weights = torch.zeros_like(rollout.mask, dtype=self.dtype)
                 weights[rows] = token_weights(rollout.mask[rows], "token", dtype=self.dtype)
                 batch = Minibatch(rollout, estimates, weights, tally, ratios)
@@ -308,17 +304,12 @@ class PPO(RatioTrainer):
     def _policy_loss(self, hidden: Tensor, batch: Minibatch, part: Part) -> Tensor:
         """The part's share of the policy's loss."""
         config, rollout = self.config, batch.rollout
-        mask, weights, tokens, sampler = (
-            part.of(each) for each in (rollout.mask, batch.weights, rollout.tokens, rollout.sampler_logprobs)
-        )
+        mask, weights, tokens = (part.of(each) for each in (rollout.mask, batch.weights, rollout.tokens))
         logprobs, entropies = hidden_logprobs(self.policy.model, hidden, tokens, mask, config.temperature)
         old = self.first_seen(rollout, part, logprobs, batch.tally)
         advantages, low, high = part.of(rollout.advantages), config.clip_low, config.clip_high
         losses = policy_loss("dapo", logprobs, old, advantages, mask, clip_low=low, clip_high=high)
-        if config.importance_cap is not None:
-            losses = losses * mismatch_weights(
-                old, sampler, mask, mode=config.importance_mode, high=config.importance_cap
-            )
+        losses = self.corrected(losses, old, rollout, part)
         if config.kl_place == "loss" and rollout.reference_logprobs is not None:
             reference, estimator = part.of(rollout.reference_logprobs), config.kl_estimator
             divergences = kl_loss(logprobs, reference, mask, estimator=estimator, level="token")
