@@ -5,11 +5,12 @@ import pytest
 import torch
 from test_grpo_run import untimed
 from test_ppo_run import config, folder  # noqa: F401
+from test_trainers import Noting
 from tiny_policy import tiny_tokenizer
 
 from taurl.llm import PPO
 from taurl.llm.data.chat import following_ids
-from taurl.llm.episodes import Stage
+from taurl.llm.episodes import STEPS_BETWEEN_TURNS, Stage
 from taurl.llm.generation import Completion, Sampling
 from taurl.runtime.errors import InputError
 
@@ -253,6 +254,30 @@ def test_it_learns_from_an_environment_and_resumes_exactly(config, folder, tmp_p
     sample = next(s for s in resumed.samples() if s["kind"] == "train")
     assert sample["prompt"].startswith("system: echo")
     assert sample["rewards"].keys() == {"environment"}
+
+
+def test_every_step_has_episodes_and_draws_of_its_own_and_every_evaluation_the_same(config, folder):  # noqa: F811
+    seeds = []
+
+    class Seeded(Echo):
+        def __init__(self, seed):
+            super().__init__(seed)
+            seeds.append(seed)
+
+    changes = {"steps": 4, "eval_every": 2, "prompts_per_step": 2, "seed": 7, "temperature": 0.8, "stop": ("a", "b.")}
+    trainer = PPO(str(folder), config=config(**changes), environment=Seeded)
+    trainer.generator = noting = Noting(trainer.generator)
+    trainer.train()
+    # Two to evaluate on, then two steps of two seeds with two episodes each, and so on.
+    evaluations, steps = [seeds[:2], seeds[10:12], seeds[20:]], [*seeds[2:10], *seeds[12:20]]
+    assert evaluations[0] == evaluations[1] == evaluations[2]
+    assert steps[::2] == steps[1::2]
+    assert len({*steps, *evaluations[0]}) == 8 + 2
+    greedy, drawn = (Sampling(6, temperature=temperature, stop=("a", "b.")) for temperature in (0, 0.8))
+    asked = [(sampling, key) for _, _, sampling, key in noting.asked]
+    assert {sampling for sampling, _ in asked} == {greedy, drawn}
+    keys = [key for sampling, key in asked if sampling == drawn]
+    assert keys == [(7, step + turn * STEPS_BETWEEN_TURNS) for step in (1, 2, 3, 4) for turn in range(3)]
 
 
 def test_an_environment_by_name(config, folder, tmp_path):  # noqa: F811
