@@ -61,7 +61,7 @@ def test_a_string_is_raw_text_where_there_is_none_or_where_asked():
     with pytest.raises(InputError, match="has none"):
         encode_prompt("two plus four", plain, prompt_format="chat")
     with pytest.raises(InputError, match="row 3 of the data: messages need a chat template"):
-        encode_prompt(USER, plain, row=2)
+        encode_prompt(USER, plain, where="row 3 of the data")
 
 
 def test_raw_text_begins_once_and_is_left_open():
@@ -93,7 +93,7 @@ def test_template_arguments_and_template_errors():
     tokenizer = tokenizer_of_words(TEMPLATE)
     assert words(tokenizer, encode_prompt("six", tokenizer, chat_template_kwargs={"think": True})).endswith("thought")
     with pytest.raises(InputError, match="row 1 of the data: the chat template refuses the messages: no such role"):
-        encode_prompt([{"role": "critic", "content": "six"}], tokenizer, row=0)
+        encode_prompt([{"role": "critic", "content": "six"}], tokenizer, where="row 1 of the data")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_template_arguments_and_template_errors():
 )
 def test_malformed_prompts_are_named(prompt, problem):
     with pytest.raises(InputError, match=f"row 8 of the data: .*{problem}") as caught:
-        encode_prompt(prompt, tokenizer_of_words(TEMPLATE), row=7)
+        encode_prompt(prompt, tokenizer_of_words(TEMPLATE), where="row 8 of the data")
     assert "\n" not in str(caught.value)
     assert prompt_problem(USER) is None
 

@@ -79,7 +79,7 @@ def versions(reader: RowReader, row: Row, number: int, counts: Counter[str]) -> 
             system_prompt=settings.system_prompt,
             prompt_format=settings.prompt_format,
             chat_template_kwargs=settings.chat_template_kwargs,
-            row=number - 1,
+            where=f"row {number} of the data",
         )
         yield ", prompt alone", TokenRow(ids, [False] * len(ids))
 

@@ -74,7 +74,7 @@ def encode_prompt(
     system_prompt: str | None = None,
     prompt_format: PromptFormat = "auto",
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    row: int | None = None,
+    where: str = "prompt",
 ) -> list[int]:
     """The token ids that a completion of `prompt` continues.
 
@@ -85,24 +85,20 @@ def encode_prompt(
 
     Args:
         chat_template_kwargs: handed to the chat template (`enable_thinking=False` for some models).
-        row: index of the data row (from 0), for the error message only.
+        where: where the prompt stands, for the error message only.
     Raises: InputError for a malformed prompt, or where a chat template is needed and missing or refuses the messages.
     """
-    where = "prompt" if row is None else f"row {row + 1} of the data"
     if problem := prompt_problem(prompt):
         raise InputError(f"{where}: {problem}")
-    has_template = bool(tokenizer.chat_template)
-    if isinstance(prompt, str):
-        if prompt_format == "text" or (prompt_format == "auto" and not has_template):
-            if system_prompt is not None:
-                raise InputError(
-                    "system_prompt needs a chat template, and these prompts are raw text; put it into the prompts"
-                )
-            return encode_text(prompt, tokenizer)
-        prompt = [{"role": "user", "content": prompt}]
-    if not has_template:
+    messages = as_messages(prompt, tokenizer, system_prompt=system_prompt, prompt_format=prompt_format)
+    if messages is None:
+        if system_prompt is not None:
+            raise InputError(
+                "system_prompt needs a chat template, and these prompts are raw text; put it into the prompts"
+            )
+        return encode_text(cast(str, prompt), tokenizer)
+    if not tokenizer.chat_template:
         raise InputError(f"{where}: messages need a chat template, and this tokenizer has none; give strings instead")
-    messages = with_system_prompt(prompt, system_prompt)
     options = dict(chat_template_kwargs or {})
     require_tools_read(tokenizer.get_chat_template(tools=options.get("tools")), messages, options, f"{where}: ")
     continued = messages[-1]["role"] == "assistant"
@@ -116,6 +112,17 @@ def encode_prompt(
             **options,
         )
     return list(cast(list[int], ids))
+
+
+def as_messages(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str | None, prompt_format: PromptFormat
+) -> list[dict[str, Any]] | None:
+    """The prompt as messages, with the system prompt before them; None where it is raw text."""
+    if isinstance(prompt, str):
+        if prompt_format == "text" or (prompt_format == "auto" and not tokenizer.chat_template):
+            return None
+        prompt = [{"role": "user", "content": prompt}]
+    return with_system_prompt(prompt, system_prompt)
 
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[dict[str, Any]]:

@@ -7,7 +7,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from taurl.llm.data.chat import Message, Prompt, PromptFormat, encode_prompt, require_tools_read
+from taurl.llm.data.chat import (
+    Message,
+    Prompt,
+    PromptFormat,
+    as_messages,
+    encode_prompt,
+    require_tools_read,
+    template_refusals,
+)
 from taurl.llm.data.row_forms import template_options
 from taurl.runtime.errors import InputError, shorten
 
@@ -42,16 +50,14 @@ class Conversations:
 
     def prompt(self, prompt: Prompt, where: str) -> list[int]:
         """The prompt's token ids. Raises: InputError as `encode_prompt` does, about `where`."""
-        try:
-            return encode_prompt(
-                prompt,
-                self.tokenizer,
-                system_prompt=self.system_prompt,
-                prompt_format=self.prompt_format,
-                chat_template_kwargs=self.chat_template_kwargs,
-            )
-        except InputError as error:
-            raise InputError(str(error).replace("prompt:", f"{where}:", 1)) from error
+        return encode_prompt(
+            prompt,
+            self.tokenizer,
+            system_prompt=self.system_prompt,
+            prompt_format=self.prompt_format,
+            chat_template_kwargs=self.chat_template_kwargs,
+            where=where,
+        )
 
     def completion(self, prompt: Prompt, completion: Prompt, prompt_ids: list[int], where: str) -> list[int]:
         """The completion's token ids; a string is the assistant's message where the prompt is a chat.
@@ -107,16 +113,8 @@ class Conversations:
             return content
         return self._rest(self._render([*messages, *_said(content)], where), prompt, where)
 
-    def _messages(self, prompt: Prompt) -> list[Message] | None:
-        """The prompt as messages, as `encode_prompt` takes it; None for raw text."""
-        if isinstance(prompt, str):
-            if self.prompt_format == "text" or (self.prompt_format == "auto" and not self.tokenizer.chat_template):
-                return None
-            prompt = [{"role": "user", "content": prompt}]
-        messages = list(prompt)
-        if self.system_prompt is not None and all(message["role"] != "system" for message in messages):
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
-        return messages
+    def _messages(self, prompt: Prompt) -> list[dict[str, Any]] | None:
+        return as_messages(prompt, self.tokenizer, system_prompt=self.system_prompt, prompt_format=self.prompt_format)
 
     def _render(self, messages: Sequence[Message], where: str, **options: Any) -> str:
         joined: list[dict[str, Any]] = []
@@ -127,12 +125,8 @@ class Conversations:
                 joined.append(dict(message))
         kwargs = self.chat_template_kwargs or {}
         require_tools_read(self.tokenizer.get_chat_template(tools=kwargs.get("tools")), joined, kwargs, f"{where}: ")
-        try:
-            text = self.tokenizer.apply_chat_template(joined, tokenize=False, **options, **kwargs)
-        except Exception as error:  # a template raises what it likes, jinja2's errors most often
-            problem = " ".join(str(error).split())
-            raise InputError(f"{where}: the chat template refuses the messages: {problem}") from error
-        return cast(str, text)
+        with template_refusals(f"{where}: "):
+            return cast(str, self.tokenizer.apply_chat_template(joined, tokenize=False, **options, **kwargs))
 
     def _rest(self, text: str, prompt: Prompt, where: str) -> str:
         """What follows the prompt in the text of a whole conversation."""

@@ -1,4 +1,4 @@
-"""The data of an online run: training prompts in order, held-out prompts, all as token ids."""
+"""Reads data sets of prompts as token ids, and parts the rows of any data set into training and held-out ones."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taurl.llm.data.chat import PromptFormat, encode_prompt
+from taurl.llm.data.completion_ids import Conversations
 from taurl.llm.data.datasets import (
     Rows,
     check_prompts,
@@ -20,7 +20,6 @@ from taurl.llm.data.datasets import (
     prepare_rows,
     split,
 )
-from taurl.llm.data.row_forms import template_options
 from taurl.llm.models.heads import context_length
 from taurl.runtime.errors import InputError, located
 
@@ -29,29 +28,23 @@ from taurl.runtime.errors import InputError, located
 class PromptReader:
     """How data rows are read and their prompts turned into token ids."""
 
-    tokenizer: PreTrainedTokenizerBase
+    conversations: Conversations
     context: int | None
     max_tokens: int
     arguments: Mapping[str, Any]
     columns: Mapping[str, str]
     answer_after: str | None
-    system_prompt: str | None
-    prompt_format: PromptFormat
-    chat_template_kwargs: Mapping[str, Any]
 
     @classmethod
     def of(cls, settings: Any, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Self:
         """A reader with the settings of a config that has all of these by the same names."""
         return cls(
-            tokenizer=tokenizer,
+            conversations=Conversations.of(settings, tokenizer),
             context=context_length(model),
             max_tokens=settings.max_tokens,
             arguments=settings.dataset_args,
             columns=settings.columns,
             answer_after=settings.answer_after,
-            system_prompt=settings.system_prompt,
-            prompt_format=settings.prompt_format,
-            chat_template_kwargs=settings.chat_template_kwargs,
         )
 
     def read(self, source: object, limit: int | None = None, *, distinct: bool = False) -> "Prompts":
@@ -78,19 +71,13 @@ class PromptReader:
         return self if not isinstance(source, str) or is_task(source) else replace(self, arguments={})
 
     def _encode(self, row: Mapping[str, Any], index: int) -> list[int]:
-        with located(f"row {index + 1} of the data"):
-            options = template_options(row)
-        ids = encode_prompt(
-            row["prompt"],
-            self.tokenizer,
-            system_prompt=self.system_prompt,
-            prompt_format=self.prompt_format,
-            chat_template_kwargs={**self.chat_template_kwargs, **options},
-            row=index,
-        )
+        where = f"row {index + 1} of the data"
+        with located(where):
+            conversations = self.conversations.of_row(row)
+        ids = conversations.prompt(row["prompt"], where)
         if self.context and len(ids) + self.max_tokens > self.context:
             raise InputError(
-                f"row {index + 1} of the data: its prompt has {len(ids)} tokens; with max_tokens {self.max_tokens} "
+                f"{where}: its prompt has {len(ids)} tokens; with max_tokens {self.max_tokens} "
                 f"that is more than the model's context of {self.context}: shorten it or lower max_tokens"
             )
         return ids
