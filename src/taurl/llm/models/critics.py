@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from taurl.llm.models.heads import body, causal_lm
-from taurl.llm.models.loading import Head, load_model, resolve_model
+from taurl.llm.models.loading import load_model, resolve_model, written_head
 from taurl.llm.models.policies import Policy, share_weights, switch_off_dropout
-from taurl.llm.rewards.model import written_head
 from taurl.runtime.errors import InputError
 
 ADAPTER = "critic"
@@ -114,7 +113,9 @@ def make_critic(
     if kind == "copy":
         trunk = copy.deepcopy(body(model)).requires_grad_(True)
     else:
-        start: Any = load_start(kind, dtype=model.dtype) if isinstance(kind, str) else kind
+        start: Any = kind
+        if isinstance(kind, str):  # a reward model comes with its head
+            start = load_model(kind, dtype=model.dtype, head=written_head(Path(resolve_model(kind)))[0])
         head = started_head(start, policy, dtype)
         trunk = started_trunk(start, policy)
     trunk.to(device=model.device, dtype=model.dtype)
@@ -124,16 +125,6 @@ def make_critic(
         trunk.enable_input_require_grads()
     trunk.train(gradient_checkpointing)
     return Critic(head, trunk)
-
-
-def load_start(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    """A reward model with its head where the folder holds one, else a causal language model."""
-    head: Head
-    try:
-        head = written_head(Path(resolve_model(name)))
-    except InputError:  # not a reward model; what it is instead, loading will tell
-        head = "language"
-    return load_model(name, dtype=dtype, head=head)
 
 
 def started_trunk(start: Any, policy: Policy) -> Any:

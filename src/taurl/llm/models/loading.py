@@ -34,7 +34,12 @@ HEAD_CLASSES: dict[Head, tuple[Any, dict[str, Any]]] = {
     "sequence": (AutoModelForSequenceClassification, {"num_labels": 1}),
     "token": (AutoModelForTokenClassification, {"num_labels": 1}),
 }
-SCORE_KINDS = ("ForSequenceClassification", "ForTokenClassification", "SEQ_CLS", "TOKEN_CLS")
+SCORE_KINDS: dict[str, Head] = {
+    "ForSequenceClassification": "sequence",
+    "ForTokenClassification": "token",
+    "SEQ_CLS": "sequence",  # peft's names
+    "TOKEN_CLS": "token",
+}
 SCORE_HEADS = ("score.", "classifier.")  # how the architectures call a layer that gives scores
 HOW_TO_NAME = f"give a folder, '{embedded.NAME}' or a hub name (owner/name)"
 
@@ -133,7 +138,7 @@ def load_model(
     """
     quantization = _four_bits(dtype, torch.device(device)) if in_4bit else {}
     path = resolve_model(str(name_or_path))
-    if head == "language" and gives_scores(Path(path)):
+    if head == "language" and written_head(Path(path))[0] != "language":
         raise InputError(f"model '{name_or_path}' gives scores, it is a reward model; give a language model here")
     if is_adapter(path):
         if in_4bit:
@@ -166,15 +171,23 @@ def load_model(
     return cast(PreTrainedModel, model.eval() if in_4bit else model.eval().to(device))
 
 
-def gives_scores(folder: Path) -> bool:
-    """Whether a model folder says that what it holds scores sequences or tokens."""
-    file = folder / ("adapter_config.json" if is_adapter(folder) else "config.json")
+def written_head(folder: Path) -> tuple[Head, str]:
+    """What the model in a folder ends in, and what its configuration says that it is.
+
+    One that cannot be read passes for a language model: who loads it says what is wrong.
+    """
+    adapter = is_adapter(folder)
     try:
+        file = folder / ("adapter_config.json" if adapter else "config.json")
         written = json.loads(file.read_text(encoding="utf-8"))
-        names = [str(written.get("task_type")), *map(str, written.get("architectures") or [])]
-    except (OSError, ValueError, AttributeError):
-        return False  # who loads it says what is wrong
-    return any(name.endswith(SCORE_KINDS) for name in names)
+        names = [str(written.get("task_type"))] if adapter else [*map(str, written.get("architectures") or [])]
+        own_head = {"score", "classifier"} & set((adapter and written.get("modules_to_save")) or ())
+    except (OSError, ValueError, AttributeError, TypeError):
+        return "language", "of a kind that cannot be read"
+    heads = [head for name in names for ending, head in SCORE_KINDS.items() if name.endswith(ending)]
+    if names == ["None"] and own_head:  # an adapter that does not say its task, but brings a head
+        heads = ["sequence"]
+    return heads[0] if heads else "language", ", ".join(names)
 
 
 def _four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

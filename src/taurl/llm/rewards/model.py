@@ -141,29 +141,14 @@ class ModelReward:
 
 
 def loaded(name: str, folder: Path, device: str, precision: str) -> Any:
-    """The reward model in a folder."""
-    from taurl.llm.models.loading import load_model
+    """The reward model in a folder. Raises: InputError if it holds none."""
+    from taurl.llm.models.loading import load_model, written_head
     from taurl.runtime.machine import choose_device, choose_precision
 
+    head, kind = written_head(folder)
+    if head == "language":
+        raise InputError(f"'{folder}' is no reward model (it is {kind}); train one with taurl llm reward")
     place = choose_device(device)
     if precision == "auto" and place.type == "cpu":
         precision = "float32"
-    return load_model(name, dtype=choose_precision(precision, place), device=place, head=written_head(folder))
-
-
-def written_head(folder: Path) -> Any:
-    """Which kind of reward model a folder holds, by its configuration. Raises: InputError if it holds none."""
-    adapter, config = folder / "adapter_config.json", folder / "config.json"
-    try:
-        written = json.loads((adapter if adapter.is_file() else config).read_text(encoding="utf-8"))
-        names = [str(written.get("task_type"))] if adapter.is_file() else list(written.get("architectures") or [])
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"model folder '{folder}': its configuration cannot be read") from error
-    for ending, head in (("ForSequenceClassification", "sequence"), ("ForTokenClassification", "token")):
-        if any(name.endswith(ending) for name in names):
-            return head
-    if names in (["SEQ_CLS"], ["TOKEN_CLS"]):
-        return "sequence" if names == ["SEQ_CLS"] else "token"
-    if names == ["None"] and {"score", "classifier"} & set(written.get("modules_to_save") or ()):
-        return "sequence"  # an adapter that does not say its task, but brings a head
-    raise InputError(f"'{folder}' is no reward model (it is {', '.join(names)}); train one with taurl llm reward")
+    return load_model(name, dtype=choose_precision(precision, place), device=place, head=head)
