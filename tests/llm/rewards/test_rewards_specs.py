@@ -7,8 +7,14 @@ import sys
 import pytest
 
 from taurl.llm import rewards
-from taurl.llm.rewards import resolve
+from taurl.llm.rewards.specs import callable_name, load, parse
 from taurl.runtime.errors import InputError
+
+
+def resolve(spec):
+    """Name and function, as a RewardSet takes them."""
+    source = parse(spec) if isinstance(spec, str) else spec
+    return source.name if isinstance(spec, str) else callable_name(source), load(source)
 
 
 def refusal(spec):

@@ -8,7 +8,6 @@ from taurl.llm.rewards.answers import last_number, math_verify, reasoning_gym
 from taurl.llm.rewards.model import reward_model
 from taurl.llm.rewards.penalties import overlong_penalty, repetition_penalty
 from taurl.llm.rewards.reward_set import RewardSet, Scores
-from taurl.llm.rewards.specs import resolve
 from taurl.llm.rewards.text import tagged_answer, text_of
 from taurl.llm.rewards.xml_format import (
     correctness_reward_func,
@@ -44,7 +43,6 @@ __all__ = [
     "overlong_penalty",
     "reasoning_gym",
     "repetition_penalty",
-    "resolve",
     "reward_model",
     "soft_format_reward_func",
     "strict_format_reward_func",

@@ -53,7 +53,7 @@ class RewardSet:
     they keep between batches (HTTP clients) stays usable.
 
     Args:
-        functions: functions, what `resolve` understands, or models that give scores.
+        functions: functions, what `specs.parse` understands, or models that give scores.
         weights: one for each function; 1 if not given.
         timeout: seconds for one call of an async function, which must not block its loop, and of a synchronous one if
             it runs in the worker process. None: no limit.

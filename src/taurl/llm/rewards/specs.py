@@ -34,23 +34,15 @@ class Spec:
     """Keyword arguments for a factory, where the spec ends in parentheses."""
 
 
-def resolve(spec: str | Callable[..., Any]) -> tuple[str, Callable[..., Any]]:
-    """The name and the function of a reward.
+def parse(spec: str) -> Spec:
+    """Split a written spec.
 
     Args:
-        spec: `package.module:function`, `path/to/file.py:function`, a shipped name such as `last_number`, any of these
-            with settings in parentheses (`overlong_penalty(max_tokens=64, buffer=16)`: the function is called with them
-            and must return the reward function; literals only, nothing is evaluated), or a callable as it is.
-    Raises: InputError where nothing usable is found, or the user's file fails when it is executed.
+        spec: `package.module:function`, `path/to/file.py:function`, a shipped name such as `last_number`, or any of
+            these with settings in parentheses (`overlong_penalty(max_tokens=64, buffer=16)`: the function is called
+            with them and must return the reward function; literals only, nothing is evaluated).
+    Raises: InputError if it has none of these forms.
     """
-    if not isinstance(spec, str):
-        return callable_name(spec), load(spec)
-    parsed = parse(spec)
-    return parsed.name, load(parsed)
-
-
-def parse(spec: str) -> Spec:
-    """Split a written spec. Raises InputError if it has none of the known forms."""
     if spec.strip().startswith(PREFIX):
         spec = as_factory(spec)
     match = SPEC.fullmatch(spec.strip())
@@ -70,7 +62,10 @@ def parse(spec: str) -> Spec:
 
 
 def load(spec: Spec | Callable[..., Any]) -> Callable[..., Any]:
-    """The reward function itself. Raises InputError as `resolve` does."""
+    """The reward function itself, or a callable as it is.
+
+    Raises: InputError where nothing usable is found, or the user's file fails when it is executed.
+    """
     if not isinstance(spec, Spec):
         return _checked(spec, callable_name(spec), f"reward function {callable_name(spec)!r}")
     found = _found(spec.where, spec.name, "reward function")
