@@ -1,6 +1,5 @@
 """`taurl llm evaluate`: scores of a model on a data set."""
 
-import os
 import time
 from collections.abc import Sequence
 
@@ -27,7 +26,8 @@ def main(words: Sequence[str]) -> int:
     from taurl.llm.evaluation import described, evaluate, reward_columns
     from taurl.llm.generation import Completion
     from taurl.llm.inference import Model
-    from taurl.runtime.metrics import append_lines
+    from taurl.runtime.files import write_whole
+    from taurl.runtime.metrics import append_lines, json_line
 
     model = Model(config)
     prompts = PromptReader.of(config, model.tokenizer, model.model).read(config.dataset, limit=config.rows)
@@ -48,10 +48,8 @@ def main(words: Sequence[str]) -> int:
     finally:
         rewards.close()
     if config.out is not None:
-        scored = config.out.with_name(f".{config.out.name}.partial")
-        scored.unlink(missing_ok=True)
-        append_lines(scored, found.samples)
-        os.replace(scored, config.out)
+        lines = "".join(json_line(sample) + "\n" for sample in found.samples)
+        write_whole(config.out, lines.encode(errors="backslashreplace"))
     show(found.metrics, len(prompts), time.monotonic() - start)
     return 0
 

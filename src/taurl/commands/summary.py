@@ -12,9 +12,9 @@ from taurl.runtime.terminal import excerpt
 ANSWERS = 3
 
 
-def show_summary(run: Run, console: Console | None = None) -> None:
+def show_summary(run: Run) -> None:
     """Print before and after, wall time, and where everything is."""
-    console = console or Console()
+    console = Console()
     evaluations = [record for record in run.records() if any(key.startswith("eval/") for key in record)]
     if evaluations:
         console.print(scores(evaluations[0], evaluations[-1]))

@@ -212,11 +212,11 @@ def _layout(panel: Panel, lines: list[Line], step_name: str) -> dict[str, Any]:
     }
 
 
-def thin(points: Points, limit: int = MAXIMUM_POINTS) -> Points:
-    """At most `limit` points: the first, the last, and the lowest and highest of each stretch, so that peaks stay."""
-    if len(points) <= limit:
+def thin(points: Points) -> Points:
+    """At most MAXIMUM_POINTS: the first, the last, and the lowest and highest of each stretch, so that peaks stay."""
+    if len(points) <= MAXIMUM_POINTS:
         return points
-    buckets = max(1, (limit - 2) // 2)
+    buckets = max(1, (MAXIMUM_POINTS - 2) // 2)
     kept = {0, len(points) - 1}
     for bucket in range(buckets):
         stretch = range(bucket * len(points) // buckets, (bucket + 1) * len(points) // buckets)

@@ -13,6 +13,7 @@ from typing import Any
 from taurl.report.charts import MAXIMUM_POINTS, Section, sections
 from taurl.report.read import RunRecord, read_run
 from taurl.runtime.errors import RunError
+from taurl.runtime.metrics import finite
 
 PAIRS_SHOWN = 3  # answers before and after that are open from the start
 NAME = "report.html"
@@ -109,16 +110,8 @@ def _figures(curves: list[Section]) -> list[dict[str, Any]]:
 
 def embed(value: Any) -> str:
     """JSON that may stand inside a script element: no `<`, `>` or `&` can end it, no NaN that JSON does not know."""
-    text = json.dumps(_without_nan(value), separators=(",", ":"))  # ASCII: no line separators either
+    text = json.dumps(finite(value), separators=(",", ":"))  # ASCII: no line separators either
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def subtitle(run: RunRecord) -> str:

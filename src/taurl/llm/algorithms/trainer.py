@@ -119,7 +119,7 @@ class Trainer(ABC):
         self.device, dtype = choose_machine(run, keep_dtype=not isinstance(model, str))
         seed_everything(self.config.seed)
         self.set_up(dtype)
-        if getattr(self.config, "compile_layers", False):
+        if self.config.compile_layers:
             for trained in self.trained_models():
                 run.view.note(compile_layers(trained, self.device))
         self.restore()
@@ -275,13 +275,12 @@ class Trainer(ABC):
 
     def export(self, directory: str | Path) -> None:
         """Write a folder that `transformers` (with an adapter: `peft`) loads, as `Policy.export` says."""
-        merge = getattr(self.config, "merge_adapter", False)
-        self.policy.export(Path(directory), merge=merge, card=self.card())
+        self.policy.export(Path(directory), merge=self.config.merge_adapter, card=self.card())
 
     def card(self) -> str:
         """The model card of what `export` writes, with the figures there are so far."""
         records = [record for record in self.run.records() if record["step"] <= self.run.step]
-        alone = self.policy.exports_adapter(merge=getattr(self.config, "merge_adapter", False))
+        alone = self.policy.exports_adapter(merge=self.config.merge_adapter)
         records += [self.latest] if self.latest else []
         return model_card(self.algorithm, self.config, records, adapter=alone)
 

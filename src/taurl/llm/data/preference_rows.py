@@ -57,16 +57,6 @@ class JudgedRow:
     step_labels: list[float] = field(default_factory=list)
 
     @property
-    def chosen(self) -> list[int]:
-        """The better one of a pair."""
-        return self.completions[0]
-
-    @property
-    def rejected(self) -> list[int]:
-        """The worse one of a pair."""
-        return self.completions[1]
-
-    @property
     def longest(self) -> int:
         """Tokens of the prompt with its longest completion."""
         return len(self.prompt) + max(map(len, self.completions))
