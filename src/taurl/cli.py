@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def output_is_gone() -> bool:
-    """Whether who read the output wanted no more, as `head` does; what is still buffered is then let go."""
+    """Whether the reader of the output has gone, as `head` does; what is still buffered is then dropped."""
     try:
         sys.stdout.flush()  # again, which tells a broken standard output from another broken pipe
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""What `evaluate` and `generate` share: a progress bar while the answers come, and the file they go to."""
+"""What commands that answer or score share: a progress bar, and a look at the file that results go to."""
 
 from __future__ import annotations
 

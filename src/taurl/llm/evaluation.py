@@ -55,7 +55,7 @@ def summarized(
     scores: Scores,
     state: TrainerState,
 ) -> Evaluation:
-    """How rows did together that are scored already, by rewards of these names."""
+    """Summarise rows that are already scored, by rewards of these names."""
     metrics = {f"eval/{name}": value for name, value in reward_metrics(names, scores).items()}
     lengths = [completion.length for completion in completions]
     metrics["eval/completions/mean_length"] = float(np.mean(lengths))

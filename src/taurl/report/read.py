@@ -85,7 +85,7 @@ def read_run(run_directory: Path) -> RunRecord:
     run = RunRecord(run_directory.resolve().name, finished=False)
     run.config = _read_mapping(run_directory / "config.yaml", run.notices)
     for name in RUN_FILES:
-        # Who acts in an environment samples no text, nor does supervised training that generates nothing.
+        # No text is sampled by a run of the control half, nor by SFT without generate_rows.
         samples = not run.acts and run.config.get("generate_rows") != 0
         if (samples or name != "samples.jsonl") and not (run_directory / name).is_file():
             run.notices.append(f"{name} is missing, so the parts of this page that come from it are left out.")

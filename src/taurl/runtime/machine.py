@@ -18,7 +18,7 @@ from taurl.runtime.errors import InputError, RunError, reason
 # glibc's mallopt parameters (malloc.h) and the values that keep freed memory in the process.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 # oneDNN keeps a kernel, with its memory, for each shape of matrix product that it has seen, up to 1,024 by default.
-# Rows of ever other lengths fill that: 0.7 GB over 80 steps of the demo, and no measurable time saved over 64.
+# Rows of always new lengths fill that: 0.7 GB over 80 steps of the demo, and no measurable time saved over 64.
 KERNELS_KEPT = "64"
 KEEP_FREED_MEMORY = ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28))
 
@@ -42,8 +42,8 @@ def keep_freed_memory() -> bool:
 def give_back_free_memory() -> None:
     """Give the holes in glibc's heap back to the kernel, some 0.1 s for a few GB.
 
-    A process that keeps freed memory grows as blocks of ever other sizes leave holes between them; giving them back
-    every few steps takes off a good part of that. Does nothing on a C library without malloc_trim.
+    A process that keeps freed memory grows, as blocks of always new sizes leave holes between them; giving them back
+    every few steps saves a good part of that. Does nothing on a C library without malloc_trim.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

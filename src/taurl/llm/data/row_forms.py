@@ -97,8 +97,8 @@ def _has(row: Mapping[str, Any], column: str) -> bool:
 def question(row: Row) -> str:
     """What makes two rows the same question: the prompt, or what stands before the first answer of a conversation.
 
-    One that goes on is so held out with its beginning. Of token ids it is those before the first target; of a text,
-    and of a row that is not well formed, all of it.
+    So a conversation and its continuations are the same question. Of token ids it is those before the first target; of
+    a text, and of a row that is not well formed, all of it.
     """
     column = next((name for name in ("prompt", "messages", "conversations") if _has(row, name)), None)
     if column is None and _has(row, "input_ids"):

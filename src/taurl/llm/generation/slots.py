@@ -222,7 +222,10 @@ class Batch:
         return torch.from_numpy(np.stack(rows, 1)).to(self.device)
 
     def _draw(self, drafts: Sequence[Draft], logits: Tensor, numbers: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
-        """A token for each draft, `ahead` of those that it has taken by one more, and its log-probability."""
+        """A token and its log-probability for each row of logits, one a draft.
+
+        `drafts` and `ahead` tell the tests which draw it is: of the token at `len(draft.tokens) + ahead`.
+        """
         return draw(logits, numbers, self.sampling)
 
     def _take(self, drafts: Sequence[Draft], drawn: Sequence[tuple[Tensor, Tensor]]) -> list[int]:

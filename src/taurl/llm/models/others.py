@@ -48,7 +48,7 @@ def settle_judge(judge: Any, trained: list[Any], policy: Policy) -> str | None:
     It takes the policy's dtype for that where its own is wider: its base then is rounded as the policy's is.
 
     Args:
-        trained: the models that are.
+        trained: the models that gradients go through.
     Returns: what is shared, as a line to show; None where nothing could be.
     Raises: InputError where the judge is one of those that are trained.
     """
