@@ -85,7 +85,7 @@ def test_loss_and_gradient_are_those_of_a_plain_loop_over_the_episodes(tmp_path,
     given = []
     trainer.optimizer.update = lambda rate, episodes: given.append(episodes) or (0.0, trainer._loss(episodes)[1])
     trainer._update(rollout, 1)
-    loss, _ = trainer._loss(given[0])
+    loss, figures = trainer._loss(given[0])
     loss.backward()
     found = [parameter.grad.clone() for parameter in trainer.policy.actor.parameters()]
 
@@ -96,7 +96,7 @@ def test_loss_and_gradient_are_those_of_a_plain_loop_over_the_episodes(tmp_path,
     counted = [i for i in range(8) if not (masked and cut[i])]
     steps = sum(lengths[i] for i in counted)
     expected = torch.zeros(())
-    clipped = 0
+    clipped = divergence = 0
     for i in counted:
         group = returns[i // 4 * 4 : i // 4 * 4 + 4]
         mean = sum(group) / 4
@@ -108,10 +108,12 @@ def test_loss_and_gradient_are_those_of_a_plain_loop_over_the_episodes(tmp_path,
             ratio = torch.exp(logprob - rollout.logprobs[t, i])
             bounded = min(max(ratio, torch.tensor(0.9)), torch.tensor(1.3))
             clipped += not 0.9 < ratio < 1.3
+            divergence += ratio.item() - 1 - math.log(ratio.item())  # k3, of steps that the policy before drew
             gain = torch.minimum(ratio * advantage, bounded * advantage)
             share = {"grpo": len(counted) * lengths[i], "dapo": steps, "dr_grpo": len(counted) * 6}[loss_type]
             expected = expected - gain / share
     assert clipped > 3
+    assert figures["train/approx_kl"].item() == pytest.approx(divergence / steps, rel=1e-3)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     for one, other in zip(found, torch.autograd.grad(expected, trainer.policy.actor.parameters()), strict=True):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-6)

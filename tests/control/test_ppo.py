@@ -277,6 +277,9 @@ def test_the_written_gradient_is_that_of_the_loss(space, activation, value_clip,
     written = trainer.optimizer.gradient.clone()
     loss, figures = trainer._loss(actor(batch.observations), critic(batch.observations), batch, Clips(0.2, value_clip))
     assert 0 < figures["train/clip_fraction"] < 1
+    log_ratios = trainer.policy.distribution.logprobs(actor(batch.observations), batch.actions) - batch.logprobs
+    divergence = (log_ratios.exp() - 1 - log_ratios).mean().detach()  # k3, of steps that the policy before drew
+    torch.testing.assert_close(figures["train/approx_kl"], divergence, rtol=1e-4, atol=1e-6)
     expected = torch.autograd.grad(loss, list(trainer.optimizer.named.values()))
     torch.testing.assert_close(written, torch.cat([one.flatten() for one in expected]), rtol=1e-4, atol=1e-6)
 
