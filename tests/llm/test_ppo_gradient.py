@@ -467,7 +467,7 @@ def test_tokens_have_the_advantages_that_control_gives_the_same_trajectory(tmp_p
         if not length:
             continue
         values = estimates.values[row, :length, None]
-        cut = bool(collected.truncated[row]) and truncated == "bootstrap"
+        cut = bool(collected.rollout.truncated[row]) and truncated == "bootstrap"
         last = torch.arange(length)[:, None] == length - 1
         advantages = generalized_advantage(
             estimates.rewards[row, :length, None],
