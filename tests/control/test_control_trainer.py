@@ -13,6 +13,7 @@ from taurl.control.algorithms.trpo import TRPO
 from taurl.control.evaluation import evaluation_seed
 from taurl.control.tables import Table
 from taurl.control.updates import FlatAdam
+from taurl.runtime.errors import InputError
 
 SMALL = {"environments": 4, "rollout_steps": 16, "minibatch_size": 64, "record_every": 64, "eval_episodes": 4}
 
@@ -95,3 +96,13 @@ def test_the_best_evaluation_is_known_again_on_resume_and_none_of_what_is_done_a
     resumed = PPO.resume(tmp_path / "run", env=Growing)
     assert resumed.run.step == 128
     assert resumed.best == means[128]
+
+
+def test_settings_may_change_by_name_on_resume(tmp_path):
+    config = PPOConfig(env="CartPole-v1", out=tmp_path / "run", steps=128, environments=2, rollout_steps=32)
+    PPO(config=config.model_copy(update={"eval_episodes": 0})).train()
+    assert PPO.resume(tmp_path / "run", steps=256).train().run.step >= 256
+    with pytest.raises(InputError, match=r"discount was .* and cannot become"):
+        PPO.resume(tmp_path / "run", discount=0.5)
+    with pytest.raises(TypeError, match="'stepz', expected env or settings"):
+        PPO.resume(tmp_path / "run", stepz=1)

@@ -29,7 +29,7 @@ from taurl.control.updates import FlatAdam
 from taurl.runtime.config import read_config
 from taurl.runtime.directory import require_algorithm, write_folder
 from taurl.runtime.errors import InputError, one_line
-from taurl.runtime.given import require_given_again
+from taurl.runtime.given import own_config, require_given_again, with_changes
 from taurl.runtime.machine import peak_memory_gb, set_threads
 from taurl.runtime.run import GIVEN, Callback, Record, Run, Stateful, Step
 from taurl.runtime.seeding import seed_everything
@@ -69,7 +69,7 @@ class Trainer(ABC):
         *,
         callbacks: Sequence[Callback] = (),
     ):
-        config = self._with_copies(self._own(config or self.config_class()), env)
+        config = self._with_copies(own_config(config or self.config_class(), self.config_class), env)
         if isinstance(env, str):
             config = config.model_copy(update={"env": env})
         run = Run.start(config, algorithm=self.algorithm, headline=HEADLINE)
@@ -85,23 +85,25 @@ class Trainer(ABC):
         *,
         env: EnvironmentLike | None = None,
         callbacks: Sequence[Callback] = (),
+        **changes: Any,
     ) -> Self:
-        """Go on with a run; an environment that it was given as an object or function is given again."""
+        """Go on with a run; an environment that it was given as an object or function is given again.
+
+        Args:
+            config: all settings to go on with, by default those of the run.
+            changes: settings that change, by name (`steps=200_000`).
+        Raises: InputError for a change that would alter steps already taken.
+        """
+        if unknown := changes.keys() - cls.config_class.model_fields:
+            raise TypeError(f"resume() got {', '.join(map(repr, sorted(unknown)))}, expected env or settings")
         require_algorithm(Path(directory), cls.algorithm)
-        config = cls._with_copies(cls._own(config or read_config(Path(directory), cls.config_class)), env)
+        config = own_config(config or read_config(Path(directory), cls.config_class), cls.config_class)
+        config = cls._with_copies(with_changes(config, changes), env)
         run = Run.resume(Path(directory), config, headline=HEADLINE)
         require_given_again(run, [] if env is None else ["env"])
         trainer = cls.__new__(cls)
         trainer._begin(run, env, callbacks)
         return trainer
-
-    @classmethod
-    def _own(cls, config: object) -> ControlConfig:
-        """The config, if it is one of this algorithm. Raises: InputError for any other."""
-        if not isinstance(config, cls.config_class):
-            found, expected = (f"{kind.__module__}.{kind.__qualname__}" for kind in (type(config), cls.config_class))
-            raise InputError(f"config is a {found}, expected a {expected}")
-        return config
 
     @classmethod
     def _with_copies(cls, config: ControlConfig, env: object) -> ControlConfig:

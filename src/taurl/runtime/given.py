@@ -1,9 +1,28 @@
-"""What a run was given from Python as objects, which no directory can hold: they are asked for again on resume."""
+"""What a run was given from Python: configs, changed settings, and objects, which are asked for again on resume."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
+from taurl.runtime.config import RunConfig, validated
 from taurl.runtime.errors import InputError
 from taurl.runtime.run import GIVEN, Run
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def own_config(config: object, kind: type[Config]) -> Config:
+    """The config, if it is of this class. Raises: InputError for that of another algorithm, or of none."""
+    if not isinstance(config, kind):
+        found, expected = (f"{one.__module__}.{one.__qualname__}" for one in (type(config), kind))
+        raise InputError(f"config is a {found}, expected a {expected}")
+    return config
+
+
+def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A config with some settings changed. Raises: InputError for values that do not fit, alone or together."""
+    if not changes:
+        return config
+    return validated(type(config), config.model_dump() | dict(changes), source="given from Python")
 
 
 def require_given_again(run: Run, objects: Iterable[str]) -> None:

@@ -20,10 +20,10 @@ from taurl.llm.models.loading import load_outline
 from taurl.llm.models.model_card import model_card
 from taurl.llm.models.policies import Policy, tokenizer_of
 from taurl.llm.rewards import RewardSet
-from taurl.runtime.config import TrainingConfig, read_config, validated
+from taurl.runtime.config import TrainingConfig, read_config
 from taurl.runtime.directory import require_algorithm, write_folder
 from taurl.runtime.errors import InputError
-from taurl.runtime.given import require_given_again
+from taurl.runtime.given import own_config, require_given_again, with_changes
 from taurl.runtime.machine import out_of_memory_names, peak_memory_gb
 from taurl.runtime.optimization import Optimizer
 from taurl.runtime.run import GIVEN, Callback, Record, Run, Stateful, Step
@@ -60,9 +60,8 @@ class Trainer(ABC):
 
     def start(self, config: TrainingConfig | None, callbacks: Sequence[Callback], **given: Any) -> None:
         """A new run with a config and with what was given by name or as an object."""
-        if config is not None:
-            self._require_own(config)
-        config, objects = separate(config or self.config_class(), **given)
+        config = self.config_class() if config is None else own_config(config, self.config_class)
+        config, objects = separate(config, **given)
         run = Run.start(with_whole_paths(config), algorithm=self.algorithm, headline=self.headline)
         run.environment[GIVEN] = sorted(objects)
         self._begin(run, objects, callbacks)
@@ -88,27 +87,18 @@ class Trainer(ABC):
             if name not in cls.takes and name not in fields:
                 raise TypeError(f"resume() got {name!r}, which is neither a setting nor one of {', '.join(cls.takes)}")
         if config is not None:
-            cls._require_own(config)
+            own_config(config, cls.config_class)
         require_algorithm(Path(directory), cls.algorithm)
         stored = read_config(Path(directory), cls.config_class)
         if config is not None and config.steps == 0:  # left to the epochs: as many as the run found them to be
             config = config.model_copy(update={"steps": stored.steps})
-        config = config or stored
-        if changed := {name: given.pop(name) for name in tuple(given) if name not in cls.takes}:
-            config = validated(cls.config_class, config.model_dump() | changed, source="given from Python")
-        config, objects = separate(config, **given)
+        changes = {name: given.pop(name) for name in tuple(given) if name not in cls.takes}
+        config, objects = separate(with_changes(config or stored, changes), **given)
         run = Run.resume(Path(directory), with_whole_paths(config), headline=cls.headline)
         require_given_again(run, objects)
         trainer = cls.__new__(cls)
         trainer._begin(run, objects, callbacks)
         return trainer
-
-    @classmethod
-    def _require_own(cls, config: Any) -> None:
-        """Raises: InputError for the config of another algorithm, or of the other half of the library."""
-        if not isinstance(config, cls.config_class):
-            found, expected = (f"{kind.__module__}.{kind.__name__}" for kind in (type(config), cls.config_class))
-            raise InputError(f"config is a {found}, expected a {expected}")
 
     def _begin(self, run: Run, objects: dict[str, Any], callbacks: Sequence[Callback]) -> None:
         self.run, self.config, run.callbacks, self._objects = run, run.config, callbacks, objects
