@@ -234,6 +234,7 @@ def test_online_the_reference_is_the_model_at_first_or_the_one_that_is_given(con
         assert (first["loss"] == pytest.approx(np.log(2), rel=1e-6)) == (reference is None)
         assert (first["rewards/margins"] == 0) == (reference is None)
         assert second["rewards/margins"] != 0
+        assert 0 < first["sampling/logp_difference_mean"] < 1e-5
         margins.append(second["rewards/margins"])
     assert margins[0] != margins[1]
 

@@ -1,5 +1,6 @@
 """What is read from a run directory, whole or damaged, and which samples are chosen."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +55,15 @@ def test_a_missing_file_is_named_and_the_rest_is_read(make_run: MakeRun, name: s
 @pytest.mark.parametrize(("rows", "missed"), [(0, 0), (5, 1)])
 def test_supervised_training_that_generates_nothing_misses_no_samples(make_run: MakeRun, rows: int, missed: int):
     run = read_run(make_run(samples_jsonl=None, config_yaml=f"generate_rows: {rows}\n"))
+    assert sum("samples.jsonl is missing" in notice for notice in run.notices) == missed
+
+
+@pytest.mark.parametrize(
+    ("rewards", "given", "missed"), [("[]", [], 0), ("[last_number]", [], 1), ("[]", ["dataset", "rewards"], 1)]
+)
+def test_pairs_that_are_given_are_no_samples(make_run: MakeRun, rewards: str, given: list[str], missed: int):
+    facts = json.dumps({"algorithm": "dpo", "given_from_python": given})
+    run = read_run(make_run(samples_jsonl=None, config_yaml=f"rewards: {rewards}\n", environment_json=facts))
     assert sum("samples.jsonl is missing" in notice for notice in run.notices) == missed
 
 

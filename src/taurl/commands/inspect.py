@@ -12,7 +12,7 @@ from rich.text import Text
 
 from taurl.commands.options import parse
 from taurl.llm.inference_config import InspectConfig
-from taurl.runtime.errors import InputError
+from taurl.runtime.errors import InputError, located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ def main(words: Sequence[str]) -> int:
 
 def versions(reader: RowReader, row: Row, number: int, counts: Counter[str]) -> Iterator[tuple[str, TokenRow]]:
     """What a row is trained as, with a title for each: one token row, several, or none if it is dropped."""
-    from taurl.llm.data.chat import encode_prompt
+    from taurl.llm.data.completion_ids import Conversations
     from taurl.llm.data.preference_rows import with_prompt, with_question_as_prompt
     from taurl.llm.data.token_rows import TokenRow
 
@@ -72,15 +72,10 @@ def versions(reader: RowReader, row: Row, number: int, counts: Counter[str]) -> 
         for place, shown in enumerate(parts, start=1):
             yield f", part {place} of {len(parts)}" if len(parts) > 1 else "", shown
     else:
-        settings = reader.settings
-        ids = encode_prompt(
-            row.get("prompt"),  # type: ignore[arg-type]  # what is wrong with it is said there
-            reader.tokenizer,
-            system_prompt=settings.system_prompt,
-            prompt_format=settings.prompt_format,
-            chat_template_kwargs=settings.chat_template_kwargs,
-            where=f"row {number} of the data",
-        )
+        where = f"row {number} of the data"
+        with located(where):
+            conversations = Conversations.of(reader.settings, reader.tokenizer).of_row(row)
+        ids = conversations.prompt(row.get("prompt"), where)  # type: ignore[arg-type]  # what is wrong is said there
         yield ", prompt alone", TokenRow(ids, [False] * len(ids))
 
 

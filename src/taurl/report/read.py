@@ -84,12 +84,12 @@ def read_run(run_directory: Path) -> RunRecord:
         )
     run = RunRecord(run_directory.resolve().name, finished=False)
     run.config = _read_mapping(run_directory / "config.yaml", run.notices)
+    run.environment = _read_mapping(run_directory / "environment.json", run.notices)
     for name in RUN_FILES:
-        # No text is sampled by a run of the control half, nor by SFT without generate_rows.
-        samples = not run.acts and run.config.get("generate_rows") != 0
+        # No text is sampled by a run of the control half, by SFT without generate_rows, nor by DPO on given answers.
+        samples = not (run.acts or run.config.get("generate_rows") == 0 or _learns_from_given_answers(run))
         if (samples or name != "samples.jsonl") and not (run_directory / name).is_file():
             run.notices.append(f"{name} is missing, so the parts of this page that come from it are left out.")
-    run.environment = _read_mapping(run_directory / "environment.json", run.notices)
     run.metrics = _read_metrics(run_directory / "metrics.jsonl", run.notices)
     # A run that was given more steps still has the `final/` of the fewer ones.
     steps, last = run.config.get("steps"), max(run.metrics, default=0)
@@ -98,6 +98,11 @@ def read_run(run_directory: Path) -> RunRecord:
     run.samples = read_samples(run_directory / "samples.jsonl", run.notices)
     run.pictures = _read_pictures(run_directory / "artifacts", run.notices)
     return run
+
+
+def _learns_from_given_answers(run: RunRecord) -> bool:
+    sampled = run.config.get("rewards") or "rewards" in run.environment.get("given_from_python", ())
+    return run.environment.get("algorithm") == "dpo" and not sampled
 
 
 def _reached(run: RunRecord) -> bool:

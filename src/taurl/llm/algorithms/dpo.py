@@ -56,11 +56,13 @@ class Batch:
         reference: float [N, K], their log-probabilities under the reference; zeros where no loss needs one.
         desirable: bool [N], of single answers; None for pairs. A second answer is then one that belongs to another
             prompt.
+        sampler: float [N, 2, L], the log-probabilities that the sampler drew with, where it drew from what is trained.
     """
 
     answers: AnswerBatch
     reference: Tensor
     desirable: Tensor | None = None
+    sampler: Tensor | None = None
 
     @property
     def trained(self) -> AnswerBatch:
@@ -200,16 +202,15 @@ class DPO(OnlineTrainer):
         figures = {**samples.figures(rewards, step.times), "pairs": len(pairs)}
         if not pairs:
             return None, figures
-        answers = AnswerBatch.of(
-            [rollout.prompts[prompt] for prompt in pairs],
-            [
-                [rollout.completions[prompt * config.group_size + place].tokens for place in pair]
-                for prompt, pair in pairs.items()
-            ],
-            self.device,
-        )
+        chosen = [[prompt * config.group_size + place for place in pair] for prompt, pair in pairs.items()]
+        tokens = [[rollout.completions[row].tokens for row in pair] for pair in chosen]
+        answers = AnswerBatch.of([rollout.prompts[prompt] for prompt in pairs], tokens, self.device)
+        drawn = None
+        if config.temperature == 1:
+            rows = torch.tensor(chosen, device=self.device)
+            drawn = rollout.sampler_logprobs[rows, : answers.tokens.shape[2]]
         with step.phase("reference", "asking the reference"):
-            return Batch(answers, self.reference.sampled(answers)), figures
+            return Batch(answers, self.reference.sampled(answers), sampler=drawn), figures
 
     def _update(self, batch: Batch | None, step: int) -> Record:
         """One optimiser update on the mean loss of the batch; without a batch the gradient is 0."""
@@ -221,9 +222,13 @@ class DPO(OnlineTrainer):
                 objective = self._objective(batch, self._first_pass(batch, len(parts)))
                 logprobs = torch.zeros_like(batch.reference[:, : batch.trained.count])
                 for part in parts:
-                    current, entropies = part_logprobs(self.policy.model, part, excess_weight=self.config.excess_weight)
+                    weight = self.config.excess_weight
+                    current, of_tokens, entropies = part_logprobs(self.policy.model, part, excess_weight=weight)
                     logprobs[part.rows] = current.detach()
                     tally.add(part.mask, {"entropy": entropies})
+                    if batch.sampler is not None:
+                        drawn = batch.sampler[part.rows, :, : of_tokens.shape[2]]
+                        tally.add(part.mask, {"sampling/logp_difference_mean": (of_tokens - drawn).abs()})
                     backward(objective(part.rows, current))
                 figures = self._figures(batch, objective, logprobs)
         tally.updates.append(backward)

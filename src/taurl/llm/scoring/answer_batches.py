@@ -96,12 +96,12 @@ class AnswerPart:
     mask: Tensor
 
 
-def part_logprobs(model: Any, part: AnswerPart, *, excess_weight: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of each whole answer, each prompt forwarded once, and the entropy at each token.
+def part_logprobs(model: Any, part: AnswerPart, *, excess_weight: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each whole answer and of its tokens, each prompt forwarded once, and the entropies.
 
     Args:
         excess_weight: what tokens count that an answer has more than the shortest of its row (LD-DPO's α).
-    Returns: log-probabilities [n, K] with gradient, entropies [n, K, l].
+    Returns: log-probabilities of answers [n, K] and of tokens [n, K, l], with gradient; entropies [n, K, l].
     """
     n, count, length = part.tokens.shape
     tokens, mask = part.tokens.reshape(n * count, length), part.mask.reshape(n * count, length)
@@ -112,7 +112,7 @@ def part_logprobs(model: Any, part: AnswerPart, *, excess_weight: float = 1.0) -
     else:
         shortest = part.mask.sum(2).amin(1).repeat_interleave(count)
         sums = length_desensitized_logprobs(logprobs, mask, shortest, alpha=excess_weight)
-    return sums.view(n, count), entropies.view(n, count, length)
+    return sums.view(n, count), logprobs.view(n, count, length), entropies.view(n, count, length)
 
 
 @torch.no_grad()
@@ -122,6 +122,6 @@ def batch_logprobs(
     """Log-probabilities [N, K] of a whole batch, without gradient, part by part."""
     found: dict[int, Tensor] = {}
     for part in batch.parts(tokens_per_part, share_prompts=share_prompts):
-        sums, _ = part_logprobs(model, part, excess_weight=excess_weight)
+        sums, _, _ = part_logprobs(model, part, excess_weight=excess_weight)
         found |= dict(zip(part.rows.tolist(), sums, strict=True))
     return torch.stack([found[row] for row in range(len(batch))])
