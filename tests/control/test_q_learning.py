@@ -271,7 +271,7 @@ def same_tables(one, other):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("env", ["CliffWalking-v1", Hidden])
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path, rule, env):
-    settings = {**SAVING, "rule": rule, "eval_episodes": 0}
+    settings = {**SAVING, "rule": rule, "eval_episodes": 0, "video": False}
     whole, resumed = unbroken_and_resumed(
         QLearning, QLearningConfig, tmp_path, stop_after=1200, env=env, epsilon_end=0.5, **settings
     )
