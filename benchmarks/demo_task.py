@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from llm_speed.data import ROOT, user
 from llm_speed.sides import INSTALLED, OURS, SAME, Found, common_job, in_turn, parser
-from llm_speed.tables import publish
+from llm_speed.tables import publish, verdict
 
 from taurl.llm.data.datasets import PromptOrder, split
 from taurl.llm.data.reasoning_tasks import reasoning_rows
@@ -49,7 +49,8 @@ def main() -> None:
     }
     found = {name: runs[-1] for name, runs in in_turn(options, job).items()}
     title = f"Time to {options.goal:.2f} on the demo's task"
-    publish(options, title, job, [table(found, options.goal)], lambda axis: draw(axis, found, options.goal))
+    text = [table(found, options.goal), verdict(missed(found, options.goal))]
+    publish(options, title, job, text, lambda axis: draw(axis, found, options.goal))
 
 
 def question(row: Found) -> Found:
@@ -68,6 +69,19 @@ def table(found: dict[str, Found], goal: float) -> str:
             cells[5:] = f"{beyond}{seconds / ours[1]:.2f} ×", f"≥ {ASKED[name]:g} ×"
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def missed(found: dict[str, Found], goal: float) -> list[str]:
+    """What was not reached, each in words: the goal by taurl, or times the speed of a peer that got there as well."""
+    _, seconds, accuracy = found[OURS]["curve"][-1]
+    if accuracy < goal:
+        return [f"taurl came to {accuracy:.3f} in {seconds:.0f} s"]
+    ends = {name: run["curve"][-1] for name, run in found.items() if name != OURS}
+    return [
+        f"{end[1] / seconds:.2f} times the speed of {name}, {ASKED[name]:g} asked"
+        for name, end in ends.items()
+        if end[2] >= goal and end[1] / seconds < ASKED[name]
+    ]
 
 
 def draw(axis: Any, found: dict[str, Found], goal: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from llm_speed.data import read, user
 from llm_speed.heads import with_scalar_head
 from llm_speed.sides import Found, Job, Side, common_job, in_turn, median_seconds, parser, peak_gb
-from llm_speed.tables import bars, publish
+from llm_speed.tables import bars, publish, verdict
 
 from taurl.llm.models.loading import load_tokenizer, resolve_model
 
@@ -48,7 +48,7 @@ def main() -> None:
             with_scalar_head(job["model"], tokenizer, Path(folder, str(rank)), rank) for rank in (0, RANK)
         )
         found = in_turn(options, job, variants(options.epochs, whole, adapter))
-    publish(options, "PPO step", job, [table(found)], lambda axes: bars(axes, found), panels=2)
+    publish(options, "PPO step", job, [table(found), verdict(missed(found))], lambda axes: bars(axes, found), panels=2)
 
 
 def variants(epochs: int, whole: str, adapter: str) -> list[Side]:
@@ -87,6 +87,19 @@ def table(found: dict[str, list[Found]]) -> str:
             cells[7] = f"≤ {memory}" if memory else ""
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def missed(found: dict[str, list[Found]]) -> list[str]:
+    """The rows that take more than asked, each in words."""
+    said = []
+    for name, (base, seconds, memory) in ROWS.items():
+        times = median_seconds(found[name]) / median_seconds(found[base])
+        space = peak_gb(found[name]) / peak_gb(found[base])
+        if seconds and times > seconds:
+            said.append(f"{name}: {times:.2f} times the seconds of {base}, {seconds} asked")
+        if memory and space > memory:
+            said.append(f"{name}: {space:.2f} times the memory of {base}, {memory} asked")
+    return said
 
 
 if __name__ == "__main__":

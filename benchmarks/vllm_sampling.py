@@ -14,7 +14,7 @@ from typing import Any
 
 from llm_speed.data import read, user
 from llm_speed.sides import OURS, Found, Side, common_job, in_turn, parser
-from llm_speed.tables import publish
+from llm_speed.tables import publish, verdict
 
 from taurl.llm.data.chat import encode_prompt
 from taurl.llm.models.loading import load_tokenizer, resolve_model
@@ -37,7 +37,13 @@ def main() -> None:
     for row, (count, group, tokens) in ROWS.items():
         asked = {"kind": "sample", "prompts": prompts[:count], "group_size": group, "max_tokens": tokens}
         found[row] = in_turn(options, job | asked, [Side(OURS, "ours.py", Path(sys.executable)), engine])
-    publish(options, "Sampling against vLLM", job, [table(found)], lambda axis: draw(axis, found))
+    publish(
+        options,
+        "Sampling against vLLM",
+        job,
+        [table(found), verdict(missed(found))],
+        lambda axis: draw(axis, found),
+    )
 
 
 def rate(runs: list[Found]) -> float:
@@ -53,6 +59,12 @@ def table(found: dict[str, dict[str, list[Found]]]) -> str:
         ours, theirs = rate(runs[OURS]), rate(runs[VLLM])
         lines.append(f"| {row} | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} × | ≥ {ASKED:g} × |")
     return "\n".join(lines)
+
+
+def missed(found: dict[str, dict[str, list[Found]]]) -> list[str]:
+    """The rows that are not as fast as asked, each in words."""
+    ratios = {row: rate(runs[OURS]) / rate(runs[VLLM]) for row, runs in found.items()}
+    return [f"{row}: {ratio:.2f} times vLLM's, {ASKED:g} asked" for row, ratio in ratios.items() if ratio < ASKED]
 
 
 def draw(axis: Any, found: dict[str, dict[str, list[Found]]]) -> None:

@@ -108,3 +108,39 @@ def test_the_interval_is_wilsons():
     from preference import interval
 
     assert interval(0.5, 100) == "0.500 (0.404 to 0.596)"
+
+
+def test_the_demos_task_says_what_was_missed_of_peers_that_got_there():
+    from demo_task import missed
+
+    found = {
+        "taurl": {"curve": [(0, 0.0, 0.2), (10, 50.0, 0.6)]},
+        "TRL as installed": {"curve": [(10, 200.0, 0.61)]},  # got there, in 4 times the seconds
+        "TRL, same allocator": {"curve": [(10, 60.0, 0.4)]},  # did not: how much slower it is stays open
+    }
+    assert missed(found, 0.6) == ["4.00 times the speed of TRL as installed, 5 asked"]
+    assert missed(found, 0.7) == ["taurl came to 0.600 in 50 s"]
+
+
+def test_ppos_bounds_hold_for_what_each_row_is_compared_with():
+    from ppo import ROWS, missed
+
+    def side(seconds, peak):
+        return [{"seconds": [seconds], "peak_gb": peak}]
+
+    found = {"GRPO": side(10.0, 4.0), "GRPO, LoRA": side(5.0, 2.0)}
+    for name, measured in zip(ROWS, ((18.0, 9.0), (22.5, 9.0), (99.0, 2.7)), strict=True):
+        found[name] = side(*measured)
+    assert missed(found) == [
+        "PPO, critic, reference, reward model: 2.25 times the seconds of GRPO, 2.2 asked",
+        "PPO, LoRA, critic, reference, reward model: 1.35 times the memory of GRPO, LoRA, 1.3 asked",
+    ]
+
+
+def test_rows_slower_than_asked_beside_vllm_are_said():
+    from vllm_sampling import missed
+
+    def row(ours, theirs):
+        return {"taurl": [{"tokens": [ours], "seconds": [1.0]}], "vLLM": [{"tokens": [theirs], "seconds": [1.0]}]}
+
+    assert missed({"short": row(150, 100), "long": row(200, 100)}) == ["short: 1.50 times vLLM's, 2 asked"]

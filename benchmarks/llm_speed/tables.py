@@ -61,6 +61,11 @@ def missed(found: dict[str, list[Found]], target: Target) -> list[str]:
     return said
 
 
+def verdict(missed: list[str]) -> str:
+    """A line on the targets that were not reached; none where all were."""
+    return f"Missed: {'; '.join(missed)}." if missed else ""
+
+
 def pass_flops(run: Found, tokens: float, targets: float) -> float:
     """Of the matrix products that an update cannot do without: the body at every token, the head at the targets."""
     return PASS_FLOPS * (run["body_parameters"] * tokens + run["head_parameters"] * targets)
@@ -115,7 +120,7 @@ def finish(
 ) -> None:
     """The result of a comparison of steps: table, what was missed, with a profile, notes, and bars as the picture."""
     said = missed(found, target)
-    text = [table(found, target), f"Missed: {'; '.join(said)}." if said else "", *notes]
+    text = [table(found, target), verdict(said), *notes]
     if said and job["device"] == "cpu":
         text.append(profile(job))
     publish(options, title, job, text, lambda axes: bars(axes, found), panels=2)
