@@ -3,9 +3,9 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+
+from processes import Child
 
 from taurl.cli import main
 
@@ -14,15 +14,13 @@ STEPS = 16
 UNLIKE = ("seconds", "time/", "tokens_per_second", "memory/")
 
 
+def command(folder, words):
+    os.chdir(folder)
+    raise SystemExit(main(words))
+
+
 def start(words):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "taurl.cli", *words],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-    )
+    return Child(command, os.getcwd(), words)
 
 
 def records(run):
@@ -36,17 +34,16 @@ def records(run):
     return found
 
 
-def stop_at(process, run, step, number, delay=0.0):
-    """Send a signal once metrics.jsonl has a step; returns exit code and standard error."""
+def stop_at(child, run, step, number, delay=0.0):
+    """Send a signal once metrics.jsonl has a step; returns exit code and what was printed."""
     deadline = time.monotonic() + 60
     while not any(record["step"] >= step for record in records(run)):
-        assert process.poll() is None, process.stderr.read()
+        assert child.process.exitcode is None, child.wait()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     time.sleep(delay)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    return process.returncode, errors
+    child.signal(number)
+    return child.wait(timeout=60)
 
 
 def comparable(run):
@@ -87,7 +84,7 @@ def test_killed_terminated_and_interrupted_runs_resume_bit_for_bit(here, words):
     assert "taurl: SIGINT: stopped after step" in errors
     assert "Traceback" not in errors
 
-    assert start(resume).wait(timeout=120) == 0
+    assert start(resume).wait(timeout=120)[0] == 0
     assert comparable(run) == comparable(here / "whole")
     assert [r["step"] for r in records(run)] == list(range(STEPS + 1))
     for name in ("final/model.safetensors", f"checkpoints/step-{STEPS:06d}/optimizer.safetensors"):

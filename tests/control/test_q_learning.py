@@ -1,9 +1,8 @@
 """Tabular Q-learning and its kin: single updates by hand, what they converge to, and textbook results."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 
 import gymnasium
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from processes import Child
 from small_environments import Hidden, Showing, resetting_on_the_next_step, same_records, unbroken_and_resumed
 
 from taurl.control import evaluation
@@ -279,23 +279,18 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, rule, env):
     assert same_records(whole, resumed)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from taurl.control import QLearning, QLearningConfig
+def killed_at_2000(out, settings):
+    def kill(record):
+        if record["step"] >= 2000:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def kill(record):
-    if record["step"] >= 2000:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-QLearning("Taxi-v4", QLearningConfig(out=Path(sys.argv[1]), **eval(sys.argv[2])), callbacks=[kill]).train()
-"""
+    QLearning("Taxi-v4", QLearningConfig(out=out, **settings), callbacks=[kill]).train()
 
 
 def test_a_killed_run_that_is_resumed_equals_an_unbroken_one(tmp_path):
     settings = {**SAVING, "rule": "sarsa", "eval_episodes": 4}
-    code = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(settings)], check=False)
-    assert code.returncode == -signal.SIGKILL
+    code, _ = Child(killed_at_2000, tmp_path / "killed", settings).wait()
+    assert code == -signal.SIGKILL
     resumed = QLearning.resume(tmp_path / "killed")
     assert resumed.run.step == 1600
     resumed.train()

@@ -1,18 +1,12 @@
-"""A small algorithm that uses runtime/ as a wing does, and child processes that run it and can be killed.
+"""A small algorithm that uses runtime/ as a wing does.
 
 It fits a few weights, some of them bfloat16, to numbers drawn from every global generator: whatever a checkpoint
 forgets shows in its metrics.
 """
 
-import multiprocessing
-import os
 import random
-import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -106,49 +100,6 @@ def without_times(records: list[Record]) -> list[Record]:
         {name: value for name, value in record.items() if name != "seconds" and not name.startswith("time/")}
         for record in records
     ]
-
-
-# Children are forked from a server that has imported already what takes seconds (torch._dynamo comes with the first use
-# of an optimiser).
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["taurl.runtime.run", "taurl.runtime.optimization", "torch._dynamo", "tensorboard.summary.writer.record_writer"]
-)
-
-
-class Child:
-    """A process that runs a function; its exit code and its standard error are what a command line's would be."""
-
-    def __init__(self, function: Callable[..., None], *arguments: Any):
-        self.said, writes = CONTEXT.Pipe(duplex=False)  # a pipe, which no limit on files stops
-        self.process = CONTEXT.Process(target=_child, args=(writes, function, arguments), daemon=True)
-        self.process.start()
-        writes.close()
-
-    def signal(self, number: int) -> None:
-        os.kill(self.process.pid, number)
-
-    def wait(self, timeout: float = 30) -> tuple[int, str]:
-        self.process.join(timeout)
-        assert self.process.exitcode is not None, f"still running after {timeout} s"
-        with open(self.said.fileno(), "rb", closefd=False) as file:
-            return self.process.exitcode, file.read().decode()
-
-
-def _child(writes: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    for stream in (1, 2):
-        os.dup2(writes.fileno(), stream)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
-    code = 0
-    try:
-        function(*arguments)
-    except KeyboardInterrupt:
-        code = 130
-    except Exception as error:
-        code = getattr(error, "exit_code", 99)
-        print(f"taurl: {error}", file=sys.stderr) if code != 99 else traceback.print_exc()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def lines_of(path: Path) -> int:

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from counting_algorithm import Child
+from processes import Child
 
 from taurl.runtime.checkpoints import (
     checkpoint_steps,

@@ -7,14 +7,8 @@ import signal
 import time
 
 import pytest
-from counting_algorithm import (
-    Child,
-    lines_of,
-    new,
-    resumed,
-    start_or_resume,
-    wait_for_lines,
-)
+from counting_algorithm import lines_of, new, resumed, start_or_resume, wait_for_lines
+from processes import Child
 from test_runtime_run import assert_same_end
 
 from taurl.runtime.checkpoints import checkpoint_steps

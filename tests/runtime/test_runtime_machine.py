@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import threadpoolctl
 import torch
-from counting_algorithm import Child
+from processes import Child
 
 from taurl.runtime import machine
 from taurl.runtime.errors import InputError, RunError
 from taurl.runtime.machine import (
     choose_device,
     choose_precision,
+    cores,
     describe_machine,
     free_memory_gb,
     keep_freed_memory,
@@ -61,7 +62,7 @@ def test_a_matrix_product_takes_time():
     assert 0 < matrix_product_seconds(torch.float32, CPU, size=64) < 1
 
 
-def test_threads():
+def test_threads(monkeypatch):
     """Of torch, and of the library that numpy multiplies matrices with."""
 
     def of_numpy():
@@ -73,7 +74,14 @@ def test_threads():
             for threads in (2, 1):
                 assert set_threads(threads) == torch.get_num_threads() == threads
                 assert of_numpy() == {threads}
-            assert set_threads(None) == torch.get_num_threads() == len(os.sched_getaffinity(0))
+            for asked, threads in (("3", 3), ("4,2", 4), ("0", cores()), ("", cores())):
+                monkeypatch.setenv("OMP_NUM_THREADS", asked)
+                assert set_threads(None) == torch.get_num_threads() == threads
+                assert of_numpy() == {threads}
+            monkeypatch.delenv("OMP_NUM_THREADS")
+            assert set_threads(None) == cores() == len(os.sched_getaffinity(0))
+            monkeypatch.setenv("OMP_NUM_THREADS", "3")
+            assert set_threads(2) == 2
     finally:
         torch.set_num_threads(before)
 

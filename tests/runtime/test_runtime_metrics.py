@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from counting_algorithm import Child
+from processes import Child
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from taurl.runtime.errors import RunError

@@ -27,7 +27,7 @@ class ThreadSettings(Settings):
     """How much of the processor is used."""
 
     threads: int | None = Field(None, ge=1)
-    """CPU threads; default: the cores this process may use."""
+    """CPU threads; default: OMP_NUM_THREADS where that is set, else the cores this process may use."""
 
 
 class MachineSettings(ThreadSettings):

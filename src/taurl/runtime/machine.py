@@ -49,10 +49,19 @@ def give_back_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def set_threads(threads: int | None) -> int:
-    """Set the number of CPU threads; None takes the cores this process may use. Returns the number."""
+    """Set the number of CPU threads; None takes what OMP_NUM_THREADS says, else the cores this process may use.
+
+    Returns the number.
+    """
     if threads is None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # "4,2" is 4, and 2 in nested regions
+        threads = int(asked) if asked.isdecimal() and int(asked) else cores()
     torch.set_num_threads(threads)
     threadpoolctl.threadpool_limits(threads, user_api="blas")  # numpy's
     return threads

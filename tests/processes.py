@@ -1,0 +1,54 @@
+"""Processes that tests start and kill."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+# Children are forked from a server that has imported already what takes seconds (torch._dynamo comes with the first use
+# of an optimiser).
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["taurl.llm.algorithms.grpo", "taurl.control", "torch._dynamo", "tensorboard.summary.writer.record_writer"]
+)
+
+
+class Child:
+    """A process that runs a function; its exit code and its standard error are what a command line's would be."""
+
+    def __init__(self, function: Callable[..., None], *arguments: Any):
+        self.said, writes = CONTEXT.Pipe(duplex=False)  # a pipe, which no limit on files stops
+        self.process = CONTEXT.Process(target=_child, args=(writes, function, arguments), daemon=True)
+        self.process.start()
+        writes.close()
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def wait(self, timeout: float = 30) -> tuple[int, str]:
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still running after {timeout} s"
+        with open(self.said.fileno(), "rb", closefd=False) as file:
+            return self.process.exitcode, file.read().decode()
+
+
+def _child(writes: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    for stream in (1, 2):
+        os.dup2(writes.fileno(), stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+    code = 0
+    try:
+        function(*arguments)
+    except SystemExit as exit:
+        code = exit.code
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        code = getattr(error, "exit_code", 99)
+        print(f"taurl: {error}", file=sys.stderr) if code != 99 else traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(code)
