@@ -373,6 +373,13 @@ def draws():
     return [random.random(), random.gauss(0, 1), *np.random.standard_normal(3), *torch.randn(3).tolist()]
 
 
+def test_a_gpu_that_is_not_in_use_has_no_random_state(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: pytest.fail("a context was started"))
+    assert random_states()["cuda"] == []
+
+
 def test_random_states_go_on(tmp_path):
     seed_everything(5)
     first = draws()
