@@ -1,6 +1,7 @@
 """One measurement of TRL, within the peers' environment: `python theirs.py JOB`; prints figures as JSON.
 
-TRL at its fastest on this machine: no activation checkpointing (its default), no data-loader workers, nothing saved.
+TRL at its fastest on this machine: no activation checkpointing (its default), no data-loader workers, nothing saved,
+and as in taurl no attention by cuDNN.
 bfloat16 is its autocast, with float32 weights, which are the masters then.
 """
 
@@ -188,4 +189,5 @@ def reward(job: dict[str, Any], laps: Laps) -> None:
 
 if __name__ == "__main__":
     job = read_job()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on a GPU it makes a plan for every new shape, and most are new
     {"sft": sft, "grpo": grpo, "dpo": dpo, "reward": reward}[job["kind"]](job, Laps(job))

@@ -34,6 +34,40 @@ def test_device():
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def refuse(*args, **options):
+    raise RuntimeError("CUDA error: no kernel image is available\nCompile with TORCH_USE_CUDA_DSA")
+
+
+def test_a_gpu_that_does_not_compute_is_passed_over_and_said(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", refuse)
+    assert choose_device("auto") == CPU
+    said = capsys.readouterr().err
+    assert said == "taurl: the GPU is not usable (CUDA error: no kernel image is available), so the CPU is taken\n"
+    with pytest.raises(InputError, match=r"^device is 'cuda', which is not usable here \(CUDA error: no kernel"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize(("name", "chosen"), [("auto", []), ("cuda:1", [torch.device("cuda:1")]), ("cpu", [])])
+def test_a_gpu_is_the_current_one_and_plans_nothing_for_each_new_shape(monkeypatch, name, chosen):
+    current, planning = [], []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda size, device: zeros(size))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", planning.append)
+    assert choose_device(name).type == ("cpu" if name == "cpu" else "cuda")
+    assert current == chosen
+    assert planning == ([] if name == "cpu" else [False])
+
+
+def test_a_gpu_that_is_not_in_use_is_not_asked_for_its_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", refuse)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert "gpu" not in describe_machine()
+
+
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:99", "cpu:x"])
 def test_a_device_that_is_not_there_is_one_line(name):
     with pytest.raises(InputError) as error:
@@ -119,6 +153,17 @@ def test_freed_memory_is_kept():
     assert int(after) * 10 < int(before)  # 97,000 before in pages of 4 kB, 200 in huge ones
 
 
+@pytest.mark.skipif(platform.system() != "Linux", reason="blocks that grow need Linux")
+@pytest.mark.parametrize("known", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None])
+def test_a_gpus_memory_grows_where_nobody_has_said_how_it_is_cut(monkeypatch, known):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    variables = dict.fromkeys([known] if known else [], "garbage_collection_threshold:0.9")
+    monkeypatch.setattr(os, "environ", dict(variables))
+    keep_freed_memory()
+    del os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]
+    assert os.environ == (variables or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
 def test_a_c_library_without_mallopt(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert keep_freed_memory() is False
@@ -149,6 +194,9 @@ def test_out_of_memory_names_the_settings_to_lower(function, settings):
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), RunError),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), RunError),
+        (RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), RunError),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), RunError),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), RunError),
         (RuntimeError("std::bad_alloc"), RunError),
         (RuntimeError("shapes cannot be multiplied"), RuntimeError),
         (RunError("disk full"), RunError),

@@ -20,6 +20,9 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 # oneDNN keeps a kernel, with its memory, for each shape of matrix product that it has seen, up to 1,024 by default.
 # Rows of always new lengths fill that: 0.7 GB over 80 steps of the demo, and no measurable time saved over 64.
 KERNELS_KEPT = "64"
+# A GPU's allocator cuts its memory into blocks, and always new sizes leave holes between them. Where blocks may grow,
+# holes close up. torch reads this when the first tensor goes to the GPU.
+BLOCKS_THAT_GROW = "expandable_segments:True"
 KEEP_FREED_MEMORY = ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28))
 
 
@@ -27,10 +30,13 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep freed blocks for the next tensor instead of giving them back to the kernel.
 
     By default blocks of some megabytes are returned and faulted in again, hundreds of times a training step. Bounds
-    oneDNN's own memory too, if no matrix product has run yet. Changes the whole process, so only commands
-    call it by themselves. Returns whether every setting was accepted; False on a C library without mallopt.
+    oneDNN's own memory too, if no matrix product has run yet, and on Linux has a GPU's memory in blocks that grow, if
+    none of it is in use yet. Changes the whole process, so only commands call it by themselves. Returns whether every
+    setting was accepted; False on a C library without mallopt.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS_KEPT)
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", BLOCKS_THAT_GROW)
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -68,16 +74,32 @@ def set_threads(threads: int | None) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device of that name, made ready; "auto" is a GPU if there is one that computes, and says so if it does not.
+
+    Raises: InputError if there is no such device, or it does not compute.
+    """
+    if name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        return ready("cuda" if name == "auto" else name)
     except (RuntimeError, AssertionError) as error:
+        if name == "auto":
+            print(f"taurl: the GPU is not usable ({reason(error)}), so the CPU is taken", file=sys.stderr)
+            return torch.device("cpu")
         raise InputError(
             f"device is {name!r}, which is not usable here ({reason(error)}); give auto, cpu, cuda or cuda:N"
         ) from error
+
+
+def ready(name: str) -> torch.device:
+    """The device of that name, after one sum on it: a GPU may be there, but full, or not of torch's kinds."""
+    device = torch.device(name)
+    torch.zeros(1, device=device).sum().item()
+    if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)  # for what asks about a GPU without saying which
+        # cuDNN's attention makes a plan for every new shape, which takes longer than a step, and shapes are always new.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
@@ -128,28 +150,38 @@ def free_memory_gb(device: torch.device) -> float:
 
 
 def describe_machine() -> dict[str, str]:
-    """Facts for environment.json: system, Python, processor, and GPU if there is one."""
+    """Facts for environment.json: system, Python, processor, and the GPU if one is used."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as lines:
             cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     facts = {"platform": platform.platform(), "python": platform.python_version(), "cpu": cpu}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # asking for its name would take some of its memory
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
 
 
 CGROUP = Path("/sys/fs/cgroup")  # version 2
 
-# What allocators say, where torch has no error class for it: the CPU's, C++'s, cuBLAS's for its workspace, and
-# oneDNN's, which gives no reason.
+# What allocators say, where torch has no error class for it: the CPU's, C++'s, the driver's, Triton's, cuBLAS's and
+# cuDNN's for their workspaces, and oneDNN's, which gives no reason.
 OUT_OF_MEMORY = (
     "can't allocate memory",
     "not enough memory",
     "bad_alloc",
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
     "could not create a primitive",
 )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 @contextmanager
@@ -158,7 +190,6 @@ def out_of_memory_names(settings: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and not any(words in str(error) for words in OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         raise RunError(f"out of memory: lower {settings}") from error
