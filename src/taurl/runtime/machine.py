@@ -156,7 +156,8 @@ def describe_machine() -> dict[str, str]:
         with open("/proc/cpuinfo") as lines:
             cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     facts = {"platform": platform.platform(), "python": platform.python_version(), "cpu": cpu}
-    if torch.cuda.is_initialized():  # asking for its name would take some of its memory
+    # Asking one that is not in use for its name would take some of its memory.
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
 

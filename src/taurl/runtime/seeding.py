@@ -22,7 +22,7 @@ def random_states() -> dict[str, Any]:
         "numpy": (version, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
         # Asking a GPU that is not in use would start a context on it, some hundred megabytes.
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
     }
 
 
@@ -32,6 +32,6 @@ def restore_random_states(states: dict[str, Any]) -> None:
     version, keys, *rest = states["numpy"]
     np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_initialized():
+    if states["cuda"] and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):  # there may be fewer than before
             torch.cuda.set_rng_state(state, device)
