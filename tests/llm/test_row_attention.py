@@ -8,7 +8,14 @@ from transformers import MambaConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from taurl.llm.data.token_rows import TokenRow
-from taurl.llm.scoring.row_attention import attend_within_rows, attending_within_rows, knows_rows, varlen
+from taurl.llm.scoring import row_attention
+from taurl.llm.scoring.row_attention import (
+    attend_within_rows,
+    attending_within_rows,
+    knows_rows,
+    laid_end_to_end,
+    varlen,
+)
 from taurl.llm.scoring.supervised import packed_rows, part_scores, row_parts, sorted_rows, trained_tokens
 
 # Gemma 2 caps its attention scores, which only its own code does.
@@ -122,9 +129,32 @@ def test_one_kernel_for_all_rows_is_asked_for_the_same(monkeypatch, window):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, 15, 8, generator=generator).double() for heads in (4, 2, 2))
     lengths = [6, 1, 8]
-    options = {"row_lengths": lengths, "scaling": 0.3, "sliding_window": window}
-    expected, _ = attend_within_rows(None, query, key, value, None, **options)
-    torch.testing.assert_close(varlen(query, key, value, lengths, 0.3, window), expected)
+    rows = laid_end_to_end(lengths, torch.device("cpu"))
+    expected, _ = attend_within_rows(None, query, key, value, None, **rows, scaling=0.3, sliding_window=window)
+    torch.testing.assert_close(varlen(query, key, value, rows["row_bounds"], 8, 0.3, window), expected)
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is there, and computes here."""
+
+    is_cuda = True
+
+
+def test_on_a_gpu_in_full_precision_no_kernel_is_asked_for_grouped_heads(monkeypatch):
+    plain, asked = row_attention.scaled_dot_product_attention, []
+
+    def noted(*tensors, enable_gqa, **options):
+        asked.append(enable_gqa)
+        return plain(*tensors, enable_gqa=enable_gqa, **options)
+
+    monkeypatch.setattr(row_attention, "scaled_dot_product_attention", noted)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, heads, 9, 8, generator=generator).double() for heads in (6, 2, 2)]
+    rows = laid_end_to_end([4, 5], torch.device("cpu"))
+    expected, _ = attend_within_rows(None, *tensors, None, **rows)
+    found, _ = attend_within_rows(None, *(tensor.as_subclass(OnGpu) for tensor in tensors), None, **rows)
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)
+    assert asked == [True, True, False, False]
 
 
 def test_attention_is_the_models_own_again_afterwards():

@@ -32,6 +32,7 @@ def attend_within_rows(
     attention_mask: Tensor | None,
     *,
     row_lengths: Sequence[int],
+    row_bounds: Tensor,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **others: Any,
@@ -40,7 +41,7 @@ def attend_within_rows(
 
     Args:
         query: [1, H, T, D]; key, value: [1, K, T, D] with K a divisor of H.
-        row_lengths: of the rows, in order; their sum is T.
+        row_lengths, row_bounds: as `laid_end_to_end` gives them; the sum of the lengths is T.
         sliding_window: how many tokens a token sees at most, itself included.
     Returns: [1, T, H, D], and no weights.
     """
@@ -48,7 +49,9 @@ def attend_within_rows(
         if others.get(name) is not None:
             raise InputError(f"attention with {name} is not known row by row")
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return varlen(query, key, value, row_lengths, scaling, sliding_window), None
+        return varlen(query, key, value, row_bounds, max(row_lengths), scaling, sliding_window), None
+    if query.is_cuda and key.shape[1] != query.shape[1]:  # torch's fast attention in float32 knows no grouped heads
+        key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
     outputs = []
     lengths = list(row_lengths)
     rows = (torch.split(tensor, lengths, 2) for tensor in (query, key, value))
@@ -66,14 +69,27 @@ def attend_within_rows(
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 
+def laid_end_to_end(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """What the attention of all layers is told of rows of these lengths; made once, since a GPU waits for it.
+
+    Returns: `row_lengths` as they are, and `row_bounds`, int32 [n + 1], where each begins and the last ends.
+    """
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return {"row_lengths": lengths, "row_bounds": bounds}
+
+
 def varlen(
-    query: Tensor, key: Tensor, value: Tensor, row_lengths: Sequence[int], scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    longest: int,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     """The same by torch's flash attention for rows of varying lengths, which runs on a GPU in half precision."""
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds = torch.tensor([0, *accumulate(row_lengths)], dtype=torch.int32, device=query.device)
-    longest = max(row_lengths)
     attended = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -95,7 +111,7 @@ AttentionInterface.register(NAME, attend_within_rows)
 
 @contextmanager
 def attending_within_rows(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model's attention expects `row_lengths`; forward and backward pass both belong inside."""
+    """Inside, attention expects what `laid_end_to_end` gives; forward and backward pass both belong inside."""
     plain: Any = causal_lm(model)
     configs = list({id(config): config for config in (plain.config, plain.config.get_text_config())}.values())
     before = [config._attn_implementation for config in configs]
@@ -127,7 +143,7 @@ def knows_rows(model: PreTrainedModel) -> bool:
                     input_ids=torch.cat([first, second], 1),
                     position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]], device=plain.device),
                     use_cache=False,
-                    row_lengths=[3, 3],
+                    **laid_end_to_end([3, 3], plain.device),
                 ).last_hidden_state
         except torch.OutOfMemoryError:
             raise

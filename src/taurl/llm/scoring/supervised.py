@@ -15,6 +15,7 @@ from taurl.llm.data.token_rows import TokenRow
 from taurl.llm.models.heads import body, causal_lm, output_head
 from taurl.llm.scoring.budget import Size, fitting
 from taurl.llm.scoring.likelihood import head_scores
+from taurl.llm.scoring.row_attention import laid_end_to_end
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,9 @@ def part_scores(model: PreTrainedModel, part: RowPart, noise: Tensor | None = No
     Args:
         noise: float [T, d] of the flattened part, added to the input embeddings.
     """
-    options = {"position_ids": row_positions(part), "row_lengths": part.lengths} if part.packed else {}
+    options = {}
+    if part.packed:
+        options = {"position_ids": row_positions(part), **laid_end_to_end(part.lengths, part.ids.device)}
     with nullcontext() if noise is None else adding_to_embeddings(model, noise.view(*part.ids.shape, -1)):
         # No attention mask: padding stands on the right, where no real token looks.
         output = body(model)(input_ids=part.ids, use_cache=False, **options)
