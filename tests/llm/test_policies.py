@@ -131,6 +131,22 @@ def test_an_exported_folder_loads_as_the_same_model(tmp_path, capfd):
     assert not list(tmp_path.glob("out/*.bin"))
 
 
+def test_an_adapter_is_merged_into_a_copy_made_on_the_cpu(monkeypatch):
+    adapted = get_peft_model(tiny_model(tie_word_embeddings=True), LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_()
+    policy = Policy(adapted, tiny_tokenizer())
+    expected = policy.model(IDS).logits
+    before = {name: weight.clone() for name, weight in adapted.state_dict().items()}
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", lambda *_: pytest.fail("copied beside the model"))
+    merged = policy.merged()
+    torch.testing.assert_close(merged(IDS).logits, expected)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert not {id(weight) for weight in merged.parameters()} & {id(weight) for weight in adapted.parameters()}
+    assert all(torch.equal(weight, before[name]) for name, weight in adapted.state_dict().items())
+
+
 def test_equal_frozen_weights_are_shared_a_tied_head_with_them():
     trunk, other = (tiny_model(tie_word_embeddings=True).requires_grad_(False) for _ in range(2))
     size = sum(weight.nbytes for weight in other.parameters())

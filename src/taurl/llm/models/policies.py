@@ -20,6 +20,7 @@ from taurl.llm.models.trainable import freeze_parameters, layer_factors
 from taurl.llm.settings import LoraSettings
 from taurl.runtime.config import TrainingConfig
 from taurl.runtime.errors import InputError
+from taurl.runtime.machine import out_of_memory_names
 from taurl.runtime.optimization import Optimizer
 
 MERGE = "merge it into the weights first (taurl llm ALGORITHM --resume RUN --merge-adapter, of the run that made it)"
@@ -227,7 +228,7 @@ class Policy:
             merge: write whole weights with the adapter merged into them, as is done where new tokens were trained.
             card: text of its README.md.
         """
-        with quiet_transformers():
+        with quiet_transformers(), out_of_memory_names("the model's size, or leave merge_adapter out"):
             model, chosen = self.model, {}
             if self.exports_adapter(merge=merge):
                 name = self.model.active_adapter
@@ -246,9 +247,9 @@ class Policy:
             (directory / "README.md").write_text(card, encoding="utf-8")
 
     def merged(self) -> PreTrainedModel:
-        """A copy of the model with its adapter merged into the weights, these in 16 or 32 bits."""
+        """A copy of the model on the CPU with its adapter merged into the weights, these in 16 or 32 bits."""
         if not self.in_4bit:
-            return cast(PreTrainedModel, copy.deepcopy(self.model).merge_and_unload())
+            return cast(PreTrainedModel, copied_to_cpu(self.model).merge_and_unload())
         from peft import PeftModel
 
         with tempfile.TemporaryDirectory() as folder:  # onto weights that were never rounded to 4 bits
@@ -258,6 +259,17 @@ class Policy:
             merged = cast(PreTrainedModel, adapted.merge_and_unload())
             merged.generation_config = self.model.generation_config  # with the stop tokens that the run has set
             return merged
+
+
+def copied_to_cpu(model: Any) -> Any:
+    """A copy of a model with its weights on the CPU, and none made beside them; a quantised one stays where it is."""
+    if getattr(model, "is_quantized", False):
+        return copy.deepcopy(model)
+    # What deepcopy finds under the id of a tensor it takes for the copy of it.
+    copies: dict[int, Any] = {id(buffer): buffer.detach().to("cpu", copy=True) for buffer in model.buffers()}
+    for weight in model.parameters():
+        copies[id(weight)] = nn.Parameter(weight.detach().to("cpu", copy=True), weight.requires_grad)
+    return copy.deepcopy(model, copies)
 
 
 def base_name(name: str, loaded_from: str) -> str:
