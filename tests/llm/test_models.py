@@ -7,15 +7,23 @@ import huggingface_hub.constants
 import pytest
 import torch
 from filelock import FileLock
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from taurl.llm.data.chat import encode_prompt
 from taurl.llm.models import embedded
-from taurl.llm.models.loading import load_model, load_tokenizer, resolve_model, set_pad_token
+from taurl.llm.models.loading import load_model, load_outline, load_tokenizer, resolve_model, set_pad_token
+from taurl.llm.rewards.model import loaded
 from taurl.runtime.errors import InputError, RunError
 
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
@@ -137,6 +145,26 @@ def test_code_in_the_folder_is_not_run(tiny, tmp_path):
     with pytest.raises(InputError, match="cannot be loaded"):
         load_model(tiny, dtype=torch.float32)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_that_does_not_fit_into_memory_is_not_called_damaged(tiny, tmp_path, monkeypatch):
+    base, adapter = load_model(str(tiny), dtype=torch.float32), tmp_path / "adapter"
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(adapter)
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PeftModel, "from_pretrained", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            load_model(str(adapter), dtype=torch.float32)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_model(str(tiny), dtype=torch.float32)
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", full)
+    LlamaForSequenceClassification(LlamaConfig(**load_outline(str(tiny)).config.to_dict())).save_pretrained(tiny)
+    with pytest.raises(RunError, match="out of memory: lower the reward model's size, or its precision to bfloat16"):
+        loaded(str(tiny), tiny, "cpu", "auto")
 
 
 def test_an_adapter_folder_gives_its_base_with_the_adapter(tiny, tmp_path):

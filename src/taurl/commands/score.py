@@ -26,7 +26,7 @@ def main(words: Sequence[str]) -> int:
 
     from taurl.llm.data.datasets import load_rows
     from taurl.llm.data.tasks import named
-    from taurl.runtime.machine import keep_freed_memory, set_threads
+    from taurl.runtime.machine import keep_freed_memory, out_of_memory_names, set_threads
     from taurl.runtime.metrics import append_lines, print_lines
 
     with named(config.dataset):
@@ -48,10 +48,11 @@ def main(words: Sequence[str]) -> int:
     put: Callable[[list[dict[str, Any]]], None]
     put = print_lines if config.out is None else partial(append_lines, config.out)
     scored: list[dict[str, Any]] = []
-    for batch in scored_batches(reward, rows, columns):
-        scored += batch
-        if not config.best:
-            put(batch)
+    with out_of_memory_names("tokens_per_part"):
+        for batch in scored_batches(reward, rows, columns):
+            scored += batch
+            if not config.best:
+                put(batch)
     written = best_of_each(scored) if config.best else scored
     if config.best:
         put(written)

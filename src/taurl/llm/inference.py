@@ -28,7 +28,10 @@ class Model:
         self.tokenizer = load_tokenizer(config.model)
         with out_of_memory_names("the model's size, or precision to bfloat16"):
             self.model = load_model(config.model, dtype=choose_precision(config.precision, device), device=device)
-        self.generator = make_generator(config.generator, self.model, self.tokenizer, config.slots, config.kv_memory_gb)
+        with out_of_memory_names("kv_memory_gb or slots"):
+            self.generator = make_generator(
+                config.generator, self.model, self.tokenizer, config.slots, config.kv_memory_gb
+            )
         self.sampling = Sampling(
             config.max_tokens,
             temperature=config.temperature,

@@ -25,6 +25,7 @@ from transformers import (
 from taurl.llm.models import embedded
 from taurl.llm.models.hub import hub_problem, quiet_transformers
 from taurl.runtime.errors import InputError, one_line
+from taurl.runtime.machine import is_out_of_memory
 
 MODEL_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".json")
 Head: TypeAlias = Literal["language", "sequence", "token"]
@@ -157,6 +158,8 @@ def load_model(
                 **options,
             )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise
             raise InputError(f"model '{name_or_path}' cannot be loaded: {one_line(error)}") from error
     model, report = loaded
     # transformers fills what is missing with random numbers and a warning; nobody means to train from a random layer.
@@ -245,6 +248,8 @@ def _load_adapter(path: str, **options: Any) -> PreTrainedModel:
         with quiet_transformers():
             return cast(PreTrainedModel, PeftModel.from_pretrained(base, path).eval())
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"adapter '{path}' cannot be put on '{base_name}': {one_line(error)}") from error
 
 

@@ -143,7 +143,7 @@ class ModelReward:
 def loaded(name: str, folder: Path, device: str, precision: str) -> Any:
     """The reward model in a folder. Raises: InputError if it holds none."""
     from taurl.llm.models.loading import load_model, written_head
-    from taurl.runtime.machine import choose_device, choose_precision
+    from taurl.runtime.machine import choose_device, choose_precision, out_of_memory_names
 
     head, kind = written_head(folder)
     if head == "language":
@@ -151,4 +151,5 @@ def loaded(name: str, folder: Path, device: str, precision: str) -> Any:
     place = choose_device(device)
     if precision == "auto" and place.type == "cpu":
         precision = "float32"
-    return load_model(name, dtype=choose_precision(precision, place), device=place, head=head)
+    with out_of_memory_names("the reward model's size, or its precision to bfloat16"):
+        return load_model(name, dtype=choose_precision(precision, place), device=place, head=head)
