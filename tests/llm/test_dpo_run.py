@@ -274,6 +274,16 @@ def test_what_is_kept_is_known_by_weights_rows_and_settings(config, folder, tmp_
     assert len(list(cache.iterdir())) >= before + 1
 
 
+def test_what_one_gpu_said_is_not_what_another_says(config, monkeypatch):
+    trainer = object.__new__(DPO)
+    trainer.config, trainer.device = config(), torch.device("cuda")
+    said = []
+    for name in ("NVIDIA L4", "NVIDIA H100"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        said.append(trainer._circumstances())
+    assert said[0] != said[1]
+
+
 def test_another_model_as_the_reference_by_folder_and_as_an_object(config, folder, tmp_path):
     other = tiny_model(seed=1)
     other.save_pretrained(tmp_path / "other")

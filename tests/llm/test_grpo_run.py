@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -307,6 +308,14 @@ def test_a_resumed_run_keeps_the_precision_that_was_chosen(config, folder, monke
     longer = trainer.config.model_copy(update={"steps": 4})
     resumed = GRPO.resume(trainer.run.directory, longer, dataset=ROWS, rewards=letter_a)
     assert trainer.policy.model.dtype == resumed.policy.model.dtype == torch.bfloat16
+
+
+def test_a_run_that_began_on_a_gpu_says_so_where_there_is_none(config):
+    run = SimpleNamespace(directory="runs/one", config=config(), chosen={"device": "cuda:99"})
+    with pytest.raises(
+        InputError, match=r"^runs/one: the run began on cuda:99, which is not usable here .*; resume it"
+    ):
+        setup.device_of(run)
 
 
 def test_another_model_or_reward_on_resume_is_refused_by_name(config, folder):

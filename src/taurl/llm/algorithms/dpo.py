@@ -319,7 +319,8 @@ class DPO(OnlineTrainer):
         config = self.config
         batches = config.seed, config.prompts_per_step, config.tokens_per_part, config.gradient_checkpointing
         machine = torch.__version__, transformers.__version__, str(self.device), torch.get_num_threads()
-        return [config.excess_weight, *batches, *machine]
+        gpu = [torch.cuda.get_device_name(self.device)] if self.device.type == "cuda" else []
+        return [config.excess_weight, *batches, *machine, *gpu]
 
     def evaluation(self, step: int) -> Evaluation:
         """The figures of training on the held-out rows; online, rewards of greedy answers."""

@@ -9,7 +9,7 @@ import torch
 
 from taurl.llm.rewards.model import PREFIX
 from taurl.runtime.config import Settings, TrainingConfig, validated
-from taurl.runtime.errors import InputError
+from taurl.runtime.errors import InputError, reason
 from taurl.runtime.machine import choose_device, choose_precision, out_of_memory_names, set_threads
 from taurl.runtime.run import Run
 
@@ -54,16 +54,33 @@ def choose_machine(run: Run, *, keep_dtype: bool) -> tuple[torch.device, torch.d
 
     Args:
         keep_dtype: leave the weights as they are (None) unless the config names a precision.
+    Raises: InputError where the device cannot be used, and where the run began on a GPU and there is none.
     """
     config, chosen = run.config, run.chosen
     assert isinstance(config, TrainingConfig)
     chosen["threads"] = set_threads(config.threads or chosen.get("threads"))
-    device = choose_device(config.device if config.device != "auto" else chosen.get("device", "auto"))
+    device = device_of(run)
     if "precision" not in chosen:
         keep = keep_dtype and config.precision == "auto"
         chosen["precision"] = "" if keep else str(choose_precision(config.precision, device)).removeprefix("torch.")
     chosen["device"] = str(device)
     return device, getattr(torch, chosen["precision"]) if chosen["precision"] else None
+
+
+def device_of(run: Run) -> torch.device:
+    """The device that the config names, or the run began on, or chooses now."""
+    config, began_on = run.config, run.chosen.get("device")
+    assert isinstance(config, TrainingConfig)
+    try:
+        return choose_device(config.device if config.device != "auto" else began_on or "auto")
+    except InputError as error:
+        if began_on is None:
+            raise
+        why = reason(error.__cause__ or error)
+        raise InputError(
+            f"{run.directory}: the run began on {began_on}, which is not usable here ({why}); "
+            "resume it on a machine that has it"
+        ) from error
 
 
 def with_whole_paths(config: Config) -> Config:
