@@ -95,3 +95,15 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(monkeypatch):
     monkeypatch.setenv("CXX", "g++-99")
     with pytest.raises(InputError, match=r"needs a C\+\+ compiler, found no g\+\+-99: install it, or leave it out"):
         compile_layers(tiny_model("llama"), CPU)
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(InputError, match=r"needs a C compiler, found no gcc or clang: install it, or leave it out"):
+        compile_layers(tiny_model("llama"), torch.device("cuda"))
+
+
+def test_on_a_gpu_one_c_compiler_is_enough(monkeypatch):
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: name if name == "clang" else None)
+    monkeypatch.delenv("CC", raising=False)
+    compile_layers(tiny_model("llama"), torch.device("cuda"))
+    monkeypatch.setenv("CC", "tcc")
+    with pytest.raises(InputError, match="found no tcc"):
+        compile_layers(tiny_model("llama"), torch.device("cuda"))

@@ -26,11 +26,12 @@ def compile_layers(model: nn.Module, device: torch.device) -> str:
     gradient, run as before.
 
     Returns: a line for the log, which says where compiled code is kept for the next run.
-    Raises: InputError where there is no C++ compiler, or the model has no layers that are known as such.
+    Raises: InputError where there is no compiler, or the model has no layers that are known as such.
     """
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
-        raise InputError(f"compile_layers needs a C++ compiler, found no {compiler}: install it, or leave it out")
+    language, compilers = compilers_for(device)
+    if not any(map(shutil.which, compilers)):
+        found = " or ".join(compilers)
+        raise InputError(f"compile_layers needs a {language} compiler, found no {found}: install it, or leave it out")
     parts = parts_beside_attention(model)
     if not parts:
         raise InputError(f"compile_layers: {type(model).__name__} has no layers that can be compiled; leave it out")
@@ -39,6 +40,16 @@ def compile_layers(model: nn.Module, device: torch.device) -> str:
     for part in parts:
         part.forward = MethodType(forwards[type(part)], part)
     return f"the first update compiles parts of the layers, half a minute or more; kept for later runs in {kept}"
+
+
+def compilers_for(device: torch.device) -> tuple[str, list[str]]:
+    """The language of what is compiled here, and the compilers that are looked for, one of which is enough.
+
+    On a GPU Triton makes its kernels by itself, and what launches them in C.
+    """
+    if device.type == "cuda":
+        return "C", [named] if (named := os.environ.get("CC")) else ["gcc", "clang"]
+    return "C++", [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
 
 
 def parts_beside_attention(model: nn.Module) -> list[nn.Module]:
