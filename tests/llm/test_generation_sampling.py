@@ -1,14 +1,18 @@
 """Sampled completions: keyed draws, and log-probabilities of the distribution that was drawn from."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, in_double, logits_one_by_one, prompts_of, tiny_model
 from transformers import GenerationConfig
 
-from taurl.llm.generation import Sampling, SlotSampler, TransformersSampler
+from taurl.llm.generation import Sampling, SlotSampler, TransformersSampler, graphs
+from taurl.llm.generation.graphs import DecodeGraphs, can_be_recorded
+from taurl.llm.generation.slot_model import SlotModel
 
+RECORDED = Counter()
 PROMPTS = prompts_of([3, 17, 8, 1])
 STOPS = range(12)  # of 101 tokens: completions end at different times
 
@@ -73,6 +77,44 @@ def test_how_often_the_sampler_looks_does_not_matter(gemma3):
     )
     assert_same(every, rarely)
     assert streamed == {(p, c): group[c].tokens for p, group in enumerate(rarely) for c in range(4)}
+
+
+def repeated(graphs, step):
+    """In place of a CUDA graph: the same step again, its result where the first one's was."""
+    result = step()
+    return lambda: (RECORDED.update(["replays"]), result.copy_(step())), result
+
+
+@pytest.mark.parametrize("slots", [3, 7])
+@in_double
+def test_steps_of_rounded_shapes_that_are_repeated_draw_the_same(gemma3, monkeypatch, slots):
+    """All of the graphs but CUDA's own part: rows and columns that fill up, results that are written over."""
+    RECORDED.clear()
+    monkeypatch.setattr(DecodeGraphs, "_record", repeated)
+    monkeypatch.setattr(graphs, "FEWEST_COLUMNS", 8)
+    sampler = SlotSampler(gemma3, stop_token_ids=STOPS, slots=slots, cuda_graphs=True)
+    assert not sampler.records  # there is nothing to record on a CPU
+    plain = sampler.generate(PROMPTS, 4, Sampling(24))
+    sampler.records, sampler.tokens_a_look = True, 3
+    assert_same(plain, sampler.generate(PROMPTS, 4, Sampling(24)))
+    assert RECORDED["replays"] > 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "recorded"),
+    [
+        ({}, True),
+        ({"num_local_experts": 4}, False),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, False),
+        ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, False),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, True),
+    ],
+)
+def test_what_its_numbers_choose_is_not_recorded(settings, recorded):
+    slot_model = SlotModel(tiny_model("llama"))
+    for name, value in settings.items():
+        setattr(slot_model.config, name, value)
+    assert can_be_recorded(slot_model) is recorded
 
 
 @in_double

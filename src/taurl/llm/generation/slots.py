@@ -8,6 +8,7 @@ ends, its slot goes to the next one waiting, so that no batch waits for its long
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.generation.cache import SlotCache
 from taurl.llm.generation.draw import draw, require_finite, uniforms
+from taurl.llm.generation.graphs import DecodeGraphs, can_be_recorded
 from taurl.llm.generation.protocol import Completion, Sampling, check_prompts, ends
 from taurl.llm.generation.slot_model import SlotModel
 from taurl.llm.models.heads import context_length
@@ -40,6 +42,7 @@ class SlotSampler:
         slots: sequences that decode together, at most.
         kv_memory_gb: GB that their keys and values may take: fewer decode together where more would not fit. (Prompts
             on their way to a slot take room for PREFILL_TOKENS tokens more.) None: see `default_kv_memory_gb`.
+        cuda_graphs: on a GPU, record decode steps and repeat the record, for models where that can be done.
     Raises: InputError for a model with other layers.
     """
 
@@ -51,6 +54,7 @@ class SlotSampler:
         tokenizer: PreTrainedTokenizerBase | None = None,
         slots: int = 64,
         kv_memory_gb: float | None = None,
+        cuda_graphs: bool = False,
     ):
         if slots < 1:
             raise InputError(f"slots is {slots}, expected at least 1")
@@ -60,6 +64,7 @@ class SlotSampler:
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self.stop_token_ids = frozenset(stop_token_ids)
         self.slot_model = SlotModel(model)
+        self.records = cuda_graphs and model.device.type == "cuda" and can_be_recorded(self.slot_model)
         self.tokens_a_look = TOKENS_A_LOOK.get(model.device.type, TOKENS_A_LOOK_ELSEWHERE)
 
     @torch.inference_mode()
@@ -152,6 +157,8 @@ class Batch:
         longest = max(map(len, prompts), default=0) + sampling.max_tokens
         self.slots = min(sampler.slots_for(longest), len(self.waiting))
         self.cache = self.model.new_cache(self.slots, longest)
+        graphs = DecodeGraphs(self.model, self.cache) if sampler.records else None
+        self.step = graphs.decode if graphs else partial(self.model.decode, self.cache)
 
     def fill(self) -> None:
         """Start waiting completions until the slots are full: draw their first tokens after their prompts."""
@@ -211,7 +218,7 @@ class Batch:
         seen = max(draft.column for draft in running) + 1
         drawn = []
         for step in range(steps):
-            logits = self.model.decode(self.cache, tokens, columns + step, seen + step)
+            logits = self.step(tokens, columns + step, seen + step)
             drawn.append(self._draw(running, logits, numbers[step], step))
             tokens = drawn[-1][0]
         self._compact(self._take(running, drawn))
