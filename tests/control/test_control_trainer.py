@@ -1,9 +1,9 @@
 """What surrounds every algorithm: its rate by the schedule, when it evaluates and on what, and the best so far."""
 
 import pytest
-from small_environments import Endless, Identity
+from small_environments import Counting, Endless, Identity
 
-from taurl.control import ALGORITHMS, PPO, PPOConfig
+from taurl.control import ALGORITHMS, PPO, PPOConfig, load
 from taurl.control.algorithms.a2c import A2C
 from taurl.control.algorithms.dqn import DQN
 from taurl.control.algorithms.grpo import GRPO
@@ -13,7 +13,7 @@ from taurl.control.algorithms.trpo import TRPO
 from taurl.control.evaluation import evaluation_seed
 from taurl.control.tables import Table
 from taurl.control.updates import FlatAdam
-from taurl.runtime.errors import InputError
+from taurl.runtime.errors import InputError, RunError
 
 SMALL = {"environments": 4, "rollout_steps": 16, "minibatch_size": 64, "record_every": 64, "eval_episodes": 4}
 
@@ -106,3 +106,35 @@ def test_settings_may_change_by_name_on_resume(tmp_path):
         PPO.resume(tmp_path / "run", discount=0.5)
     with pytest.raises(TypeError, match="'stepz', expected env or settings"):
         PPO.resume(tmp_path / "run", stepz=1)
+
+
+def test_an_environment_that_came_from_python_leaves_no_name_by_which_another_would_be_scored(tmp_path):
+    trainer = PPO(Endless, PPOConfig(out=tmp_path / "run", env="CartPole-v1", steps=64, **SMALL)).train()
+    assert trainer.config.env is None
+    assert load(tmp_path / "run").facts["env"] is None
+
+
+def test_arguments_beside_a_function_or_an_object_are_refused(tmp_path):
+    for env in (Endless, Endless()):
+        with pytest.raises(InputError, match=r"env_args is \{'limit': 3\}, which is for an environment named by"):
+            PPO(env, PPOConfig(out=tmp_path / "run", env_args={"limit": 3}, **SMALL))
+
+
+class Failing(Counting):
+    failing = False
+
+    def step(self, action):
+        if self.failing and self.step_number:
+            raise OSError("lost")
+        return super().step(action)
+
+
+def test_after_an_evaluation_that_fails_in_the_one_object_its_episodes_begin_anew(tmp_path):
+    env = Failing()
+    trainer = PPO(env, PPOConfig(out=tmp_path / "run", **{**SMALL, "environments": 1}))
+    trainer.environments.reset()
+    env.failing = True
+    with pytest.raises(RunError, match="lost"):
+        trainer.evaluate(1)
+    assert env.step_number == 1
+    assert trainer.environments.observations[0, 1] == env.step_number == 0

@@ -70,10 +70,15 @@ class Trainer(ABC):
         callbacks: Sequence[Callback] = (),
     ):
         config = self._with_copies(own_config(config or self.config_class(), self.config_class), env)
-        if isinstance(env, str):
-            config = config.model_copy(update={"env": env})
-        run = Run.start(config, algorithm=self.algorithm, headline=HEADLINE)
         given = env is not None and not isinstance(env, str)
+        if given and config.env_args:
+            raise InputError(
+                f"env_args is {config.env_args}, which is for an environment named by its id; give the function or "
+                "object that makes it so"
+            )
+        if env is not None:  # what was given otherwise has no name by which it could be made again
+            config = config.model_copy(update={"env": None if given else env})
+        run = Run.start(config, algorithm=self.algorithm, headline=HEADLINE)
         run.environment[GIVEN] = ["env"] if given else []
         self._begin(run, env if given else None, callbacks)
 
@@ -200,18 +205,19 @@ class Trainer(ABC):
 
     def evaluate(self, episodes: int | None = None, *, deterministic: bool = True) -> Evaluation:
         """Play whole episodes in environments of their own."""
-        found = evaluate_policy(
-            self.policy,
-            self.environment,
-            self.config.eval_episodes if episodes is None else episodes,
-            seed=evaluation_seed(self.config.seed),
-            arguments=self.config.env_args,
-            vectorization=self.config.vectorization,
-            deterministic=deterministic,
-        )
-        if isinstance(self.environment, gymnasium.Env):  # the only one there is: evaluation has moved it on
-            self.environments.begin_anew()
-        return found
+        try:
+            return evaluate_policy(
+                self.policy,
+                self.environment,
+                self.config.eval_episodes if episodes is None else episodes,
+                seed=evaluation_seed(self.config.seed),
+                arguments=self.config.env_args,
+                vectorization=self.config.vectorization,
+                deterministic=deterministic,
+            )
+        finally:
+            if isinstance(self.environment, gymnasium.Env):  # the only one there is: evaluation has moved it on
+                self.environments.begin_anew()
 
     def predict(self, observation: Any, *, deterministic: bool = True, **told: Any) -> Any:
         """The action for one observation.
