@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from pydantic import ValidationError
 from small_environments import advantages_by_hand, same_records, same_weights, unbroken_and_resumed
 
 from taurl.control.algorithms.trpo import TRPO, Batch
@@ -193,6 +192,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, env):
     assert same_records(whole, resumed)
 
 
-def test_a_minibatch_larger_than_an_iteration_is_refused():
-    with pytest.raises(ValidationError, match="minibatch_size 100 exceeds an iteration's 64 steps"):
-        TRPOConfig(environments=4, rollout_steps=16, minibatch_size=100)
+def test_a_run_in_one_object_whose_iterations_are_shorter_than_a_minibatch_goes_on(tmp_path):
+    settings = {"rollout_steps": 16, "record_every": 16, "eval_episodes": 0}
+    TRPO(Echo(), TRPOConfig(out=tmp_path / "run", steps=16, **settings)).train()
+    assert TRPO.resume(tmp_path / "run", env=Echo(), steps=32).train().run.step == 32

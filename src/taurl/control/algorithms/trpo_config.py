@@ -1,8 +1,6 @@
 """Settings of TRPO. Imports no torch, so that the command line answers at once."""
 
-from typing import Self
-
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from taurl.control.settings import ControlConfig, NetworkSettings
 
@@ -32,11 +30,5 @@ class TRPOConfig(NetworkSettings, ControlConfig):
     critic_epochs: int = Field(10, ge=1)
     """Passes of the critic over an iteration's steps."""
     minibatch_size: int = Field(128, ge=1)
-    """Steps in one update of the critic; an epoch's last minibatch takes what is left."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        steps = self.rollout_steps * self.environments
-        if self.minibatch_size > steps:
-            raise ValueError(f"minibatch_size {self.minibatch_size} exceeds an iteration's {steps} steps")
-        return self
+    """Steps in one update of the critic; an epoch's last minibatch takes what is left, the only one all of an
+    iteration's steps where these are fewer."""
