@@ -1,6 +1,7 @@
 """Environments: what followed each action in both autoreset modes, what is passed on, and what is refused."""
 
 import functools
+import gc
 import os
 import signal
 import subprocess
@@ -286,7 +287,9 @@ def test_ctrl_c_reaches_no_environment_in_a_process_of_its_own(tmp_path):
     """The terminal signals the whole group; the run finishes its step and saves, which its environments outlive."""
     program = (
         "from taurl.control import PPO, PPOConfig\n"
+        "from taurl.control.environments import Environments\n"
         "if __name__ == '__main__':\n"
+        "    never_closed = Environments('CartPole-v1', 1, seed=0, vectorization='async')\n"
         f"    settings = dict(out={str(tmp_path / 'run')!r}, steps=10**7, record_every=256, eval_episodes=0)\n"
         "    PPO('CartPole-v1', PPOConfig(environments=2, vectorization='async', **settings)).train()\n"
     )
@@ -302,3 +305,93 @@ def test_ctrl_c_reaches_no_environment_in_a_process_of_its_own(tmp_path):
     _, said = process.communicate(timeout=120)
     assert "Interrupted: SIGINT: stopped after step" in said
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_environments_in_processes_of_their_own_are_ended_by_closing_and_by_no_signal_but_one():
+    environments = Environments(Counting, 2, seed=0, vectorization="async")
+    environments.reset()
+    processes = environments.vector.processes
+    for process in processes:
+        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, signal.SIGTERM)
+    environments.step(np.zeros(2, dtype=np.int64))
+    environments.close()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def test_processes_of_environments_that_nobody_holds_are_ended():
+    environments = Environments(Counting, 2, seed=0, vectorization="async")
+    processes = environments.vector.processes
+    del environments
+    gc.collect()
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 2
+
+
+def test_of_a_process_that_was_killed_one_error_is_said_and_the_others_are_ended():
+    class Killed(Counting):
+        def step(self, action):
+            if action:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().step(action)
+
+    environments = Environments(Killed, 2, seed=0, vectorization="async")
+    environments.reset()
+    processes = environments.vector.processes
+    with pytest.raises(RunError, match=r"step 1 failed with EOFError"):
+        environments.step(np.array([0, 1]))
+    environments.close()
+    assert environments.vector.closed
+    assert not any(process.is_alive() for process in processes)
+
+
+def test_a_close_that_fails_hides_no_other_error():
+    class Stuck(Counting):
+        def close(self):
+            raise OSError("stuck")
+
+    Environments(Stuck, 1, seed=0).close()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("FrozenLake-v1", {"map_name": "5x5"}, "KeyError: '5x5'; its arguments: render_mode, desc, map_name"),
+        ("LunarLander-v3", {"gravity": 5}, "AssertionError: gravity"),
+        ("HalfCheetah-v5", {"xml_file": "nothing.xml"}, "OSError: "),
+    ],
+)
+def test_arguments_that_an_environment_does_not_take_are_said_in_one_line(name, arguments, said):
+    pytest.importorskip({"LunarLander-v3": "Box2D", "HalfCheetah-v5": "mujoco"}.get(name, "gymnasium"))
+    with pytest.raises(InputError, match=f"env is '{name}': cannot be made: {said}") as caught:
+        Environments(name, 1, seed=0, arguments=arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_environment_is_refused():
+    for wrong in (gymnasium.make_vec("CartPole-v1", num_envs=2), 3):
+        with pytest.raises(InputError, match=r"env is of type (CartPoleVectorEnv|int), expected an id"):
+            Environments(wrong, 1, seed=0)
+
+
+def test_a_function_that_gives_one_environment_twice_is_refused():
+    one = Counting()
+    with pytest.raises(InputError, match="gave the same environment twice"):
+        Environments(lambda: gymnasium.wrappers.TimeLimit(one, 3), 2, seed=0)
+
+
+def test_a_first_step_after_a_record_that_fails_has_moved_them_on():
+    class Failing(Counting):
+        def step(self, action):
+            if self.episode and self.step_number:
+                raise OSError("lost")
+            return super().step(action)
+
+    makers = iter([Counting, lambda: Failing(first=1)])
+    environments = Environments(lambda: next(makers)(), 2, seed=0)
+    environments.reset()
+    environments.step(np.zeros(2, dtype=np.int64))
+    environments.take_episodes()
+    with pytest.raises(RunError, match="step 2 failed with OSError: lost"):
+        environments.step(np.zeros(2, dtype=np.int64))
+    environments.tensors()
+    assert environments.unsaved == "a step that failed has moved it on"

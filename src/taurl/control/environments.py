@@ -10,6 +10,7 @@ import copy
 import json
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -168,14 +169,14 @@ class Environments:
         """
         if self._bounds is not None:
             actions = np.clip(actions, *self._bounds)
+        self._steps += 1  # before it is known to succeed: some copies may have moved on when it fails
         try:
             observations, rewards, terminated, truncated, infos = self.vector.step(actions)
         except Exception as error:
-            raise self._failed(f"step {self._steps + 1}", error) from error
+            raise self._failed(f"step {self._steps}", error) from error
         if not self._copies:  # a vector class may go on in the same memory
             observations, rewards = self._own(observations), rewards.copy()
             terminated, truncated = terminated.copy(), truncated.copy()
-        self._steps += 1
         self._observations, self.fresh = observations, False
         only_reset, done = self.ended, terminated | truncated
         self._check("reward", None, rewards, range(self.count))
@@ -204,9 +205,13 @@ class Environments:
         return taken
 
     def close(self) -> None:
-        """Close the copies that were made here; an environment that was given as an object stays open."""
+        """Close the copies that were made here; an environment that was given as an object stays open.
+
+        What fails then is of no more use, and would hide the error for which a run closes them.
+        """
         if self._made:
-            self.vector.close()
+            with suppress(Exception):
+                self.vector.close()
 
     def tensors(self) -> dict[str, Tensor]:
         """For the checkpoint: the last episodes, and where the copies stand if that can be had."""

@@ -6,11 +6,12 @@ import difflib
 import functools
 import importlib
 import inspect
-import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import gymnasium
@@ -18,6 +19,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from taurl.runtime.errors import InputError
 
+PATIENCE = 5.0  # seconds in which environments in processes of their own are to close
 NATIVE_FROM = 4  # copies; fewer are faster one after the other (CartPole: 9 µs each, 40 µs for any number in numpy)
 
 EnvironmentLike = str | Callable[[], gymnasium.Env[Any, Any]] | gymnasium.Env[Any, Any]
@@ -38,6 +40,11 @@ def make_vector(
         return synchronous([lambda: made])
     if callable(environment):
         return from_makers([environment] * count, vectorization)
+    if not isinstance(environment, str):
+        raise InputError(
+            f"env is of type {type(environment).__name__}, expected an id, a function that makes an environment, or "
+            "an environment; how many are stepped together is the setting environments"
+        )
     with named(environment):
         name = registered(environment)
         if vectorization == "envpool":
@@ -85,8 +92,10 @@ def named(environment: str) -> Iterator[None]:
     """Say of which environment it is when it cannot be made."""
     try:
         yield
-    except (gymnasium.error.Error, ModuleNotFoundError, TypeError) as error:
-        text = " ".join(str(error).split())
+    except InputError:
+        raise
+    except Exception as error:  # each environment has its own for arguments that it does not take
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
         hint = _hint(environment.rpartition(":")[2])
         raise InputError(f"env is {environment!r}: cannot be made: {text}{hint}") from error
 
@@ -165,16 +174,53 @@ class Copied(gymnasium.ObservationWrapper[Any, Any, Any]):
 
 
 def synchronous(makers: list[Callable[[], gymnasium.Env[Any, Any]]]) -> VectorEnv[Any, Any, Any]:
-    return OneAfterTheOther(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+    made = OneAfterTheOther(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+    if len({id(one.unwrapped) for one in made.envs}) < len(made.envs):
+        raise InputError("the function that makes environments gave the same environment twice, expected new ones")
+    return made
 
 
 def asynchronous(makers: list[Callable[[], gymnasium.Env[Any, Any]]]) -> VectorEnv[Any, Any, Any]:
     copied = [functools.partial(_made_copied, maker) for maker in makers]
-    return gymnasium.vector.AsyncVectorEnv(copied, autoreset_mode=AutoresetMode.SAME_STEP)
+    return InProcesses(copied, autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+class InProcesses(gymnasium.vector.AsyncVectorEnv):
+    """gymnasium's, but its processes end when it is closed or the interpreter ends, whatever has become of them.
+
+    They do not end by SIGTERM, by which both gymnasium and multiprocessing would end them.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any):
+        try:
+            super().__init__(*arguments, **named)
+        finally:  # with this priority before multiprocessing waits for what it has sent a SIGTERM
+            processes = getattr(self, "processes", [])
+            multiprocessing.util.Finalize(self, end, args=(processes, 0.0), exitpriority=0)
+
+    def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
+        for pipe in self.parent_pipes if not terminate else ():
+            with contextlib.suppress(OSError, AttributeError):  # its process is gone, or was given up
+                pipe.send(("close", None))
+        end(self.processes, 0.0 if terminate else PATIENCE)
+        for pipe in self.parent_pipes:
+            if pipe is not None:
+                pipe.close()
+
+
+def end(processes: Iterable[Any], patience: float) -> None:
+    """Wait for processes that were asked to end, all of them so many seconds, and kill those that do not."""
+    until = time.monotonic() + patience
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+        process.kill()
+        process.join()
 
 
 def _made_copied(maker: Callable[[], gymnasium.Env[Any, Any]]) -> gymnasium.Env[Any, Any]:
     if multiprocessing.current_process().name.startswith("Worker<"):  # as gymnasium names them
-        # Ctrl-C goes to all processes of the terminal; the run's own finishes its step.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Ctrl-C goes to all processes of the terminal, and a scheduler's SIGTERM to all of the job; the run's own
+        # process finishes its step, for which it needs these.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     return Copied(maker())
