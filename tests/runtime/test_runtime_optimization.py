@@ -150,6 +150,16 @@ def test_the_parts_of_a_batch_leave_the_gradient_unchanged(dtype):
             torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-12)
 
 
+def test_losses_are_read_from_the_device_when_all_parts_are_in(monkeypatch):
+    parameter = nn.Parameter(torch.ones(2))
+    with Optimizer([("w", parameter)], config()).update(0.1) as backward, monkeypatch.context() as patch:
+        for name in ("item", "tolist", "__float__"):
+            patch.setattr(torch.Tensor, name, lambda *_: pytest.fail("the device was waited for"))
+        for part in (0.1, 0.2, 0.3):
+            backward((parameter * part).sum())
+    assert backward.loss == sum(float(torch.tensor(part) * 2) for part in (0.1, 0.2, 0.3))
+
+
 def test_small_parts_are_not_lost_beside_a_large_one():
     parameter = nn.Parameter(torch.zeros(1, 1, dtype=torch.bfloat16))
     optimizer = Optimizer([("w", parameter)], config())

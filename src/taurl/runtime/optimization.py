@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,18 +37,23 @@ class Update:
     """One optimiser step under way: call it with each part's loss; the fields are filled as it goes.
 
     Attributes:
-        loss: sum of the parts' losses.
+        total: float64, sum of the parts' losses, where they are.
         grad_norm: norm of the whole gradient before clipping.
         taken: False when loss or gradient was not finite and the weights were left alone.
     """
 
-    loss: float = 0.0
+    total: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     grad_norm: float = 0.0
     taken: bool = True
 
+    @property
+    def loss(self) -> float:
+        """The total as a number, for which a GPU is waited for."""
+        return self.total.item()
+
     def __call__(self, loss: Tensor) -> None:
         """Add one part's loss and its gradient."""
-        self.loss += loss.item()
+        self.total = self.total + loss.detach().double()
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
 
@@ -112,8 +117,9 @@ class Optimizer:
         """
         update = Update()
         self._detach_gradients()  # what others left there is no part of this update
+        torch._foreach_zero_(list(self._gradients.values()))
         for name, master in self.masters.items():
-            master.grad = self._gradients[name].zero_()
+            master.grad = self._gradients[name]
         # Only while it lasts: hooks that stay on a model would take the gradients from its next optimiser.
         hooks = [
             parameter.register_post_accumulate_grad_hook(moving_into(self.masters[name]))  # type: ignore[no-untyped-call]
@@ -154,9 +160,9 @@ class Optimizer:
 
     @torch.no_grad()
     def _round_from_masters(self) -> None:
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
+        rounded = {name: weight for name, weight in self.parameters.items() if weight is not self.masters[name]}
+        if rounded:
+            torch._foreach_copy_(list(rounded.values()), [self.masters[name] for name in rounded])
 
     def _detach_gradients(self) -> None:
         for tensor in (*self.parameters.values(), *self.masters.values()):

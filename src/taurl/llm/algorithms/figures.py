@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from taurl.functional.advantages import has_variance
@@ -15,14 +16,16 @@ class Tally:
 
     def __init__(self) -> None:
         self.updates: list[Update] = []
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, Tensor] = {}  # float64, where the values are: reading one of them waits for a GPU
         self.counts: dict[str, int] = {}
 
     def add(self, mask: Tensor, values: Mapping[str, Tensor]) -> None:
         """Count values [N, L] of one part where its mask holds."""
+        places = mask.flatten().nonzero()[:, 0]  # found once: each time that they are, a GPU is waited for
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach()[mask].double().sum())
-            self.counts[name] = self.counts.get(name, 0) + int(mask.sum())
+            total = value.detach().flatten()[places].double().sum()
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
+            self.counts[name] = self.counts.get(name, 0) + len(places)
 
     def figures(self) -> dict[str, float]:
         """Everything by metric name; what no part reported (all groups skipped) is not there."""
@@ -35,7 +38,8 @@ class Tally:
 
     def means(self) -> dict[str, float]:
         """The means over tokens alone."""
-        return {name: total / max(1, self.counts[name]) for name, total in self.sums.items()}
+        totals = torch.stack(list(self.sums.values())).tolist() if self.sums else []
+        return {name: total / max(1, self.counts[name]) for name, total in zip(self.sums, totals, strict=True)}
 
 
 def rollout_figures(rollout: Rollout, rewards: Tensor, times: Mapping[str, float]) -> dict[str, float]:

@@ -44,9 +44,12 @@ def hidden_logprobs(
     model: PreTrainedModel, hidden: Tensor, tokens: Tensor, mask: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """The second half of `completion_logprobs`, from what `completion_hidden` gave."""
-    chosen, entropies = head_logprobs(output_head(model), hidden[mask], tokens[mask], temperature)
-    empty = chosen.new_zeros(tokens.shape)
-    return empty.masked_scatter(mask, chosen), empty.masked_scatter(mask, entropies)
+    places = mask.flatten().nonzero()[:, 0]  # found once: each time that they are, a GPU is waited for
+    wanted = hidden.flatten(0, 1).index_select(0, places)
+    chosen, entropies = head_logprobs(output_head(model), wanted, tokens.flatten()[places], temperature)
+    empty = chosen.new_zeros(mask.numel())
+    logprobs, spread = (empty.index_copy(0, places, values).view_as(mask) for values in (chosen, entropies))
+    return logprobs, spread
 
 
 def completion_hidden(
@@ -55,9 +58,8 @@ def completion_hidden(
     """Hidden states [N, L, d] that predict each completion token; arguments and errors as `completion_logprobs`."""
     if causal_lm(model)._is_stateful:
         raise cannot_share(model, "has recurrent layers")
-    ids, real = pad_left(prompts, tokens.device)
     joint = checkpoints_activations(model)
-    return (_joint_hidden if joint else _forked_hidden)(model, ids, real, prompt_of, tokens)
+    return (_joint_hidden if joint else _forked_hidden)(model, prompts, prompt_of, tokens)
 
 
 def cannot_share(model: PreTrainedModel, found: str) -> InputError:
@@ -85,9 +87,12 @@ def head_scores(head: OutputHead, hidden: Tensor, tokens: Tensor, temperature: f
     return score_tokens(hidden, head.weight, tokens, bias=bias, temperature=temperature, softcap=head.softcap)
 
 
-def _forked_hidden(model: PreTrainedModel, ids: Tensor, real: Tensor, prompt_of: Tensor, tokens: Tensor) -> Tensor:
+def _forked_hidden(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], prompt_of: Tensor, tokens: Tensor
+) -> Tensor:
     """Hidden states [N, L, d] that predict each completion token: prompts first, completions on their cache."""
-    padded, most = not bool(real.all()), context_length(causal_lm(model))
+    ids, real = pad_left(prompts, tokens.device)
+    padded, most = len(set(map(len, prompts))) > 1, context_length(causal_lm(model))
     cache = DynamicCache()  # without the config: a layer with a window would evict by column, padding included
     output = body(model)(
         input_ids=ids,
@@ -115,8 +120,11 @@ def _forked_hidden(model: PreTrainedModel, ids: Tensor, real: Tensor, prompt_of:
     return torch.cat([last, rest], 1)
 
 
-def _joint_hidden(model: PreTrainedModel, ids: Tensor, real: Tensor, prompt_of: Tensor, tokens: Tensor) -> Tensor:
+def _joint_hidden(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], prompt_of: Tensor, tokens: Tensor
+) -> Tensor:
     """The same, a copy of its prompt before each completion and both forwarded as one row, without a cache."""
+    ids, real = pad_left(prompts, tokens.device)
     inputs = torch.cat([ids[prompt_of], tokens[:, :-1]], 1)
     attention = torch.cat([real[prompt_of], torch.ones_like(tokens[:, :-1], dtype=torch.bool)], 1)
     places = positions(attention, context_length(causal_lm(model)))
