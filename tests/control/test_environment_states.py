@@ -1,6 +1,8 @@
 """Where environments stand: what is put back goes on bit for bit, and what cannot be had is said."""
 
+import enum
 import json
+import re
 from collections import deque
 
 import gymnasium
@@ -192,3 +194,83 @@ def test_it_is_text_of_plain_values():
     assert equal(restore(text, environments.vector), [np.arange(3)])
     tensors = environments.tensors()
     assert {tensor.dtype for tensor in tensors.values()} == {torch.uint8}
+
+
+class Mode(enum.Enum):
+    LOW = 0
+    HIGH = 1
+
+
+class Moody(Counting):
+    """Changes its mood at every third step."""
+
+    mode = Mode.LOW
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        if self.step_number == 3:
+            self.mode = Mode.HIGH if self.mode is Mode.LOW else Mode.LOW
+        return observation, reward + self.mode.value, *rest
+
+
+def test_members_of_enumerations_come_back():
+    before = moved(Moody, 6)
+    assert before.vector.envs[0].mode is Mode.HIGH
+    after = Environments(Moody, 2, seed=1)
+    after.load_tensors(before.tensors())
+    assert after.vector.envs[0].mode is Mode.HIGH
+    assert goes_on_alike(before, after, 30)
+
+
+def test_members_that_no_name_leads_to_are_no_state():
+    class Local(enum.Enum):
+        ONE = 1
+
+    environments = moved(Counting, 1)
+    environments.vector.envs[0].mode = Local.ONE
+    with pytest.raises(NoState, match=r"Counting\.mode is of type .*Local, which cannot be found"):
+        state_text(environments.vector, [])
+
+
+def test_arrays_that_share_memory_are_no_state():
+    environments = moved(Counting, 1)
+    one = environments.vector.envs[0]
+    one.state = np.zeros(4)
+    one.left, one.right = one.state[:2], one.state[2:]
+    with pytest.raises(NoState, match=r"Counting\.left shares memory with Counting\.state"):
+        state_text(environments.vector, [])
+    one.state = None
+    state_text(environments.vector, [])  # the two halves have nothing in common
+
+
+class Within(Counting):
+    """Makes what it plays in when an episode begins."""
+
+    inner = None
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.goes = None, self.slowly
+
+    def slowly(self):
+        pass
+
+    def fast(self):
+        pass
+
+    def reset(self, *, seed=None, options=None):
+        self.inner = Counting()
+        self.inner.reset(seed=seed)
+        return super().reset(seed=seed)
+
+
+@pytest.mark.parametrize("other", ["inner", "goes"])
+def test_what_is_made_otherwise_begins_anew(other):
+    before, after = moved(Within, 1), Environments(Within, 2, seed=1)
+    if other == "goes":
+        before.vector.envs[1].goes = before.vector.envs[1].fast
+        after.reset()
+    after.load_tensors(before.tensors())
+    expected = {"inner": "a NoneType is where a Counting was", "goes": r"a Within\.slowly is where a Within\.fast was"}
+    assert re.search(expected[other], after.unsaved)
+    assert after.observations[:, 1].tolist() == [0, 0]

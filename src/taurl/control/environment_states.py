@@ -2,12 +2,14 @@
 
 gymnasium has no common way to save an environment. One that has `get_state()` and `set_state(state)` is asked for its
 state; of any other all attributes are taken: numbers, text, arrays, random generators, lists and dictionaries of these,
-MuJoCo's data, and the same of wrapped environments and of spaces. Functions, types and the spec are constants. An
-attribute of another kind (a Box2D world, an emulator, a process) hides what it holds: then there is no state.
+MuJoCo's data, members of enumerations, and the same of wrapped environments and of spaces. Functions and types are to
+be those that the environment made anew has already. An attribute of another kind (a Box2D world, an emulator, a
+process) hides what it holds, and so do arrays that share memory: then there is no state.
 """
 
 import base64
 import json
+import sys
 import types
 from collections import deque
 from enum import Enum
@@ -20,7 +22,8 @@ from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import PassiveEnvChecker
 
 PLAIN = (type(None), bool, int, float, str)
-CONSTANTS = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, np.dtype, EnvSpec, Enum)
+NAMED = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+CONSTANTS = (np.dtype, EnvSpec)
 CONSTANT_KINDS = ("MjModel", "MujocoRenderer")  # by name: MuJoCo need not be installed
 # Arguments of the constructor: whoever makes the environment again gives them again.
 CONSTANT_NAMES = ("_saved_kwargs", "_cached_spec", "_ezpickle_args", "_ezpickle_kwargs", "env_fns")
@@ -42,7 +45,10 @@ def state_text(vector: VectorEnv[Any, Any, Any], others: list[Any]) -> str:
 
 
 def restore(text: str, vector: VectorEnv[Any, Any, Any]) -> list[Any]:
-    """Put back what `state_text` gave into the same environments made anew; returns the other values."""
+    """Put back what `state_text` gave into the same environments made anew; returns the other values.
+
+    Raises: NoState, with some of it put back, where they are made otherwise than those that were saved.
+    """
     reader = _Reader()
     roots = [one for one, _ in _roots(vector)]
     found = [reader.read(saved, one) for saved, one in zip(json.loads(text), [*roots, None], strict=True)]
@@ -64,10 +70,13 @@ class _Writer:
 
     def __init__(self) -> None:
         self.met: dict[int, tuple[int, Any]] = {}  # with the value itself, so that its id stays taken
+        self.arrays: dict[int, list[tuple[Any, str]]] = {}  # by whose memory they are in
 
     def write(self, value: Any, path: str) -> Any:
         if type(value) in PLAIN:
             return value
+        if isinstance(value, Enum):
+            return self._member(value, path)
         if id(value) in self.met:
             return ["same", self.met[id(value)][0]]
         self.met[id(value)] = len(self.met), value
@@ -82,6 +91,8 @@ class _Writer:
             return ["dict", names, [self.write(one, f"{path}[{name!r}]") for name, one in value.items()]]
         if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufcSU":
             kind = "array" if isinstance(value, np.ndarray) else "scalar"
+            if kind == "array":
+                self._refuse_shared(value, path)
             return [kind, value.dtype.str, value.shape, base64.b64encode(value.tobytes()).decode()]
         if isinstance(value, np.random.Generator):
             return ["generator", self.write(value.bit_generator.state, path)]
@@ -90,17 +101,38 @@ class _Writer:
     def _parts(self, values: Any, path: str) -> list[Any]:
         return [self.write(one, f"{path}[{place}]") for place, one in enumerate(values)]
 
+    def _member(self, value: Enum, path: str) -> Any:
+        kind = type(value)
+        written = ["member", kind.__module__, kind.__qualname__, value.name]
+        if _member(*written[1:]) is not value:
+            raise NoState(f"{path} is of type {kind.__qualname__}, which cannot be found by its name")
+        return written
+
+    def _refuse_shared(self, array: Any, path: str) -> None:
+        """Views of one memory would come back as arrays of their own."""
+        owner = array
+        while isinstance(owner, np.ndarray) and owner.base is not None:
+            owner = owner.base
+        others = self.arrays.setdefault(id(owner), [])
+        for other, where in others:
+            if np.may_share_memory(array, other):
+                raise NoState(f"{path} shares memory with {where}")
+        others.append((array, path))
+
     def _object(self, value: Any, path: str) -> Any:
+        kind = type(value).__qualname__
         if callable(getattr(value, "get_state", None)) and callable(getattr(value, "set_state", None)):
-            return ["asked", self.write(value.get_state(), f"{path}.get_state()")]
+            return ["asked", self.write(value.get_state(), f"{path}.get_state()"), kind]
         written = {}
         for name, one in _attributes(value).items():
             where = f"{path}.{name}"
-            is_data = type(one).__name__ == "MjData"
-            written[name] = (
-                ["mujoco", self.write(_mujoco(value.model, one), where)] if is_data else self.write(one, where)
-            )
-        return ["object", written]
+            if isinstance(one, NAMED):
+                written[name] = ["named", one.__qualname__]
+            elif type(one).__name__ == "MjData":
+                written[name] = ["mujoco", self.write(_mujoco(value.model, one), where)]
+            else:
+                written[name] = self.write(one, where)
+        return ["object", written, kind]
 
 
 class _Reader:
@@ -115,6 +147,8 @@ class _Reader:
         kind, content, *more = saved
         if kind == "same":
             return self.met[content]
+        if kind == "member":
+            return _member(content, *more)
         number = len(self.met)
         self.met.append(current)
         self.met[number] = self._made(kind, content, more, current, number)
@@ -123,10 +157,12 @@ class _Reader:
     def _made(self, kind: str, content: Any, more: list[Any], current: Any, number: int) -> Any:
         match kind:
             case "object":
+                _require(type(current).__qualname__, *more)
                 for name, saved in content.items():
                     self._set(current, name, saved)
                 return current
             case "asked":
+                _require(type(current).__qualname__, *more)
                 current.set_state(self.read(content))
                 return current
             case "dict":
@@ -148,10 +184,27 @@ class _Reader:
         return deque(parts, *more) if kind == "deque" else tuple(parts) if kind == "tuple" else parts
 
     def _set(self, owner: Any, name: str, saved: Any) -> None:
-        if isinstance(saved, list) and saved[0] == "mujoco":
-            _restore_mujoco(owner.model, getattr(owner, name), self.read(saved[1]))
-            return
-        setattr(owner, name, self.read(saved, getattr(owner, name, None)))
+        current = getattr(owner, name, None)
+        if isinstance(saved, list) and saved[0] == "named":
+            _require(getattr(current, "__qualname__", type(current).__qualname__), saved[1])
+        elif isinstance(saved, list) and saved[0] == "mujoco":
+            _require(type(current).__name__, "MjData")
+            _restore_mujoco(owner.model, current, self.read(saved[1]))
+        else:
+            setattr(owner, name, self.read(saved, current))
+
+
+def _member(module: str, kind: str, name: str) -> Any:
+    """The member of an enumeration; None where it is none of a module that is imported."""
+    found: Any = sys.modules.get(module)
+    for part in (*kind.split("."), name):
+        found = getattr(found, str(part), None)
+    return found
+
+
+def _require(found: str, saved: str) -> None:
+    if found != saved:
+        raise NoState(f"a {found} is where a {saved} was saved")
 
 
 def _attributes(value: Any) -> dict[str, Any]:

@@ -236,9 +236,15 @@ class Environments:
         self.unsaved = facts["unsaved"]
         if facts["state"] is None:
             self.begin_anew()
-        else:
-            for name, value in zip(UNDER_WAY, restore(facts["state"], self.vector), strict=True):
-                setattr(self, name, value)
+            return
+        try:
+            found = restore(facts["state"], self.vector)
+        except NoState as error:
+            self.unsaved = str(error)
+            self.begin_anew()
+            return
+        for name, value in zip(UNDER_WAY, found, strict=True):
+            setattr(self, name, value)
 
     def _count(self, rewards: Array, done: Array, only_reset: Array) -> None:
         self._returns += rewards

@@ -196,7 +196,7 @@ class Trainer(ABC):
             self._said_unsaved = True
             self.run.view.note(
                 f"{self.environments.name}: no checkpoint can hold where it stands ({self.environments.unsaved}); its "
-                "episodes begin anew after each"
+                "episodes begin anew after each, and what it keeps from one to the next is lost on resume"
             )
 
     def iterations(self, steps: int) -> int:
