@@ -100,6 +100,17 @@ def test_it_learns_from_single_answers_and_takes_pairs_for_two_of_them(config, l
     assert records[-1]["eval/rewards/chosen"] > records[-1]["eval/rewards/rejected"]
 
 
+@pytest.mark.parametrize("tokens_per_part", [1, 2048])
+def test_answers_of_no_tokens_are_as_likely_as_can_be(config, tokens_per_part):
+    """Of a tokenizer without an end of sequence, whose empty answers have nothing at all."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.eos_token = None
+    rows = [{"prompt": f"{i}?", "completion": "", "label": i % 2 == 0} for i in range(4)]
+    settings = config(loss_type="kto", steps=1, prompts_per_step=4, eval_rows=0, tokens_per_part=tokens_per_part)
+    trainer = DPO(tiny_model(), rows, config=settings, tokenizer=tokenizer).train()
+    assert trainer.run.records()[-1]["logps/chosen"] == 0
+
+
 def test_the_mismatched_answers_of_pairs_are_of_both_kinds(config, folder):
     answers = DPO(str(folder), ROWS, config=config(loss_type="kto", eval_rows=0)).train_answers
     assert [answers.answers[i][1] for i in range(24)] == [answers.answers[(i + 2) % 24][0] for i in range(24)]

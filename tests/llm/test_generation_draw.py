@@ -80,6 +80,7 @@ def test_temperature_zero_takes_the_most_likely_token_for_certain():
 def test_a_tiny_temperature_is_greedy_and_a_huge_one_even():
     logits = torch.tensor([0.0, 3.0, 2.9, 1.0])
     assert drawn(logits, [0.0, 0.5, ALMOST_ONE], temperature=1e-38) == ([1, 1, 1], [0.0, 0.0, 0.0])
+    assert drawn(logits, [0.0, 0.5, ALMOST_ONE], temperature=1e-46) == ([1, 1, 1], [0.0, 0.0, 0.0])  # 0 in float32
     tokens, logprobs = drawn(logits, [0.1, 0.3, 0.6, 0.9], temperature=1e30)
     assert tokens == [0, 1, 2, 3]
     assert logprobs == pytest.approx([-math.log(4)] * 4)

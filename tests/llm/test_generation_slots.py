@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig, Llama4TextConfig, M
 
 from taurl.llm import GRPO, GRPOConfig
 from taurl.llm.generation import Sampling, SlotSampler, TransformersSampler
+from taurl.llm.generation.attention import one_query_attention
 from taurl.llm.generation.cache import SlotCache
 from taurl.llm.generation.slot_model import SlotModel
 from taurl.llm.generation.slots import Batch
@@ -331,3 +332,13 @@ def test_a_model_that_has_diverged_is_named(llama, temperature):
     llama.model.norm.weight.data[3] = torch.nan
     with pytest.raises(RunError, match="logits are not finite"):
         sampler.generate([[1, 2]], 1, Sampling(4, temperature=temperature))
+
+
+def test_a_mask_that_differs_by_head_is_kept():
+    torch.manual_seed(0)
+    query, (key, value) = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 4, 5, 8)
+    mask = torch.where(torch.rand(2, 4, 1, 5) < 0.3, -torch.inf, 0.0)
+    module = torch.nn.Module().eval()
+    found, _ = one_query_attention(module, query, key, value, mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
+    torch.testing.assert_close(found, expected)

@@ -82,3 +82,15 @@ def test_evaluating_puts_every_module_back_as_it_was():
     with pytest.raises(ZeroDivisionError), evaluating(model):
         _ = 1 / 0
     assert [module.training for module in model.modules()] == before
+
+
+def test_a_model_that_does_something_between_body_and_head_or_names_no_body_is_refused(monkeypatch):
+    wide = tiny_model("llama")
+    wide.lm_head = torch.nn.Linear(32 + 1, 101)
+    monkeypatch.setattr(type(wide), "forward", lambda self, **_: torch.nn.Module())  # its own way with its head
+    monkeypatch.setattr(torch.nn.Module, "logits", torch.zeros(1, 2, 101), raising=False)
+    with pytest.raises(InputError, match="does more to its logits"):
+        check_head(wide)
+    monkeypatch.setattr(type(wide), "base_model_prefix", "text")
+    with pytest.raises(InputError, match="LlamaForCausalLM names no part without its output head"):
+        body(wide)

@@ -147,6 +147,20 @@ def test_an_adapter_is_merged_into_a_copy_made_on_the_cpu(monkeypatch):
     assert all(torch.equal(weight, before[name]) for name, weight in adapted.state_dict().items())
 
 
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["q_proj"]])
+def test_a_merged_adapter_of_the_embeddings_leaves_the_head_that_shares_them_as_it_was(tmp_path, targets):
+    adapted = get_peft_model(tiny_model(tie_word_embeddings=True), LoraConfig(r=2, target_modules=targets))
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            weight.data.normal_()
+    policy = Policy(adapted, tiny_tokenizer())
+    expected = policy.model(IDS).logits
+    policy.export(tmp_path / "out", merge=True)
+    loaded = load_model(str(tmp_path / "out"), dtype=torch.float32)
+    torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    assert loaded.config.tie_word_embeddings is (len(targets) == 1)
+
+
 def test_equal_frozen_weights_are_shared_a_tied_head_with_them():
     trunk, other = (tiny_model(tie_word_embeddings=True).requires_grad_(False) for _ in range(2))
     size = sum(weight.nbytes for weight in other.parameters())

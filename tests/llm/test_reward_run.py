@@ -93,6 +93,13 @@ def test_it_learns_which_of_two_is_better(trained):
     assert held_out.isdisjoint(row["prompt"] for row in trained.train_rows.rows)
 
 
+def test_held_out_scores_that_are_not_finite_stop_nothing(folder, config, monkeypatch):
+    monkeypatch.setattr(Reward, "_scores", lambda self, rows: [[float("nan")] * 2 for _ in range(len(rows))])
+    trainer = Reward(str(folder), PAIRS, config(steps=1)).train()
+    assert trainer.run.records()[-1]["eval/calibration_error"] is None
+    assert trainer.run.step == 1
+
+
 def test_the_first_loss_is_that_of_transformers_own_scores(folder, config):
     trainer = Reward(str(folder), PAIRS, config(eval_rows=0, steps=1, centering=0.1))
     model, tokenizer = trainer.policy.model, trainer.policy.tokenizer

@@ -121,6 +121,16 @@ def test_answers_to_held_out_rows_are_scored(config, folder):
         SFT(str(folder), [{"text": f"{i}."} for i in range(9)], config(generate_rows=1, out=None), rewards=right)
 
 
+def test_rewards_that_would_score_nothing_are_refused(config, folder):
+    with pytest.raises(InputError, match="rewards score answers to held-out rows: give generate_rows"):
+        SFT(str(folder), ROWS, config(), rewards=lambda completions, **_: [0.0] * len(completions))
+
+
+def test_an_adapter_of_the_embeddings_takes_noise(config, folder):
+    settings = config(neftune_alpha=5, lora_rank=2, lora_targets=("embed_tokens",), steps=2)
+    assert SFT(str(folder), ROWS, settings).train().run.step == 2
+
+
 def test_without_an_answer_the_completion_is_what_rewards_compare_with(config, folder):
     rows = [{"prompt": f"{i}?", "completion": f"it is {i}"} for i in range(9)]
     trainer = SFT(str(folder), rows, config(generate_rows=3, eval_rows=4, max_tokens=8), rewards=["last_number"])

@@ -37,6 +37,12 @@ def test_an_adapters_layers_have_factors_too():
     assert {factors[name] for name in trained} == {0.25, 0.5}
 
 
+def test_an_adapter_of_the_embeddings_learns_as_they_do():
+    policy = Policy(tiny_model(), tiny_tokenizer(), LoraSettings(lora_rank=2, lora_targets=("embed_tokens", "q_proj")))
+    factors = layer_factors(policy.model, 0.5)
+    assert {factors[name] for name in factors if "lora_embedding" in name} == {0.125}
+
+
 def test_the_optimiser_multiplies_its_rate_by_the_factors():
     config = TrainingConfig(learning_rate=1e-2, weight_decay=0.1)
     policy = Policy(tiny_model(), tiny_tokenizer())

@@ -4,6 +4,7 @@
 A unit is what has a loss of its own: a pair, a ranked list, a completion with a score or label, a step of a process.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,8 @@ class Reward(Trainer):
     def evaluation(self, step: int) -> Evaluation:
         """Figures, scores and pictures of the held-out rows."""
         scores = self._scores(self.held_out)
-        drawn = pictures(self.form, self.held_out.judged, scores)
+        known = all(math.isfinite(value) for values in scores for value in values)  # else the weights have diverged
+        drawn = pictures(self.form, self.held_out.judged, scores) if known else {}
         return Evaluation(self._figures(scores), self._samples(scores, step), drawn)
 
     def _figures(self, scores: Sequence[Sequence[float]]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from taurl.llm.models.loading import names_embedded
 from taurl.llm.rewards.model import PREFIX
 from taurl.runtime.config import Settings, TrainingConfig, validated
 from taurl.runtime.errors import InputError, reason
@@ -88,7 +89,9 @@ def with_whole_paths(config: Config) -> Config:
     whole: dict[str, Any] = {}
     for name in ("model", "dataset", "eval_dataset", "chat_template", "reference", "critic"):
         value = getattr(config, name, None)
-        if value is not None and value not in NO_PATHS and Path(value).exists():
+        if value is None or value in NO_PATHS or names_embedded(str(value)):
+            continue
+        if Path(value).exists():
             whole[name] = str(Path(value).resolve())
     if mix := getattr(config, "mix", None):
         whole["mix"] = {str(Path(name).resolve()) if Path(name).exists() else name: mix[name] for name in mix}

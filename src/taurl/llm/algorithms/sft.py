@@ -15,7 +15,7 @@ from taurl.functional.logprobs import TokenScores
 from taurl.functional.supervised import dft_loss, nll_loss, smoothed_loss, z_loss
 from taurl.llm.algorithms.figures import Tally
 from taurl.llm.algorithms.setup import loading_model, repeat_data
-from taurl.llm.algorithms.sft_config import SFTConfig
+from taurl.llm.algorithms.sft_config import REWARDS_SCORE_ANSWERS, SFTConfig
 from taurl.llm.algorithms.trainer import Trainer
 from taurl.llm.answering import Answering
 from taurl.llm.data.row_data import RowData, RowPosition
@@ -84,6 +84,8 @@ class SFT(Trainer):
 
     def set_up(self, dtype: torch.dtype | None) -> None:
         config, run = self.config, self.run
+        if self.given("rewards") and not config.generate_rows:
+            raise InputError(REWARDS_SCORE_ANSWERS)
         reader = RowReader.of(config, self.tokenizer, self.outline())
         self.data = RowData.read(reader, self.given("dataset"), self.given("eval_dataset"), config)
         for note in self.data.notes:
@@ -188,7 +190,7 @@ class SFT(Trainer):
         return losses
 
     def _noise(self, batch: Sequence[TokenRow], part: RowPart, step: int) -> Tensor:
-        width = self.policy.model.get_input_embeddings().embedding_dim
+        width = self.policy.model.get_input_embeddings().weight.shape[1]
         return embedding_noise(part, batch, width, self.config.neftune_alpha, (self.config.seed, step))
 
     def _attention(self) -> AbstractContextManager[None]:

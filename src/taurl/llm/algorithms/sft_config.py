@@ -16,6 +16,8 @@ from taurl.llm.settings import (
 )
 from taurl.runtime.config import FREE, TrainingConfig
 
+REWARDS_SCORE_ANSWERS = "rewards score answers to held-out rows: give generate_rows"
+
 
 class SFTConfig(
     PartSettings,
@@ -77,5 +79,5 @@ class SFTConfig(
         if self.train_rows and self.mix:
             raise ValueError("train_rows counts the rows of one data set: with mix, steps says how many are trained on")
         if self.rewards and not self.generate_rows:
-            raise ValueError("rewards score answers to held-out rows: give generate_rows")
+            raise ValueError(REWARDS_SCORE_ANSWERS)
         return self

@@ -28,13 +28,13 @@ def one_query_attention(
     Args:
         query: [R, heads, Q, size]; the plain products are for Q = 1.
         key, value: [R, key heads, columns, size], each key head shared by heads / key heads queries.
-        attention_mask: float [R, 1, Q, columns], added to the scores.
+        attention_mask: float [R, 1, Q, columns], added to the scores; one that differs by head goes to sdpa.
         scaling: 1 / √size if None.
         rest: what is not known to be harmless (a soft cap, sinks) goes to sdpa, which refuses or ignores it.
     Returns: [R, Q, heads, size], and no weights.
     """
     changes = any(value is not None for name, value in rest.items() if name not in HARMLESS)
-    if query.shape[2] != 1 or attention_mask is None or changes:
+    if query.shape[2] != 1 or attention_mask is None or attention_mask.shape[1] != 1 or changes:
         found: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **rest
         )

@@ -41,7 +41,8 @@ def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> tuple[Tensor, T
     scores = logits.to(softmax_dtype)
     scores = scores - scores.amax(-1, keepdim=True)
     if sampling.temperature != 1:
-        scores /= sampling.temperature  # after the subtraction: even a tiny temperature overflows to −∞ only
+        # After the subtraction: even a tiny temperature, which float32 may not tell from 0, overflows to −∞ only.
+        scores /= max(sampling.temperature, torch.finfo(scores.dtype).tiny)
     scores = truncate(scores, sampling)
     # A sum in parallel need not grow monotonically; in float64 that is too little to ever draw what was truncated.
     cumulative = scores.exp().cumsum(-1, dtype=torch.float64 if scores.is_cuda else None)

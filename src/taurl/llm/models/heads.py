@@ -72,8 +72,14 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def body(model: PreTrainedModel) -> nn.Module:
-    """The part that maps token ids to hidden states [..., d], everything but the output head."""
-    base: nn.Module = causal_lm(model).base_model
+    """The part that maps token ids to hidden states [..., d], everything but the output head.
+
+    Raises: InputError if the model names none.
+    """
+    plain = causal_lm(model)
+    base: nn.Module = plain.base_model
+    if base is plain:
+        raise InputError(f"{type(plain).__name__} names no part without its output head: choose another model")
     return base
 
 
@@ -108,8 +114,9 @@ def check_head(model: PreTrainedModel) -> None:
     ids = torch.tensor([[0, 1]], device=plain.device)
     with evaluating(plain):
         own = plain(input_ids=ids).logits
-        ours = output_head(plain)(body(plain)(input_ids=ids).last_hidden_state)
-    if (ours - own).abs().max() > HEAD_TOLERANCE * own.abs().max():
+        hidden, head = body(plain)(input_ids=ids).last_hidden_state, output_head(plain)
+        fits = hidden.shape[-1] == head.weight.shape[-1]  # else the model does something in between
+    if not fits or (head(hidden) - own).abs().max() > HEAD_TOLERANCE * own.abs().max():
         raise InputError(
             f"{type(plain).__name__} does more to its logits than taurl knows (a linear layer, a scale, a soft cap): "
             "its log-probabilities would be wrong, choose another model"

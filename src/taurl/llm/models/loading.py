@@ -55,7 +55,7 @@ def resolve_model(name: str) -> str:
     folder = Path(name).expanduser()
     if folder.is_dir() and _holds_model(folder):
         return str(folder)
-    if name.lower() == embedded.NAME:
+    if names_embedded(name):
         return str(embedded.embedded_model())
     if folder.is_dir():
         raise InputError(
@@ -68,6 +68,11 @@ def resolve_model(name: str) -> str:
     if "/" not in name and difflib.get_close_matches(name.lower(), [embedded.NAME], cutoff=0.7):
         raise InputError(f"unknown model '{name}': did you mean '{embedded.NAME}'?")
     return _fetch_from_hub(name)
+
+
+def names_embedded(name: str) -> bool:
+    """Whether the embedded model is meant, and no model folder that has its name."""
+    return name.lower() == embedded.NAME and not _holds_model(Path(name))
 
 
 def _holds_model(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.data.chat import stop_token_ids
 from taurl.llm.generation import Generator, SlotSampler, TransformersSampler
-from taurl.llm.models.heads import check_head
+from taurl.llm.models.heads import causal_lm, check_head
 from taurl.llm.models.hub import quiet_transformers
 from taurl.llm.models.loading import load_model, load_tokenizer
 from taurl.llm.models.trainable import freeze_parameters, layer_factors
@@ -249,16 +249,30 @@ class Policy:
     def merged(self) -> PreTrainedModel:
         """A copy of the model on the CPU with its adapter merged into the weights, these in 16 or 32 bits."""
         if not self.in_4bit:
-            return cast(PreTrainedModel, copied_to_cpu(self.model).merge_and_unload())
+            return merged_into_base(copied_to_cpu(self.model))
         from peft import PeftModel
 
         with tempfile.TemporaryDirectory() as folder:  # onto weights that were never rounded to 4 bits
             self.model.save_pretrained(folder, safe_serialization=True)
             base = self._load(self.name, dtype=self.model.dtype, device="cpu")
             adapted: Any = PeftModel.from_pretrained(base, folder)
-            merged = cast(PreTrainedModel, adapted.merge_and_unload())
+            merged = merged_into_base(adapted)
             merged.generation_config = self.model.generation_config  # with the stop tokens that the run has set
             return merged
+
+
+def merged_into_base(adapted: Any) -> PreTrainedModel:
+    """The base model with its adapter merged into it.
+
+    An adapter of the input embeddings was trained beside a head that stayed as it was: a head that shares their weight
+    gets one of its own.
+    """
+    plain: Any = causal_lm(adapted)
+    embeddings, head = plain.get_input_embeddings(), plain.get_output_embeddings()
+    if hasattr(embeddings, "lora_embedding_A") and head is not None and head.weight is embeddings.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+        plain.config.tie_word_embeddings = False
+    return cast(PreTrainedModel, adapted.merge_and_unload())
 
 
 def copied_to_cpu(model: Any) -> Any:

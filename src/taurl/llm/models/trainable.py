@@ -9,6 +9,7 @@ from torch import nn
 
 from taurl.runtime.errors import InputError
 
+ADAPTED_EMBEDDING = ".lora_embedding_"  # what peft calls the weights of an embedding's adapter
 LAYER = re.compile(r"\.(\d+)\.")  # the first number in a parameter's name is that of its layer
 
 
@@ -40,9 +41,8 @@ def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
         return {}
     embeddings = {
         id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for parameter in module.parameters(recurse=False)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if ADAPTED_EMBEDDING in name or isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
     }
     layers = {name: int(found[1]) for name, _ in model.named_parameters() if (found := LAYER.search(name))}
     count = max(layers.values(), default=-1) + 1

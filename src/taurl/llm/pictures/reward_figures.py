@@ -151,6 +151,8 @@ def calibration(probabilities: np.ndarray, outcomes: np.ndarray) -> list[tuple[f
 
 
 def calibration_error(probabilities: np.ndarray, outcomes: np.ndarray) -> float:
-    """Mean distance of probability and share, weighed by the counts (expected calibration error)."""
+    """Mean distance of probability and share, weighed by the counts (expected calibration error); NaN for NaN."""
+    if np.isnan(probabilities).any():
+        return math.nan
     bins = calibration(probabilities, outcomes)
     return sum(abs(expected - found) * count for expected, found, count in bins) / len(probabilities)

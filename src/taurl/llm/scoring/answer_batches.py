@@ -31,7 +31,7 @@ class AnswerBatch:
         cls, prompts: Sequence[list[int]], answers: Sequence[Sequence[list[int]]], device: torch.device
     ) -> "AnswerBatch":
         """Pad the token ids of N prompts with K answers each."""
-        shape = len(answers), len(answers[0]), max(len(answer) for row in answers for answer in row)
+        shape = len(answers), len(answers[0]), max(1, *(len(answer) for row in answers for answer in row))
         tokens, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
         for n, row in enumerate(answers):
             for k, answer in enumerate(row):
@@ -69,7 +69,7 @@ class AnswerBatch:
         """
         count = self.count
         copies = 1 if share_prompts else count
-        longest: list[int] = self.lengths.amax(1).tolist()
+        longest: list[int] = self.lengths.amax(1).clamp(min=1).tolist()  # an empty answer has a column, too
         rows = sorted(range(len(self)), key=lambda row: (longest[row], len(self.prompts[row])))
         for run in fitting(
             rows, lambda row: Size(count, longest[row], copies, len(self.prompts[row])), tokens_per_part
