@@ -267,6 +267,13 @@ def test_default_chunk_holds_its_memory(monkeypatch):
         gradients(chosen_logprobs, inputs)
     assert recorder.elements == 5 * 50
 
+    class OnGpu(Tensor):
+        is_cuda = True
+
+    with LargestTensor() as recorder:
+        chosen_logprobs(**inputs | {"hidden": inputs["hidden"].detach().as_subclass(OnGpu)})
+    assert recorder.elements == 8 * 5 * 50
+
 
 def test_a_frozen_weight_costs_nothing_of_its_size():
     inputs = example(rows=6, size=40, vocabulary=50)
