@@ -13,7 +13,7 @@ from tiny_models import (
     prompts_of,
     tiny_model,
 )
-from transformers import AutoModelForCausalLM, MambaConfig, OpenAIGPTConfig, Phi3Config
+from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, OpenAIGPTConfig, Phi3Config
 
 from taurl.llm.models.heads import context_length
 from taurl.llm.scoring.likelihood import checkpoints_activations, completion_logprobs
@@ -86,6 +86,15 @@ def compare(model, prompts, prompt_of, completions, temperature=0.7):
 @in_double
 def test_values_and_gradients_equal_those_of_one_plain_pass_a_row(architecture):
     compare(tiny_model(architecture, torch.float64), PROMPTS, PROMPT_OF, COMPLETIONS)
+
+
+@in_double
+def test_layers_that_keep_no_keys_and_values_get_prompt_and_completion_as_one():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    kinds = {"num_hidden_layers": 3, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention", "conv"]}
+    convolving = AutoModelForCausalLM.from_config(Lfm2Config(**sizes, **kinds)).double().eval()
+    compare(convolving, PROMPTS, PROMPT_OF, COMPLETIONS)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])

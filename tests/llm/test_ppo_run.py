@@ -135,6 +135,15 @@ def test_a_reference_that_reads_other_tokens_is_refused(config, folder, tmp_path
         PPO(str(folder), ROWS, high_ids, config(out=None), reference=str(tmp_path / "other"))
 
 
+@pytest.mark.parametrize("role", ["reference", "critic"])
+def test_another_model_that_sees_less_far_is_refused(config, folder, tmp_path, role):
+    tiny_model(max_position_embeddings=64).save_pretrained(tmp_path / "short")
+    tiny_tokenizer().save_pretrained(tmp_path / "short")
+    for other in (tiny_model(max_position_embeddings=64), str(tmp_path / "short")):
+        with pytest.raises(InputError, match=f"the {role} sees 64 tokens at most, the model 128: give one"):
+            PPO(str(folder), ROWS, high_ids, config(out=None), **{role: other})
+
+
 def test_in_the_value_warm_up_the_policy_stays(config, folder):
     start = load_file(folder / "model.safetensors")
     for critic in ("copy", "head"):

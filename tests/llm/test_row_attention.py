@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_likelihood import assert_close, assert_same_gradients
 from tiny_models import ARCHITECTURES, checkpoint_activations, in_double, logits_one_by_one, prompts_of, tiny_model
-from transformers import MambaConfig
+from transformers import MambaConfig, PhimoeConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from taurl.llm.data.token_rows import TokenRow
@@ -171,6 +171,15 @@ def test_models_whose_attention_is_not_known_are_told_apart():
         MambaConfig(vocab_size=101, hidden_size=16, num_hidden_layers=2, state_size=4)
     )
     assert not knows_rows(recurrent.eval())
+
+
+@pytest.mark.parametrize("window", [6, None])
+def test_a_window_that_stands_in_the_mask_alone_is_noticed(window):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+    model = AutoModelForCausalLM.from_config(PhimoeConfig(**sizes, **heads, sliding_window=window)).eval()
+    assert knows_rows(model) is (window is None)
 
 
 @in_double

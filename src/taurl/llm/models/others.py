@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from taurl.llm.models.heads import causal_lm
-from taurl.llm.models.loading import load_tokenizer, resolve_model
+from taurl.llm.models.heads import causal_lm, context_length
+from taurl.llm.models.loading import load_outline, load_tokenizer, resolve_model
 from taurl.llm.models.policies import Policy, share_weights
 from taurl.runtime.errors import InputError
 
@@ -12,8 +12,9 @@ from taurl.runtime.errors import InputError
 def check_reference(reference: Any, policy: Policy) -> None:
     """Look at a reference, given by name or as an object, before it is taken.
 
-    Raises: InputError where it is the trained object or reads other tokens than the policy.
+    Raises: InputError where it is the trained object, reads other tokens than the policy or fewer of them.
     """
+    _require_context("reference", reference, policy)
     if isinstance(reference, str):
         _require_same_tokens("reference", reference, policy)
         return
@@ -31,8 +32,10 @@ def check_reference(reference: Any, policy: Policy) -> None:
 def check_critic(critic: Any, reference: Any, policy: Policy) -> None:
     """Look at a model that a critic is to start from, by name or as an object.
 
-    Raises: InputError where it is the trained object or the reference, or has another tokenizer than the policy.
+    Raises: InputError where it is the trained object or the reference, has another tokenizer than the policy, or reads
+        fewer tokens.
     """
+    _require_context("critic", critic, policy)
     if isinstance(critic, str):
         if (Path(resolve_model(critic)) / "tokenizer_config.json").is_file():
             _require_same_tokens("critic", critic, policy)
@@ -74,6 +77,15 @@ def _require_same_tokens(role: str, name: str, policy: Policy) -> None:
             f"{role} '{name}' has another tokenizer than the model: the same text would be other tokens; give a "
             "model of the same family"
         )
+
+
+def _require_context(role: str, model: Any, policy: Policy) -> None:
+    """Refuse a model that does not see as far as the policy: of a longer row it would confuse the positions."""
+    length = context_length(load_outline(model) if isinstance(model, str) else causal_lm(model))
+    own = context_length(causal_lm(policy.model))
+    if length is not None and (own is None or length < own):
+        seen = "any number" if own is None else own
+        raise InputError(f"the {role} sees {length} tokens at most, the model {seen}: give one that sees as many")
 
 
 def _require_apart(model: Any, trained: Any, message: str) -> None:

@@ -10,6 +10,9 @@ from taurl.functional.logprobs import TokenScores, score_tokens
 from taurl.llm.models.heads import OutputHead, body, causal_lm, context_length, output_head
 from taurl.runtime.errors import InputError
 
+# Layers whose keys and values can be gone on from. Models with others (convolutions) get prompt and completion as one.
+KEEPING = {"full_attention", "sliding_attention", "chunked_attention"}
+
 
 def completion_logprobs(
     model: PreTrainedModel,
@@ -58,7 +61,8 @@ def completion_hidden(
     """Hidden states [N, L, d] that predict each completion token; arguments and errors as `completion_logprobs`."""
     if causal_lm(model)._is_stateful:
         raise cannot_share(model, "has recurrent layers")
-    joint = checkpoints_activations(model)
+    kinds = getattr(causal_lm(model).config.get_text_config(), "layer_types", None) or ()
+    joint = checkpoints_activations(model) or not KEEPING.issuperset(kinds)
     return (_joint_hidden if joint else _forked_hidden)(model, prompts, prompt_of, tokens)
 
 

@@ -35,6 +35,7 @@ def attend_within_rows(
     row_bounds: Tensor,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    windows: list[int | None] | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of each row to itself, as `transformers` calls it.
@@ -43,8 +44,11 @@ def attend_within_rows(
         query: [1, H, T, D]; key, value: [1, K, T, D] with K a divisor of H.
         row_lengths, row_bounds: as `laid_end_to_end` gives them; the sum of the lengths is T.
         sliding_window: how many tokens a token sees at most, itself included.
+        windows: gets it from each layer; some models put it into their mask, which is none here, and not into the call.
     Returns: [1, T, H, D], and no weights.
     """
+    if windows is not None:
+        windows.append(sliding_window)
     for name in UNKNOWN:
         if others.get(name) is not None:
             raise InputError(f"attention with {name} is not known row by row")
@@ -131,9 +135,12 @@ def knows_rows(model: PreTrainedModel) -> bool:
     Not so with recurrent layers, with kinds of attention that are not known here, and with code of a model's own.
     """
     plain: Any = causal_lm(model)
-    kinds = set(getattr(plain.config.get_text_config(), "layer_types", None) or ())
-    if not plain._supports_attention_backend or not kinds <= KNOWN_LAYERS:
+    config = plain.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or []
+    if not plain._supports_attention_backend or not set(kinds) <= KNOWN_LAYERS:
         return False
+    windowed = kinds.count("sliding_attention") if kinds else config.num_hidden_layers
+    windows: list[int | None] = []
     first, second = (torch.tensor([ids], device=plain.device) for ids in ([0, 1, 2], [1, 0, 2]))
     with evaluating(plain):
         alone = [body(plain)(input_ids=ids, use_cache=False).last_hidden_state for ids in (first, second)]
@@ -143,11 +150,14 @@ def knows_rows(model: PreTrainedModel) -> bool:
                     input_ids=torch.cat([first, second], 1),
                     position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]], device=plain.device),
                     use_cache=False,
+                    windows=windows,
                     **laid_end_to_end([3, 3], plain.device),
                 ).last_hidden_state
         except torch.OutOfMemoryError:
             raise
         except (InputError, TypeError, RuntimeError):
             return False  # asked for what is not known here; the lengths did not reach attention; no such kernel
+    if getattr(config, "sliding_window", None) and len(windows) - windows.count(None) < windowed:
+        return False
     expected = torch.cat(alone, 1)
     return bool((together - expected).abs().max() <= AGREEMENT * expected.abs().max())
