@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_policy import save_tiny_policy, tiny_model, tiny_tokenizer
 
+from taurl.llm.models import policies
 from taurl.llm.models.loading import load_model
 from taurl.llm.models.policies import Policy, base_name, share_weights, switch_off_dropout
 from taurl.llm.settings import LoraSettings
@@ -159,6 +160,14 @@ def test_a_merged_adapter_of_the_embeddings_leaves_the_head_that_shares_them_as_
     loaded = load_model(str(tmp_path / "out"), dtype=torch.float32)
     torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-4, atol=1e-4)
     assert loaded.config.tie_word_embeddings is (len(targets) == 1)
+
+
+def test_more_sequences_are_sampled_together_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(policies, "SlotSampler", lambda model, **options: options["slots"])
+    policy = Policy(tiny_model(), tiny_tokenizer())
+    assert policy.generator() == 64
+    monkeypatch.setattr(type(policy.model), "device", torch.device("cuda"))
+    assert (policy.generator(), policy.generator(slots=5)) == (256, 5)
 
 
 def test_equal_frozen_weights_are_shared_a_tied_head_with_them():

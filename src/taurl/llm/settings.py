@@ -127,8 +127,8 @@ class SamplerSettings(Settings):
     """Longest completion."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion, beside the model's stop tokens."""
-    slots: int = Field(64, ge=1, json_schema_extra=FREE)
-    """Sequences that are sampled together, at most."""
+    slots: int | None = Field(None, ge=1, json_schema_extra=FREE)
+    """Sequences that are sampled together, at most. Default: 64, on a GPU 256."""
     kv_memory_gb: float | None = Field(None, gt=0, json_schema_extra=FREE)
     """GB that the keys and values of sequences sampled together may take; fewer than `slots` go together where more
     would not fit. None: a quarter of the memory that is free when the run begins. Lower it if memory runs out."""

@@ -23,6 +23,9 @@ from taurl.runtime.errors import InputError
 from taurl.runtime.machine import out_of_memory_names
 from taurl.runtime.optimization import Optimizer
 
+# A step of decoding reads all weights, for however many sequences. On a CPU arithmetic has caught up with that at a few
+# dozen; on a GPU it takes hundreds.
+SLOTS, SLOTS_ON_GPU = 64, 256
 MERGE = "merge it into the weights first (taurl llm ALGORITHM --resume RUN --merge-adapter, of the run that made it)"
 
 
@@ -211,7 +214,7 @@ class Policy:
             with self.model.disable_adapter():
                 yield self.model
 
-    def generator(self, kind: str = "slots", slots: int = 64, kv_memory_gb: float | None = None) -> Generator:
+    def generator(self, kind: str = "slots", slots: int | None = None, kv_memory_gb: float | None = None) -> Generator:
         """A generator over the current weights."""
         return make_generator(kind, self.model, self.tokenizer, slots, kv_memory_gb)
 
@@ -296,10 +299,11 @@ def make_generator(
     kind: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    slots: int,
+    slots: int | None,
     kv_memory_gb: float | None = None,
 ) -> Generator:
     """The slot sampler ("slots"), or `model.generate` ("transformers"), with the model's stop tokens."""
+    slots = slots or (SLOTS_ON_GPU if model.device.type == "cuda" else SLOTS)
     stops = stop_token_ids(model, tokenizer)
     if kind == "slots":
         return SlotSampler(model, stop_token_ids=stops, tokenizer=tokenizer, slots=slots, kv_memory_gb=kv_memory_gb)
