@@ -67,6 +67,20 @@ def test_spaces_that_are_not_known_are_refused():
             function(space)
 
 
+@pytest.mark.parametrize(("low", "high", "dtype"), [(-(2**63), 2**63 - 1, "int64"), (0, 2**64 - 1, "uint64")])
+def test_bounds_of_whole_numbers_keep_all_their_bits(low, high, dtype):
+    for least, most in ((low, high), ([low, high - 1], [high, high])):
+        space = spaces.Box(np.array(least, dtype), np.array(most, dtype), dtype=dtype)
+        assert space_of(json.loads(json.dumps(described(space)))) == space
+
+
+def test_a_subclass_comes_back_as_what_it_is_a_kind_of():
+    class Own(spaces.Box):
+        pass
+
+    assert space_of(described(Own(-1, 1, (2,)))) == spaces.Box(-1, 1, (2,))
+
+
 def test_bounds_that_are_all_the_same_are_written_once():
     assert len(json.dumps(described(spaces.Box(0, 255, (4, 84, 84), np.uint8)))) < 100
     assert described(BOX)["high"] == [1.5, np.inf]
@@ -90,6 +104,7 @@ def test_what_a_space_gives_is_a_member(name):
         ("multi_discrete", [1, 8], r"is \[1 8\], outside \[0 5\] to \[1 7\]"),
         ("multi_discrete", [2, 6], r"is \[2 6\], outside"),
         ("tuple", (1,), "is a tuple, not a tuple of 2"),
+        ("tuple", [1, [0.5, 7.0]], "is a list, not a tuple of 2"),
         ("tuple", (1, [0.5]), r"\[1\] has shape \(1,\)"),
         ("dict", {"z": 0}, r"is \['z'\], not a dict with z, a"),
         ("dict", 3, "is int, not a dict"),

@@ -97,7 +97,7 @@ def misfit(space: gymnasium.Space[Any], observation: Any) -> str:
                 return f"is {found}, not a dict with {', '.join(space.spaces)}"
             parts = ((f"[{name!r}]", part, observation[name]) for name, part in space.spaces.items())
         case spaces.Tuple():
-            if not isinstance(observation, tuple | list) or len(observation) != len(space.spaces):
+            if not isinstance(observation, tuple) or len(observation) != len(space.spaces):
                 return f"is a {type(observation).__name__}, not a tuple of {len(space.spaces)}"
             parts = ((f"[{place}]", part, observation[place]) for place, part in enumerate(space.spaces))
         case _:
@@ -136,27 +136,26 @@ def one_hot(choices: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any]) -> Tenso
 
 def described(space: gymnasium.Space[Any]) -> dict[str, Any]:
     """A space as plain values that JSON holds; `space_of` makes it again."""
-    kind = type(space).__name__
-    match space:
+    match space:  # a subclass is what it is a kind of
         case spaces.Box():
             bounds = {name: plain(getattr(space, name)) for name in ("low", "high")}
-            return {"kind": kind, "shape": list(space.shape), "dtype": str(space.dtype), **bounds}
+            return {"kind": "Box", "shape": list(space.shape), "dtype": str(space.dtype), **bounds}
         case spaces.Discrete():
-            return {"kind": kind, "n": int(space.n), "start": int(space.start)}
+            return {"kind": "Discrete", "n": int(space.n), "start": int(space.start)}
         case spaces.MultiDiscrete():
-            return {"kind": kind, "nvec": space.nvec.tolist(), "start": space.start.tolist()}
+            return {"kind": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist()}
         case spaces.MultiBinary():
-            return {"kind": kind, "shape": list(space.shape)}
+            return {"kind": "MultiBinary", "shape": list(space.shape)}
         case spaces.Dict():
-            return {"kind": kind, "parts": {name: described(part) for name, part in space.spaces.items()}}
+            return {"kind": "Dict", "parts": {name: described(part) for name, part in space.spaces.items()}}
         case spaces.Tuple():
-            return {"kind": kind, "parts": [described(part) for part in space.spaces]}
+            return {"kind": "Tuple", "parts": [described(part) for part in space.spaces]}
     raise InputError(f"space {space} is not known")
 
 
 def plain(bounds: np.ndarray[Any, Any]) -> float | list[float]:
     """Bounds of a box as numbers; as one where all are the same, since an image has tens of thousands."""
-    numbers = [float(x) for x in bounds.reshape(-1)]
+    numbers: list[float] = bounds.reshape(-1).tolist()  # whole ones of 64 bits would not all fit a float
     return numbers[0] if len(set(numbers)) == 1 else numbers
 
 
@@ -164,8 +163,9 @@ def space_of(facts: dict[str, Any]) -> gymnasium.Space[Any]:
     """The space that `described` described."""
     match facts["kind"]:
         case "Box":
-            low, high = (np.resize(facts[name], facts["shape"]) for name in ("low", "high"))
-            return spaces.Box(low.astype(facts["dtype"]), high.astype(facts["dtype"]), dtype=facts["dtype"])
+            given = (np.array(facts[name], dtype=facts["dtype"]) for name in ("low", "high"))
+            low, high = (np.resize(bounds, facts["shape"]) for bounds in given)
+            return spaces.Box(low, high, dtype=facts["dtype"])
         case "Discrete":
             return spaces.Discrete(facts["n"], start=facts["start"])
         case "MultiDiscrete":
