@@ -136,3 +136,11 @@ def test_the_gaussian_scores_what_was_drawn_outside_of_the_box():
 def test_other_spaces_are_refused(space):
     with pytest.raises(InputError, match=r"action space .* is not one of"):
         distribution_for(space)
+
+
+@pytest.mark.parametrize(("low", "high", "dtype"), [(0, 5, np.int64), (-3, 3, np.int8)])
+def test_a_box_of_whole_numbers_is_given_some_of_its_own(low, high, dtype):
+    space = spaces.Box(low, high, (1,), dtype)
+    actions = distribution_for(space).to_environment(np.array([[-7.3], [1.6], [9.0]], np.float32))
+    assert actions.tolist() == [[low], [2], [high]]
+    assert all(space.contains(action) for action in actions)

@@ -195,12 +195,15 @@ class Gaussian(ActionDistribution):
     """A diagonal Gaussian: the network gives the means, the logarithms of the deviations are free parameters.
 
     `parameters` are means and log-deviations side by side, [.., 2d]. Samples may lie outside the box; the environment
-    gets them clipped, and they are scored as they were drawn.
+    gets them clipped, and they are scored as they were drawn. One of whole numbers gets them rounded.
+
+    Args:
+        whole: the box, if it is of whole numbers.
     """
 
-    def __init__(self, dimensions: int, shape: tuple[int, ...]):
+    def __init__(self, dimensions: int, shape: tuple[int, ...], whole: spaces.Box | None = None):
         self.width = self.free = dimensions
-        self.shape = shape
+        self.shape, self.whole = shape, whole
 
     def noise(self, *shape: int) -> Array:
         return torch.randn(*shape, self.width).numpy()
@@ -238,7 +241,10 @@ class Gaussian(ActionDistribution):
         return diagonal_gaussian_kl(*parameters.chunk(2, -1), *other.chunk(2, -1))
 
     def to_environment(self, actions: Array) -> Array:
-        return actions.reshape(*actions.shape[:-1], *self.shape)
+        actions = actions.reshape(*actions.shape[:-1], *self.shape)
+        if self.whole is None:
+            return actions
+        return np.clip(np.rint(actions), self.whole.low, self.whole.high).astype(self.whole.dtype)
 
 
 def masked_logits(logits: Tensor, allowed: Tensor | None) -> Tensor:
@@ -265,5 +271,6 @@ def distribution_for(space: gymnasium.Space[Any]) -> ActionDistribution:
         case spaces.MultiBinary():
             return Bernoulli(math.prod(space.shape), space.shape)
         case spaces.Box():
-            return Gaussian(math.prod(space.shape), space.shape)
+            whole = space if np.issubdtype(space.dtype, np.integer) else None
+            return Gaussian(math.prod(space.shape), space.shape, whole)
     raise InputError(f"action space {space} is not one of Discrete, MultiDiscrete, MultiBinary and Box")
