@@ -7,6 +7,7 @@ import torch
 from taurl.control.replay import PrioritizedReplay, Replay
 from taurl.control.sum_tree import SumTree
 from taurl.functional.replay import n_step_sums, proportional_priorities, replay_weights
+from taurl.runtime.errors import InputError
 
 DISCOUNT = 0.9
 
@@ -182,3 +183,8 @@ def test_sums_of_rewards_are_those_of_a_plain_loop():
 def test_bad_numbers_are_refused(call):
     with pytest.raises(ValueError, match="expected"):
         call()
+
+
+def test_a_ring_for_which_there_is_no_memory_is_refused():
+    with pytest.raises(InputError, match=r"buffer_size is 1000000000000: there is no memory for the 800,000\.0 GB"):
+        Replay(10**12, 100, 1)

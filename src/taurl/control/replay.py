@@ -9,6 +9,7 @@ from torch import Tensor
 from taurl.control.environments import Array
 from taurl.control.sum_tree import SumTree
 from taurl.functional.replay import n_step_sums, proportional_priorities, replay_weights
+from taurl.runtime.errors import InputError
 
 NONE = -1  # in place of a step: none
 
@@ -50,12 +51,20 @@ class Replay:
     Attributes:
         size: steps there are.
         changes: counts what was added.
+    Raises: InputError where there is not the memory for it.
     """
 
     def __init__(self, capacity: int, width: int, copies: int):
         self.capacity = capacity
-        self.observations = np.zeros((capacity, width), dtype=np.float32)
-        self.next_observations = np.zeros((capacity, width), dtype=np.float32)
+        try:
+            self.observations, self.next_observations = (
+                np.zeros((capacity, width), dtype=np.float32) for _ in range(2)
+            )
+        except MemoryError as error:
+            raise InputError(
+                f"buffer_size is {capacity}: there is no memory for the {2 * 4 * capacity * width / 1e9:,.1f} GB that "
+                f"so many pairs of observations of {width} numbers take; give a smaller buffer_size"
+            ) from error
         self.actions = np.zeros(capacity, dtype=np.int64)
         self.rewards = np.zeros(capacity, dtype=np.float32)
         self.terminated = np.zeros(capacity, dtype=bool)
