@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.wrappers import TransformObservation
 from processes import Child
 from small_environments import Hidden, Showing, resetting_on_the_next_step, same_records, unbroken_and_resumed
 
@@ -405,3 +406,13 @@ def test_presets_are_settings_of_their_environment(env):
     path = preset("q-learning", env)
     assert validated(QLearningConfig, read_yaml(path), source=str(path)).env == env
     assert json.dumps(read_yaml(path))
+
+
+def test_a_grid_of_which_a_wrapper_shows_other_states_has_no_picture(tmp_path):
+    def with_a_flag():
+        space = spaces.MultiDiscrete([4, 4, 2])
+        return TransformObservation(gymnasium.make("FrozenLake-v1"), lambda at: np.array([*divmod(at, 4), 0]), space)
+
+    config = QLearningConfig(out=tmp_path / "run", steps=16, record_every=16, eval_episodes=0)
+    trainer = QLearning(with_a_flag, config).train()
+    assert trainer.grid is None

@@ -9,6 +9,7 @@ from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 
 from taurl.control.environments import Array
+from taurl.control.tables import state_count
 
 SQUARE, MARGIN, HEADING = 72, 8, 48  # pixels
 LOW, HIGH = (239, 243, 250), (28, 78, 158)  # colours of the lowest and the highest value
@@ -23,7 +24,19 @@ class Grid(NamedTuple):
 
 
 def grid_of(vector: VectorEnv[Any, Any, Any]) -> Grid | None:
-    """The grid of FrozenLake and CliffWalking; None for anything else."""
+    """The grid of FrozenLake and CliffWalking; None for anything else, and where a wrapper shows other states.
+
+    Args:
+        vector: environments of which there can be a table.
+    """
+    grid = _grid(vector)
+    if grid is None:
+        return None
+    shown = state_count(vector.single_observation_space), state_count(vector.single_action_space)
+    return grid if shown == (len("".join(grid.rows)), len(grid.arrows)) else None
+
+
+def _grid(vector: VectorEnv[Any, Any, Any]) -> Grid | None:
     environment = vector.envs[0].unwrapped if isinstance(vector, SyncVectorEnv) else None
     match environment:
         case FrozenLakeEnv():
