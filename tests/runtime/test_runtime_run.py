@@ -154,7 +154,7 @@ def test_a_callback_that_fails_loses_nothing_finished(tmp_path):
     assert_same_end(tmp_path / "run", tmp_path / "whole", 5)
 
 
-def test_a_state_in_the_middle_of_a_step_is_not_saved(tmp_path):
+def test_a_state_in_the_middle_of_a_step_is_not_saved_and_that_is_said(tmp_path, capsys):
     trainer = new(tmp_path / "run", steps=5, save_every=2)
 
     def change_and_fail(number):
@@ -167,6 +167,9 @@ def test_a_state_in_the_middle_of_a_step_is_not_saved(tmp_path):
     with pytest.raises(Broken):
         trainer.train()
     assert checkpoint_steps(tmp_path / "run" / "checkpoints") == [2]
+    said = "".join(capsys.readouterr().err.split())
+    last = tmp_path / "run" / "checkpoints" / "step-000002"
+    assert f"thestepsupto3arenotsaved:theonethatfailedhadchangedthestatealready;thelastgoodcheckpointis{last}" in said
 
 
 def test_losses_that_are_not_finite_stop_the_run_after_the_good_steps_were_saved(tmp_path):

@@ -207,7 +207,13 @@ class Run:
     def _rescue(self) -> None:
         """After a failure: save the finished steps that no checkpoint has, if the state is still theirs."""
         random, changes = self._whole
-        if self.step == self._saved or self._changes() != changes:
+        if self.step == self._saved:
+            return
+        if self._changes() != changes:
+            self.view.note(
+                f"the steps up to {self.step} are not saved: the one that failed had changed the state already; "
+                f"{last_good(self.directory / 'checkpoints')}"
+            )
             return
         try:
             self.save(random)
