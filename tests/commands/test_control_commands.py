@@ -123,6 +123,10 @@ def test_each_file_of_tuned_settings_is_for_its_algorithm_and_environment(path):
             "ppo --env CartPole-v1 --env-args gravity=3",
             "cannot be made: .*unexpected keyword argument 'gravity'; its arguments: sutton",
         ),
+        (
+            "ppo --env CartPole-v1 --env-args start=2020-02-30",
+            "unexpected keyword argument 'start'; its arguments: sutton",
+        ),
         ("ppo --env CartPole-v1 --env-args gravity", "'gravity' is not NAME=VALUE"),
         ("ppo --env CartPole-v1 --device cuda", "Unrecognized options: --device, cuda"),
         ("ppo --env CartPole-v1 --precision bfloat16", "Unrecognized options: --precision, bfloat16"),

@@ -1,6 +1,13 @@
 """What surrounds every algorithm: its rate by the schedule, when it evaluates and on what, and the best so far."""
 
+from datetime import date, datetime
+
+import gymnasium
+import numpy as np
 import pytest
+import yaml
+from gymnasium import spaces
+from pydantic import ValidationError
 from small_environments import Counting, Endless, Identity
 
 from taurl.control import ALGORITHMS, PPO, PPOConfig, load
@@ -138,3 +145,41 @@ def test_after_an_evaluation_that_fails_in_the_one_object_its_episodes_begin_ane
         trainer.evaluate(1)
     assert env.step_number == 1
     assert trainer.environments.observations[0, 1] == env.step_number == 0
+
+
+class Wide(Endless):
+    observation_space = spaces.Box(-1, 1, (3,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.ones(3, np.float32), {}
+
+
+@pytest.mark.parametrize("trainer_class", [PPO, TRPO])
+def test_an_environment_of_another_width_is_refused_on_resume(trainer_class, tmp_path):
+    settings = {"environments": 1, "rollout_steps": 16, "record_every": 16, "eval_episodes": 0, "steps": 16}
+    trainer_class(Endless, trainer_class.config_class(out=tmp_path / "run", **settings)).train()
+    with pytest.raises(InputError, match=r"does not fit this environment: \S+ has shape .* in the checkpoint and"):
+        trainer_class.resume(tmp_path / "run", env=Wide)
+
+
+def test_a_table_of_another_size_is_refused_on_resume(tmp_path):
+    def lake(name):
+        return lambda: gymnasium.make("FrozenLake-v1", map_name=name)
+
+    QLearning(lake("4x4"), QLearning.config_class(out=tmp_path / "run", steps=16, eval_episodes=0)).train()
+    with pytest.raises(InputError, match=r"values has shape \(1, 16, 4\) in the checkpoint and \(1, 64, 4\) here"):
+        QLearning.resume(tmp_path / "run", env=lake("8x8"))
+
+
+def test_arguments_are_what_the_files_give_back():
+    given = {"start": date(2020, 1, 1), "at": [datetime(2020, 1, 1, 12, 30)], "size": (3, {"a": None})}
+    expected = {"start": "2020-01-01", "at": ["2020-01-01T12:30:00"], "size": [3, {"a": None}]}
+    config = PPOConfig(env_args=given)
+    assert config.env_args == expected == yaml.safe_load(config.to_yaml())["env_args"]
+
+
+@pytest.mark.parametrize(("value", "kind"), [(np.float32(1), "float32"), ([len], "builtin_function"), ({1: 2}, "dict")])
+def test_arguments_that_no_file_holds_are_refused(value, kind):
+    with pytest.raises(ValidationError, match=f"size is of type {kind}.*, expected a number"):
+        PPOConfig(env_args={"size": value})

@@ -45,8 +45,8 @@ def pair(word: str) -> tuple[str, Any]:
         raise ValueError(f"{word!r} is not NAME=VALUE")
     try:
         return name, float(value) if NUMBER.fullmatch(value) else yaml.safe_load(value)
-    except yaml.YAMLError:
-        return name, value  # a word that YAML has another use for
+    except (yaml.YAMLError, ValueError):
+        return name, value  # a word that YAML has another use for, or a date that there is not
 
 
 def take_option(words: Sequence[str], name: str) -> tuple[str | None, list[str]]:

@@ -1,8 +1,9 @@
 """Settings that the algorithms of the wing share. Imports no torch."""
 
+from datetime import date
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from taurl.runtime.config import FREE, OptimizerSettings, RunConfig, Settings
 
@@ -22,6 +23,31 @@ class EnvironmentSettings(Settings):
     """From 4 copies on the environment's own vector class where it has one, else one after the other (auto); always one
     after the other (sync); each in a process of its own (async), for environments that take milliseconds a step; or by
     envpool, which has many environments in C++."""
+
+    @field_validator("env_args")
+    @classmethod
+    def _are_plain(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {name: plain(value, name) for name, value in arguments.items()}
+
+
+def plain(value: Any, name: str) -> Any:
+    """A value as JSON and YAML give it back: the settings and the policy are written down and read again.
+
+    A date, as which YAML reads 2020-01-01, is its text, and a tuple a list. Raises: ValueError where there is no such
+    form.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, list | tuple):
+        return [plain(one, name) for one in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: plain(one, f"{name}.{key}") for key, one in value.items()}
+    raise ValueError(
+        f"{name} is of type {type(value).__name__}, expected a number, text, or a list or dictionary of these; from "
+        "Python, a function can make the environment"
+    )
 
 
 class ControlConfig(RunConfig, EnvironmentSettings):

@@ -15,6 +15,7 @@ from torch import Tensor
 from taurl.control.environments import Array, Environments, batched
 from taurl.control.policies import FACTS, WEIGHTS, policy_folder
 from taurl.control.spaces import described, require_member, space_of
+from taurl.control.updates import require_fit
 from taurl.runtime.errors import InputError
 
 KIND = "table"
@@ -97,7 +98,8 @@ class Table:
         return {"values": self.values, "visits": self.visits, "next_actions": self.next_actions}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `tensors` gave."""
+        """Restore what `tensors` gave. Raises: InputError if it does not fit."""
+        require_fit(tensors, self.tensors())
         self.values.copy_(tensors["values"])
         self.visits.copy_(tensors["visits"])
         self.next_actions = tensors["next_actions"].clone()

@@ -12,10 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from taurl.runtime.config import OptimizerSettings
-from taurl.runtime.errors import RunError
+from taurl.runtime.errors import InputError, RunError
 
 Figures = dict[str, Tensor]
 LossFunction = Callable[..., tuple[Tensor, Figures]]
+
+
+def require_fit(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint of other shapes, whose run had other observations or actions. Raises: InputError."""
+    for name, tensor in own.items():
+        if stored[name].shape != tensor.shape:
+            raise InputError(
+                f"the checkpoint does not fit this environment: {name} has shape {tuple(stored[name].shape)} in the "
+                f"checkpoint and {tuple(tensor.shape)} here; give the environment that the run began with"
+            )
 
 
 class FlatAdam:
@@ -135,7 +145,11 @@ class FlatAdam:
         }
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `tensors` gave, into the vectors that the modules view."""
+        """Restore what `tensors` gave, into the vectors that the modules view.
+
+        Raises: InputError if they do not fit.
+        """
+        require_fit(tensors, self.tensors())
         with torch.no_grad():
             for name in ("parameters", "mean", "square", "step_count"):
                 getattr(self, name).copy_(tensors[name])

@@ -17,7 +17,7 @@ from taurl.control.networks import Critic
 from taurl.control.policies import Policy
 from taurl.control.rollouts import Collector, Rollout
 from taurl.control.trainer import Trainer
-from taurl.control.updates import FlatAdam
+from taurl.control.updates import FlatAdam, require_fit
 from taurl.functional.fisher import output_fisher_vector_product
 from taurl.functional.importance import token_ratios
 from taurl.functional.slopes import huber_value_slope
@@ -48,6 +48,7 @@ class Weights:
         return self.module.state_dict()
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        require_fit(tensors, self.tensors())
         self.module.load_state_dict(tensors)
 
 
