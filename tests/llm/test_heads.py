@@ -93,4 +93,4 @@ def test_a_model_that_does_something_between_body_and_head_or_names_no_body_is_r
         check_head(wide)
     monkeypatch.setattr(type(wide), "base_model_prefix", "text")
     with pytest.raises(InputError, match="LlamaForCausalLM names no part without its output head"):
-        body(wide)
+        check_head(wide)

@@ -72,14 +72,8 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def body(model: PreTrainedModel) -> nn.Module:
-    """The part that maps token ids to hidden states [..., d], everything but the output head.
-
-    Raises: InputError if the model names none.
-    """
-    plain = causal_lm(model)
-    base: nn.Module = plain.base_model
-    if base is plain:
-        raise InputError(f"{type(plain).__name__} names no part without its output head: choose another model")
+    """The part that maps token ids to hidden states [..., d], everything but the output head."""
+    base: nn.Module = causal_lm(model).base_model
     return base
 
 
@@ -111,6 +105,8 @@ def check_head(model: PreTrainedModel) -> None:
     Raises: InputError if they disagree.
     """
     plain: Any = causal_lm(model)
+    if body(plain) is plain:
+        raise InputError(f"{type(plain).__name__} names no part without its output head: choose another model")
     ids = torch.tensor([[0, 1]], device=plain.device)
     with evaluating(plain):
         own = plain(input_ids=ids).logits
