@@ -1,6 +1,7 @@
 """Sampling speed: the slot sampler against `model.generate`, in turn, in one call, on SmolLM2-135M-Instruct.
 
-    python benchmarks/sampling.py [--rows 32x64 64x64 stops] [--rounds 5] [--precision float32] [--device cuda]
+    python benchmarks/sampling.py [--rows 32x64 64x64 stops] [--rounds 5] [--precision float32]
+                                    [--device cuda] [--cuda-graphs]
 
 Same weights, precision and threads, temperature 1. Rows: 32 and 64 prompts of 64 tokens with 64 new tokens each, none
 of which ends a sequence; and 8 questions × 8 answers that end where the model ends them, at 256 tokens at most.
@@ -61,14 +62,14 @@ class Work:
 class Sampler:
     """Model and samplers of one process."""
 
-    def __init__(self, allocator: bool, precision: str, device: str):
+    def __init__(self, allocator: bool, precision: str, device: str, graphs: bool):
         if allocator and not keep_freed_memory():
             print("this C library does not take the allocator's settings")
         self.threads = set_threads(None)
         self.device = choose_device(device)
         self.dtype = choose_precision(precision, self.device)
         self.model: Any = load_model(MODEL, dtype=self.dtype, device=self.device)
-        self.tokenizer = load_tokenizer(MODEL)
+        self.tokenizer, self.graphs = load_tokenizer(MODEL), graphs
 
     def work(self, row: str) -> Work:
         if row == "stops":
@@ -80,7 +81,7 @@ class Sampler:
 
     def slots(self, work: Work, number: int) -> list[int]:
         """Lengths of the completions."""
-        sampler = SlotSampler(self.model, stop_token_ids=work.stops, slots=64)
+        sampler = SlotSampler(self.model, stop_token_ids=work.stops, slots=64, cuda_graphs=self.graphs)
         groups = sampler.generate(work.prompts, work.count, Sampling(work.tokens), key=(0, number))
         return [len(completion.tokens) for group in groups for completion in group]
 
@@ -104,9 +105,9 @@ class Sampler:
         return lengths
 
 
-def serve(connection: Connection, allocator: bool, precision: str, device: str) -> None:
+def serve(connection: Connection, allocator: bool, precision: str, device: str, graphs: bool) -> None:
     """Answer requests (row, side, round) with lengths, seconds and the peak memory so far, until there is None."""
-    sampler = Sampler(allocator, precision, device)
+    sampler = Sampler(allocator, precision, device, graphs)
     connection.send(f"{sampler.device}, {sampler.dtype}, {sampler.threads} threads")
     while request := connection.recv():
         row, side, number = request
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cuda-graphs", action="store_true", help="record the sampler's steps")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     # One process a side, so that each has its own peak memory.
@@ -129,7 +131,8 @@ def main() -> None:
     processes = {}
     for name, (_, allocator) in sides.items():
         here, there = context.Pipe()
-        context.Process(target=serve, args=(there, allocator, options.precision, options.device), daemon=True).start()
+        settings = there, allocator, options.precision, options.device, options.cuda_graphs
+        context.Process(target=serve, args=settings, daemon=True).start()
         processes[name] = here
         setting = here.recv()
     facts = describe_machine()

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from tiny_models import ARCHITECTURES, in_double, logits_one_by_one, prompts_of,
 from transformers import GenerationConfig
 
 from taurl.llm.generation import Sampling, SlotSampler, TransformersSampler, graphs
-from taurl.llm.generation.graphs import DecodeGraphs, can_be_recorded
-from taurl.llm.generation.slot_model import SlotModel
+from taurl.llm.generation.graphs import DecodeGraphs, require_recordable
+from taurl.llm.models.policies import make_generator
+from taurl.runtime.errors import InputError
 
 RECORDED = Counter()
 PROMPTS = prompts_of([3, 17, 8, 1])
@@ -92,8 +94,7 @@ def test_steps_of_rounded_shapes_that_are_repeated_draw_the_same(gemma3, monkeyp
     RECORDED.clear()
     monkeypatch.setattr(DecodeGraphs, "_record", repeated)
     monkeypatch.setattr(graphs, "FEWEST_COLUMNS", 8)
-    sampler = SlotSampler(gemma3, stop_token_ids=STOPS, slots=slots, cuda_graphs=True)
-    assert not sampler.records  # there is nothing to record on a CPU
+    sampler = SlotSampler(gemma3, stop_token_ids=STOPS, slots=slots)
     plain = sampler.generate(PROMPTS, 4, Sampling(24))
     sampler.records, sampler.tokens_a_look = True, 3
     assert_same(plain, sampler.generate(PROMPTS, 4, Sampling(24)))
@@ -101,20 +102,27 @@ def test_steps_of_rounded_shapes_that_are_repeated_draw_the_same(gemma3, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("settings", "recorded"),
+    ("settings", "found"),
     [
-        ({}, True),
-        ({"num_local_experts": 4}, False),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, False),
-        ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, False),
-        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, True),
+        ({"num_local_experts": 4}, "LlamaForCausalLM has experts, which its tokens choose"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rotary factors of kind dynamic"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "rotary factors of kind longrope"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, None),
     ],
 )
-def test_what_its_numbers_choose_is_not_recorded(settings, recorded):
-    slot_model = SlotModel(tiny_model("llama"))
+def test_steps_that_their_numbers_choose_are_not_recorded(monkeypatch, settings, found):
+    model = tiny_model("llama")
+    with pytest.raises(InputError, match=r"CUDA graphs: the model is on cpu, not on a GPU; use the generator 'slots'"):
+        make_generator("cuda_graphs", model, None, 4)
     for name, value in settings.items():
-        setattr(slot_model.config, name, value)
-    assert can_be_recorded(slot_model) is recorded
+        setattr(model.config, name, value)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    slot_model = SimpleNamespace(config=model.config, model=model)
+    if found is None:
+        require_recordable(slot_model)
+    else:
+        with pytest.raises(InputError, match=found):
+            require_recordable(slot_model)
 
 
 @in_double

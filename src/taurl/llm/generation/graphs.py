@@ -14,6 +14,8 @@ from torch import Tensor
 
 from taurl.llm.generation.cache import SlotCache
 from taurl.llm.generation.slot_model import SlotModel
+from taurl.llm.models.heads import causal_lm
+from taurl.runtime.errors import InputError
 
 RECORD_AT = 3  # a step of some shape is recorded when it is asked for so many times: recording costs two steps
 FEWEST_COLUMNS = 128  # then twice as many, and so on: few shapes, and at most twice the columns that are needed
@@ -72,13 +74,22 @@ class DecodeGraphs:
         return graph.replay, result
 
 
-def can_be_recorded(model: SlotModel) -> bool:
-    """Whether a step runs the same kernels whatever its numbers are; experts are chosen by them, and some rotations."""
-    config = model.config
+def require_recordable(model: SlotModel) -> None:
+    """Raise an InputError unless a step runs the same kernels whatever its numbers are, on a GPU."""
+    config, name = model.config, type(causal_lm(model.model)).__name__
     ropes = getattr(config, "rope_parameters", None) or {}
     kinds = {ropes.get("rope_type"), *(rope.get("rope_type") for rope in ropes.values() if isinstance(rope, dict))}
-    experts = any(getattr(config, name, None) for name in EXPERTS)
-    return not (experts or kinds & set(MOVING_ROPE) or getattr(model.model, "is_quantized", False))
+    if model.model.device.type != "cuda":
+        found = f"the model is on {model.model.device}, not on a GPU"
+    elif any(getattr(config, number, None) for number in EXPERTS):
+        found = f"{name} has experts, which its tokens choose"
+    elif moving := kinds & set(MOVING_ROPE):
+        found = f"{name} has rotary factors of kind {moving.pop()}, which its positions choose"
+    elif getattr(model.model, "is_quantized", False):
+        found = f"{name} has quantised weights"
+    else:
+        return
+    raise InputError(f"decode steps cannot be recorded as CUDA graphs: {found}; use the generator 'slots'")
 
 
 def power_of_two(number: int) -> int:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.generation.cache import SlotCache
 from taurl.llm.generation.draw import draw, require_finite, uniforms
-from taurl.llm.generation.graphs import DecodeGraphs, can_be_recorded
+from taurl.llm.generation.graphs import DecodeGraphs, require_recordable
 from taurl.llm.generation.protocol import Completion, Sampling, check_prompts, ends
 from taurl.llm.generation.slot_model import SlotModel
 from taurl.llm.models.heads import context_length
@@ -42,8 +42,8 @@ class SlotSampler:
         slots: sequences that decode together, at most.
         kv_memory_gb: GB that their keys and values may take: fewer decode together where more would not fit. (Prompts
             on their way to a slot take room for PREFILL_TOKENS tokens more.) None: see `default_kv_memory_gb`.
-        cuda_graphs: on a GPU, record decode steps and repeat the record, for models where that can be done.
-    Raises: InputError for a model with other layers.
+        cuda_graphs: record decode steps and repeat the record; see `DecodeGraphs`.
+    Raises: InputError for a model with other layers, and for one whose steps cannot be recorded.
     """
 
     def __init__(
@@ -64,7 +64,9 @@ class SlotSampler:
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self.stop_token_ids = frozenset(stop_token_ids)
         self.slot_model = SlotModel(model)
-        self.records = cuda_graphs and model.device.type == "cuda" and can_be_recorded(self.slot_model)
+        if cuda_graphs:
+            require_recordable(self.slot_model)
+        self.records = cuda_graphs
         self.tokens_a_look = TOKENS_A_LOOK.get(model.device.type, TOKENS_A_LOOK_ELSEWHERE)
 
     @torch.inference_mode()

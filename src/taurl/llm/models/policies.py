@@ -302,12 +302,15 @@ def make_generator(
     slots: int | None,
     kv_memory_gb: float | None = None,
 ) -> Generator:
-    """The slot sampler ("slots"), or `model.generate` ("transformers"), with the model's stop tokens."""
+    """The slot sampler ("slots", "cuda_graphs"), or `model.generate` ("transformers"), with the model's stop tokens."""
     slots = slots or (SLOTS_ON_GPU if model.device.type == "cuda" else SLOTS)
     stops = stop_token_ids(model, tokenizer)
-    if kind == "slots":
-        return SlotSampler(model, stop_token_ids=stops, tokenizer=tokenizer, slots=slots, kv_memory_gb=kv_memory_gb)
-    return TransformersSampler(model, stop_token_ids=stops, tokenizer=tokenizer)
+    if kind == "transformers":
+        return TransformersSampler(model, stop_token_ids=stops, tokenizer=tokenizer)
+    graphs = kind == "cuda_graphs"
+    return SlotSampler(
+        model, stop_token_ids=stops, tokenizer=tokenizer, slots=slots, kv_memory_gb=kv_memory_gb, cuda_graphs=graphs
+    )
 
 
 DROPOUTS = (
