@@ -4,8 +4,8 @@
 
 Log-probabilities and the gradient of a policy loss, of completions that share their prompts; the same of rows that lie
 end to end, as supervised training has them (on a GPU in half precision by a kernel of its own); and the
-log-probabilities that the sampler gives with what it draws, also with its steps recorded as CUDA graphs. Prints a table;
-the exit status is 1 if a difference is above its bound.
+log-probabilities that the sampler gives with what it draws, also with its steps recorded as CUDA graphs. Prints a
+table; the exit status is 1 if a difference is above its bound.
 """
 
 import argparse
@@ -89,9 +89,7 @@ def main() -> None:
     prompts = [encode_prompt(question, tokenizer) for question in QUESTIONS]
     reference = load_model(options.model, dtype=torch.float64)
     failed = False
-    print(
-        f"| {device}, CPU float64 | prompts shared | gradient | rows end to end | gradient | sampler | with CUDA graphs | bounds |"
-    )
+    print(f"| {device}, CPU float64 | prompts shared | gradient | rows end to end | gradient | sampler | graphs | bounds |")
     print("|---|---|---|---|---|---|---|---|")
     for dtype, (nats, relative) in BOUNDS.items():
         model = load_model(options.model, dtype=dtype, device=device)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, in_double, logits_one_by_one, prompts_of, tiny_model
+from tiny_policy import tiny_tokenizer
 from transformers import GenerationConfig
 
 from taurl.llm.generation import Sampling, SlotSampler, TransformersSampler, graphs
@@ -113,7 +114,7 @@ def test_steps_of_rounded_shapes_that_are_repeated_draw_the_same(gemma3, monkeyp
 def test_steps_that_their_numbers_choose_are_not_recorded(monkeypatch, settings, found):
     model = tiny_model("llama")
     with pytest.raises(InputError, match=r"CUDA graphs: the model is on cpu, not on a GPU; use the generator 'slots'"):
-        make_generator("cuda_graphs", model, None, 4)
+        make_generator("cuda_graphs", model, tiny_tokenizer(), 4)
     for name, value in settings.items():
         setattr(model.config, name, value)
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))

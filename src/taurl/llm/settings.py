@@ -133,8 +133,8 @@ class SamplerSettings(Settings):
     """GB that the keys and values of sequences sampled together may take; fewer than `slots` go together where more
     would not fit. None: a quarter of the memory that is free when the run begins. Lower it if memory runs out."""
     generator: Literal["slots", "cuda_graphs", "transformers"] = Field("slots", json_schema_extra=FREE)
-    """The slot sampler; the same with its steps recorded as CUDA graphs, not yet tried on a GPU; or `model.generate`, for
-    models it does not know (slow)."""
+    """The slot sampler; the same with its steps recorded as CUDA graphs, which was not yet tried on a GPU; or
+    `model.generate`, for models it does not know (slow)."""
 
 
 class RewardSettings(Settings):
