@@ -89,8 +89,8 @@ def main() -> None:
     prompts = [encode_prompt(question, tokenizer) for question in QUESTIONS]
     reference = load_model(options.model, dtype=torch.float64)
     failed = False
-    print(f"| {device}, CPU float64 | prompts shared | gradient | rows end to end | gradient | sampler | graphs | bounds |")
-    print("|---|---|---|---|---|---|---|---|")
+    heads = "prompts shared", "gradient", "rows end to end", "gradient", "sampler", "graphs", "bounds"
+    print(f"| {device}, CPU float64 | {' | '.join(heads)} |\n|{'---|' * (1 + len(heads))}")
     for dtype, (nats, relative) in BOUNDS.items():
         model = load_model(options.model, dtype=dtype, device=device)
         tokens, drawn = sampled(model, reference, prompts, graphs=False)

@@ -202,7 +202,7 @@ def _member(module: str, kind: str, name: str) -> Any:
     return found
 
 
-def _require(found: str, saved: str) -> None:
+def _require(found: str, saved: str = "something unknown") -> None:
     if found != saved:
         raise NoState(f"a {found} is where a {saved} was saved")
 
