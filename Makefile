@@ -11,8 +11,8 @@ install: $(INSTALLED)
 # Every install is pinned by constraints.txt, the versions this tree was tested with.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: $(INSTALLED)
@@ -28,8 +28,8 @@ test: lint
 
 # MathJax comes from a package of Jupyter's whose own requirements, a server, are not wanted.
 docs: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --no-deps jupyter-server-mathjax
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps jupyter-server-mathjax
 	$(BIN)/mkdocs build --strict
 
 # The short set, under half an hour: where the minutes end before five updates are measured, the table says how many.
