@@ -17,7 +17,6 @@ if [ "$device" = cpu ]; then
 else
   $python benchmarks/record.py "The same numbers on a GPU" gpu_correctness.py "${common[@]}"
   $python benchmarks/record.py "Sampling on a GPU" sampling.py --device "$device" --rows 32x64 stops --rounds 3
-  $python benchmarks/record.py "Sampling on a GPU, CUDA graphs" sampling.py --device "$device" --cuda-graphs --rows 32x64 --rounds 3
   common+=(--write)
 fi
 common+=(--peers "$peers")
@@ -28,3 +27,6 @@ fi
 $python benchmarks/grpo_step.py "${common[@]}" --minutes 1.5 "$@"
 $python benchmarks/sft.py "${common[@]}" --minutes 1.5 "$@"
 $python benchmarks/preference.py "${common[@]}" --minutes 3 "$@"
+if [ "$device" != cpu ]; then
+  $python benchmarks/record.py "Sampling on a GPU, CUDA graphs" sampling.py --device "$device" --cuda-graphs --rows 32x64 --rounds 3
+fi

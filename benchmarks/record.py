@@ -7,6 +7,7 @@ import datetime
 import subprocess
 import sys
 
+import torch
 from shared import HERE, PACKAGES, write_section
 
 from taurl.runtime.machine import describe_machine
@@ -19,6 +20,8 @@ def main() -> None:
     if done.returncode:
         raise SystemExit(done.returncode)
     command = " ".join(["python", f"benchmarks/{script}", *options])
+    if torch.cuda.is_available():
+        torch.cuda.init()  # so that the GPU is named, too
     machine = ", ".join(value for name, value in describe_machine().items() if name != "platform")
     peers = ", ".join(package.replace("==", " ") for package in PACKAGES)
     about = f"`{command}`, {datetime.date.today()}; Python, processor: {machine}; versions of the peers: {peers}."

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -18,7 +19,7 @@ CONTEXT.set_forkserver_preload(
 
 
 class Child:
-    """A process that runs a function; its exit code and its standard error are what a command line's would be."""
+    """A process that runs a function; its exit code and what it prints are what a command line's would be."""
 
     def __init__(self, function: Callable[..., None], *arguments: Any):
         self.said, writes = CONTEXT.Pipe(duplex=False)  # a pipe, which no limit on files stops
@@ -30,10 +31,14 @@ class Child:
         os.kill(self.process.pid, number)
 
     def wait(self, timeout: float = 30) -> tuple[int, str]:
-        self.process.join(timeout)
-        assert self.process.exitcode is not None, f"still running after {timeout} s"
+        late = threading.Timer(timeout, self.process.kill)
+        late.start()
         with open(self.said.fileno(), "rb", closefd=False) as file:
-            return self.process.exitcode, file.read().decode()
+            said = file.read().decode()  # until the process ends: one that waits for a full pipe would not
+        self.process.join()
+        assert late.is_alive(), f"still running after {timeout} s"
+        late.cancel()
+        return self.process.exitcode, said
 
 
 def _child(writes: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -50,5 +55,6 @@ def _child(writes: Connection, function: Callable[..., None], arguments: tuple[A
     except Exception as error:
         code = getattr(error, "exit_code", 99)
         print(f"taurl: {error}", file=sys.stderr) if code != 99 else traceback.print_exc()
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

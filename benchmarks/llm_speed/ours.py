@@ -25,7 +25,7 @@ from taurl import llm
 from taurl.llm.data.chat import encode_prompt, stop_token_ids
 from taurl.llm.generation import Sampling, SlotSampler
 from taurl.llm.models.loading import load_model, load_tokenizer
-from taurl.runtime.machine import keep_freed_memory
+from taurl.runtime.machine import choose_device, keep_freed_memory
 
 OPERATORS = 8  # of the profile that are named
 
@@ -81,7 +81,8 @@ def online(job: dict[str, Any], laps: Laps, trainer_class: Any, config_class: An
 
 
 def sample(job: dict[str, Any], laps: Laps) -> None:
-    model = load_model(job["model"], dtype=getattr(torch, job["precision"]), device=job["device"])
+    device = choose_device(job["device"])
+    model = load_model(job["model"], dtype=getattr(torch, job["precision"]), device=device)
     stops = stop_token_ids(model, load_tokenizer(job["model"]))
     sampler = SlotSampler(model, stop_token_ids=stops, slots=len(job["prompts"]) * job["group_size"])
     tokens: list[int] = []

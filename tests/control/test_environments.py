@@ -16,6 +16,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from small_environments import Broken, Counting, Showing, resetting_on_the_next_step
 
+from taurl.control import making
 from taurl.control.distributions import distribution_for
 from taurl.control.environments import Environments, SingleEpisodes
 from taurl.runtime.errors import InputError, RunError
@@ -307,7 +308,8 @@ def test_ctrl_c_reaches_no_environment_in_a_process_of_its_own(tmp_path):
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
-def test_environments_in_processes_of_their_own_are_ended_by_closing_and_by_no_signal_but_one():
+def test_environments_in_processes_of_their_own_are_ended_by_closing_and_by_no_signal_but_one(monkeypatch):
+    monkeypatch.setattr(making, "PATIENCE", 60.0)
     environments = Environments(Counting, 2, seed=0, vectorization="async")
     environments.reset()
     processes = environments.vector.processes
@@ -349,7 +351,14 @@ def test_a_close_that_fails_hides_no_other_error():
         def close(self):
             raise OSError("stuck")
 
-    Environments(Stuck, 1, seed=0).close()
+    environments = Environments(Stuck, 1, seed=0)
+    with pytest.raises(ValueError, match="what it is closed for"):  # noqa: PT012
+        try:
+            raise ValueError("what it is closed for")
+        finally:
+            environments.close()
+    with pytest.raises(OSError, match="stuck"):
+        environments.vector.envs[0].close()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from taurl.runtime.machine import (
     describe_machine,
     free_memory_gb,
     keep_freed_memory,
+    make_current,
     matrix_product_seconds,
     out_of_memory_names,
     peak_memory_gb,
@@ -56,7 +57,10 @@ def test_a_gpu_is_the_current_one_and_plans_nothing_for_each_new_shape(monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", planning.append)
-    assert choose_device(name).type == ("cpu" if name == "cpu" else "cuda")
+    device = choose_device(name)
+    assert device.type == ("cpu" if name == "cpu" else "cuda")
+    assert current == []  # a reward model on another GPU changes nothing for the policy
+    make_current(device)
     assert current == chosen
     assert planning == ([] if name == "cpu" else [False])
 

@@ -115,7 +115,7 @@ class _Writer:
             owner = owner.base
         others = self.arrays.setdefault(id(owner), [])
         for other, where in others:
-            if np.may_share_memory(array, other):
+            if _share_memory(array, other):
                 raise NoState(f"{path} shares memory with {where}")
         others.append((array, path))
 
@@ -148,7 +148,10 @@ class _Reader:
         if kind == "same":
             return self.met[content]
         if kind == "member":
-            return _member(content, *more)
+            member = _member(content, *more)
+            if member is None:
+                raise NoState(f"{'.'.join([content, *more])} is not to be found")
+            return member
         number = len(self.met)
         self.met.append(current)
         self.met[number] = self._made(kind, content, more, current, number)
@@ -200,6 +203,13 @@ def _member(module: str, kind: str, name: str) -> Any:
     for part in (*kind.split("."), name):
         found = getattr(found, str(part), None)
     return found
+
+
+def _share_memory(array: Any, other: Any) -> bool:
+    try:
+        return np.shares_memory(array, other, max_work=1000)  # type: ignore[arg-type]  # any number of tries
+    except np.exceptions.TooHardError:
+        return True
 
 
 def _require(found: str, saved: str = "something unknown") -> None:

@@ -8,9 +8,10 @@ whether it was an action at all.
 
 import copy
 import json
+import sys
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -207,10 +208,11 @@ class Environments:
     def close(self) -> None:
         """Close the copies that were made here; an environment that was given as an object stays open.
 
-        What fails then is of no more use, and would hide the error for which a run closes them.
+        What fails then hides no error for which a run closes them.
         """
+        failing = sys.exc_info()[0] is not None
         if self._made:
-            with suppress(Exception):
+            with suppress(Exception) if failing else nullcontext():
                 self.vector.close()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -240,7 +242,7 @@ class Environments:
         try:
             found = restore(facts["state"], self.vector)
         except NoState as error:
-            self.unsaved = str(error)
+            self.unsaved = f"what this checkpoint holds does not fit: {error}"
             self.begin_anew()
             return
         for name, value in zip(UNDER_WAY, found, strict=True):

@@ -60,15 +60,15 @@ class Replay:
             self.observations, self.next_observations = (
                 np.zeros((capacity, width), dtype=np.float32) for _ in range(2)
             )
+            self.actions = np.zeros(capacity, dtype=np.int64)
+            self.rewards = np.zeros(capacity, dtype=np.float32)
+            self.terminated = np.zeros(capacity, dtype=bool)
+            self.following = np.full(capacity, NONE)
         except MemoryError as error:
             raise InputError(
                 f"buffer_size is {capacity}: there is no memory for the {2 * 4 * capacity * width / 1e9:,.1f} GB that "
                 f"so many pairs of observations of {width} numbers take; give a smaller buffer_size"
             ) from error
-        self.actions = np.zeros(capacity, dtype=np.int64)
-        self.rewards = np.zeros(capacity, dtype=np.float32)
-        self.terminated = np.zeros(capacity, dtype=bool)
-        self.following = np.full(capacity, NONE)
         self.newest = np.full(copies, NONE)  # of each copy, while its episode goes on
         self.position = self.size = 0
         self.changes = 0

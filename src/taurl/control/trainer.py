@@ -195,8 +195,8 @@ class Trainer(ABC):
         if self.environments.unsaved and not self._said_unsaved:
             self._said_unsaved = True
             self.run.view.note(
-                f"{self.environments.name}: no checkpoint can hold where it stands ({self.environments.unsaved}); its "
-                "episodes begin anew after each, and what it keeps from one to the next is lost on resume"
+                f"{self.environments.name}: where it stands cannot be kept or restored ({self.environments.unsaved}); "
+                "its episodes begin anew after such a checkpoint, and what it keeps between them is lost on resume"
             )
 
     def iterations(self, steps: int) -> int:

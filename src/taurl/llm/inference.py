@@ -10,6 +10,7 @@ from taurl.runtime.machine import (
     choose_device,
     choose_precision,
     keep_freed_memory,
+    make_current,
     out_of_memory_names,
     set_threads,
 )
@@ -25,6 +26,7 @@ class Model:
         keep_freed_memory()
         set_threads(config.threads)
         device = choose_device(config.device)
+        make_current(device)
         self.tokenizer = load_tokenizer(config.model)
         with out_of_memory_names("the model's size, or precision to bfloat16"):
             self.model = load_model(config.model, dtype=choose_precision(config.precision, device), device=device)

@@ -96,11 +96,15 @@ def ready(name: str) -> torch.device:
     device = torch.device(name)
     torch.zeros(1, device=device).sum().item()
     if device.type == "cuda":
-        if device.index is not None:
-            torch.cuda.set_device(device)  # for what asks about a GPU without saying which
         # cuDNN's attention makes a plan for every new shape, which takes longer than a step, and shapes are always new.
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
+
+
+def make_current(device: torch.device) -> None:
+    """Let what asks about a GPU without saying which mean the one that a run computes on."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -150,7 +154,7 @@ def free_memory_gb(device: torch.device) -> float:
 
 
 def describe_machine() -> dict[str, str]:
-    """Facts for environment.json: system, Python, processor, and the GPU if one is used."""
+    """Facts for environment.json: system, Python, processor, and the GPU if the process has begun to use one."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as lines:

@@ -11,7 +11,7 @@ from taurl.llm.models.loading import names_embedded
 from taurl.llm.rewards.model import PREFIX
 from taurl.runtime.config import Settings, TrainingConfig, validated
 from taurl.runtime.errors import InputError, reason
-from taurl.runtime.machine import choose_device, choose_precision, out_of_memory_names, set_threads
+from taurl.runtime.machine import choose_device, choose_precision, make_current, out_of_memory_names, set_threads
 from taurl.runtime.run import Run
 
 Config = TypeVar("Config", bound=TrainingConfig)
@@ -61,6 +61,7 @@ def choose_machine(run: Run, *, keep_dtype: bool) -> tuple[torch.device, torch.d
     assert isinstance(config, TrainingConfig)
     chosen["threads"] = set_threads(config.threads or chosen.get("threads"))
     device = device_of(run)
+    make_current(device)
     if "precision" not in chosen:
         keep = keep_dtype and config.precision == "auto"
         chosen["precision"] = "" if keep else str(choose_precision(config.precision, device)).removeprefix("torch.")

@@ -303,7 +303,8 @@ def make_generator(
     kv_memory_gb: float | None = None,
 ) -> Generator:
     """The slot sampler ("slots", "cuda_graphs"), or `model.generate` ("transformers"), with the model's stop tokens."""
-    slots = slots or (SLOTS_ON_GPU if model.device.type == "cuda" else SLOTS)
+    if slots is None:
+        slots = SLOTS_ON_GPU if model.device.type == "cuda" else SLOTS
     stops = stop_token_ids(model, tokenizer)
     if kind == "transformers":
         return TransformersSampler(model, stop_token_ids=stops, tokenizer=tokenizer)

@@ -27,7 +27,8 @@ def completion_logprobs(
 
     A prompt goes through the model once, with gradient, however many completions it has; the completions are then
     forwarded on its keys and values. Same gradient as forwarding prompt and completion together, a copy of the prompt
-    each, which is what happens under gradient checkpointing (it drops the keys and values it would need).
+    each, which is what happens under gradient checkpointing (it drops the keys and values it would need) and with
+    layers that keep none.
 
     Args:
         model: causal language model without dropout.
@@ -61,9 +62,13 @@ def completion_hidden(
     """Hidden states [N, L, d] that predict each completion token; arguments and errors as `completion_logprobs`."""
     if causal_lm(model)._is_stateful:
         raise cannot_share(model, "has recurrent layers")
-    kinds = getattr(causal_lm(model).config.get_text_config(), "layer_types", None) or ()
-    joint = checkpoints_activations(model) or not KEEPING.issuperset(kinds)
+    joint = checkpoints_activations(model) or not shares_prompts(model)
     return (_joint_hidden if joint else _forked_hidden)(model, prompts, prompt_of, tokens)
+
+
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Whether all layers keep keys and values of a prompt, which its completions can go on from."""
+    return KEEPING.issuperset(getattr(causal_lm(model).config.get_text_config(), "layer_types", None) or ())
 
 
 def cannot_share(model: PreTrainedModel, found: str) -> InputError:
