@@ -1,10 +1,10 @@
-# taurl: make demo | test | lint | docs | bench | bench-long | scores | clean
+# taurl: make demo | test | slow | lint | docs | bench | bench-long | scores | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint docs bench bench-long scores clean
+.PHONY: install demo test slow lint docs bench bench-long scores clean
 
 install: $(INSTALLED)
 
@@ -25,6 +25,10 @@ lint: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest
+
+# What learns for long: it does, keeps near its target, remembers, sees. And the embedded model built again.
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
 
 # MathJax comes from a package of Jupyter's whose own requirements, a server, are not wanted.
 docs: $(INSTALLED)

@@ -118,6 +118,7 @@ def test_nothing_forbidden_is_done(way, mode, tmp_path, monkeypatch):
     assert trainer.predict(np.zeros(5), action_mask=([0, 1], [0, 0, 1])).tolist() == [1, 2]
 
 
+@pytest.mark.slow
 def test_taxi_never_does_what_it_forbids(tmp_path):
     trainer = trainer_of(tmp_path, "Taxi-v4", steps=2000)
     base, taken, forbidden = trainer.environments.vector.step, [], []

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "control_python.py"
 
 
+@pytest.mark.slow
 def test_the_example_trains_saves_loads_and_acts(tmp_path):
     found = subprocess.run([sys.executable, EXAMPLE], cwd=tmp_path, capture_output=True, text=True, check=True)
     scored, balanced = found.stdout.splitlines()

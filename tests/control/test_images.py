@@ -182,6 +182,7 @@ def test_the_gradient_is_that_of_automatic_differentiation(tmp_path, numbers):
     assert all(one.grad.any() for one in actor.features.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", [False, True])
 def test_ppo_learns_to_see(tmp_path, numbers):
     trainer = trainer_of(tmp_path, steps=6144 if numbers else 2048, numbers=numbers).train()
@@ -189,6 +190,7 @@ def test_ppo_learns_to_see(tmp_path, numbers):
     assert load_policy(tmp_path / "run").predict(trainer.environments.vector.envs[0].reset(seed=0)[0]) in range(3)
 
 
+@pytest.mark.slow
 def test_a2c_learns_to_see(tmp_path):
     trainer = trainer_of(tmp_path, A2C, A2CConfig, steps=12_000, rollout_steps=8, learning_rate=7e-4).train()
     assert trainer.evaluate(10).metrics()["eval/mean_reward"] > 7

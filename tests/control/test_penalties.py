@@ -68,6 +68,7 @@ def test_the_price_of_standing_still_is_flat():
     torch.testing.assert_close(gradient, torch.zeros(5, 3))
 
 
+@pytest.mark.slow
 def test_a_run_keeps_near_its_target(tmp_path):
     config = PPOConfig(out=tmp_path / "run", steps=12_800, eval_episodes=20, kl_coefficient=64.0, **PRICED)
     trainer = PPO("CartPole-v1", config).train()

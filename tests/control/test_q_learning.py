@@ -185,6 +185,7 @@ def exact(env, *, discount, epsilon=None):
 LAKE = {"desc": ["SF", "FG"], "is_slippery": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_converges_to_the_exact_values_of_a_slippery_lake(tmp_path, rule):
     # Acting at random: q_learning and double_q learn the best policy's values, the others those of acting at random.
@@ -229,6 +230,7 @@ def test_the_best_of_noisy_values_is_too_high_and_two_tables_mend_it(tmp_path):
     assert -0.15 < found["double_q"] < 0
 
 
+@pytest.mark.slow
 def test_sarsa_keeps_away_from_the_cliff_and_q_learning_walks_its_edge(tmp_path):
     # Example 6.6 of Sutton and Barto: Q-learning knows the shortest way and falls off it more often while it explores.
     walked, online = {}, {}

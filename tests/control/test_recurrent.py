@@ -175,6 +175,7 @@ CUE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_task_that_needs_a_memory(tmp_path):
     """The recurrent policy solves it; the best that can be had without is a guess."""
     scores = {}

@@ -151,6 +151,7 @@ def test_it_learns_a_letter(config, folder):
     assert records[0]["eval/reward"] < 0.2 < 0.8 < records[-1]["eval/reward"]
 
 
+@pytest.mark.slow
 def test_the_entropy_bonus_and_the_kl_term_hold_the_policy_back(config, folder, tmp_path):
     def final(**changes):
         settings = config(steps=12, prompts_per_step=4, learning_rate=1e-2, eval_rows=0, **changes)

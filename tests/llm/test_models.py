@@ -317,6 +317,7 @@ def test_a_cache_whose_place_is_taken_by_a_file_is_named(tmp_path, monkeypatch):
         resolve_model(embedded.NAME)
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_a_damaged_cache_is_built_again_and_said(tmp_path, monkeypatch, capsys):
     kept = embedded.embedded_model()

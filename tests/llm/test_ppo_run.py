@@ -185,6 +185,7 @@ def test_a_reference_that_nothing_is_held_to_is_refused(config, folder):
         PPO(str(folder), ROWS, high_ids, config(kl_coefficient=0.0), reference=tiny_model())
 
 
+@pytest.mark.slow
 def test_the_controller_holds_the_divergence_near_its_target(config, folder):
     """From a price far too low: the reward pulls away at once, and the price follows until it pulls back."""
     changes = {"steps": 60, "group_size": 8, "learning_rate": 1e-2, "eval_rows": 0, "epochs": 1}
