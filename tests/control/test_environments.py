@@ -358,7 +358,7 @@ def test_a_close_that_fails_hides_no_other_error():
         finally:
             environments.close()
     with pytest.raises(OSError, match="stuck"):
-        environments.vector.envs[0].close()
+        Environments(Stuck, 1, seed=0).close()
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,6 @@ from taurl.llm.data.given_answers import GivenAnswers
 from taurl.llm.data.preference_rows import Form, PreferenceReader, train_and_held_out_preferences
 from taurl.llm.evaluation import Evaluation
 from taurl.llm.scoring.answer_batches import AnswerBatch, AnswerPart, batch_logprobs, part_logprobs
-from taurl.llm.scoring.likelihood import shares_prompts
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import out_of_memory_names
 from taurl.runtime.optimization import learning_rate
@@ -268,15 +267,17 @@ class DPO(OnlineTrainer):
         return unpaired_figures(rewards, logprobs, batch.desirable) | {"kl": objective.kl_baseline}
 
     def _parts(self, answers: AnswerBatch) -> Iterator[AnswerPart]:
-        shared = not self.config.gradient_checkpointing and shares_prompts(self.policy.model)
-        return answers.parts(self.config.tokens_per_part, share_prompts=shared)
+        return answers.parts(self.config.tokens_per_part, share_prompts=self.shares_prompts())
 
     def _logprobs(self, model: Any, answers: AnswerBatch) -> Tensor:
         """Log-probabilities [N, K] under a model, without gradient."""
         config = self.config
-        shared = not config.gradient_checkpointing and shares_prompts(self.policy.model)
         found = batch_logprobs(
-            model, answers, config.tokens_per_part, share_prompts=shared, excess_weight=config.excess_weight
+            model,
+            answers,
+            config.tokens_per_part,
+            share_prompts=self.shares_prompts(),
+            excess_weight=config.excess_weight,
         )
         return found.to(self.dtype)
 

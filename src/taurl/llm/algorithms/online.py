@@ -18,7 +18,7 @@ from taurl.llm.data.tasks import PromptReader, train_and_held_out
 from taurl.llm.evaluation import Evaluation, TrainerState, describe, reward_columns, reward_metrics, score
 from taurl.llm.generation import Completion, Sampling
 from taurl.llm.rewards import RewardSet, Scores
-from taurl.llm.scoring.likelihood import completion_logprobs, shares_prompts
+from taurl.llm.scoring.likelihood import completion_logprobs
 from taurl.llm.scoring.rollouts import Part, Rollout
 from taurl.runtime.run import Record, Step
 
@@ -133,8 +133,7 @@ class OnlineTrainer(Trainer):
 
     def parts(self, rollout: Rollout, rows: Sequence[int], *, whole: bool = False) -> Iterator[Part]:
         """Some rows of a rollout, cut by the token budget; whole completions as `Rollout.parts` says."""
-        shared = not self.config.gradient_checkpointing and shares_prompts(self.policy.model)
-        return rollout.parts(rows, self.config.tokens_per_part, share_prompts=shared, whole=whole)
+        return rollout.parts(rows, self.config.tokens_per_part, share_prompts=self.shares_prompts(), whole=whole)
 
     def forward(self, rollout: Rollout, part: Part, model: Any) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [n, l] of a part's tokens under a model."""

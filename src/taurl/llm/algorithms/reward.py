@@ -25,7 +25,6 @@ from taurl.llm.models.reward_folder import RewardNote
 from taurl.llm.models.reward_model import ProcessRewardModel, RewardModel
 from taurl.llm.pictures.reward_figures import figures
 from taurl.llm.pictures.reward_pictures import pictures
-from taurl.llm.scoring.likelihood import shares_prompts
 from taurl.llm.scoring.reward_scores import pad_token_id, part_scores, row_scores, scoring_parts
 from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import Callback, Record
@@ -118,7 +117,7 @@ class Reward(Trainer):
             self.config.tokens_per_part,
             pad=pad_token_id(model),
             device=self.device,
-            share_prompts=not self.config.gradient_checkpointing and shares_prompts(self.policy.model),
+            share_prompts=self.shares_prompts(),
         )
         with self.optimizer.update(rate) as backward:
             for part in parts:

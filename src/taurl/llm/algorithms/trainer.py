@@ -20,6 +20,7 @@ from taurl.llm.models.loading import load_outline
 from taurl.llm.models.model_card import model_card
 from taurl.llm.models.policies import Policy, tokenizer_of
 from taurl.llm.rewards import RewardSet
+from taurl.llm.scoring.likelihood import shares_prompts
 from taurl.runtime.config import TrainingConfig, read_config
 from taurl.runtime.directory import require_algorithm, write_folder
 from taurl.runtime.errors import InputError
@@ -131,6 +132,10 @@ class Trainer(ABC):
         """The model's own, or a copy of the one given from Python: a chat template may add tokens to it."""
         given = self.given("tokenizer")
         return tokenizer_of(self.given("model")) if given is None else copy.deepcopy(given)
+
+    def shares_prompts(self) -> bool:
+        """Whether a prompt goes through the model once, however many completions it has."""
+        return not self.config.gradient_checkpointing and shares_prompts(self.policy.model)
 
     def outline(self) -> PreTrainedModel:
         """The model, by name without its weights: what it takes to read data, before anything that takes long."""
