@@ -52,9 +52,12 @@ def loop(rewards: list[list[float]], scale: str, epsilon: float) -> list[list[fl
     everything = valid(itertools.chain(*rewards))
     result = []
     for group in rewards:
-        divisor = {"none": 1.0, "group": deviation(valid(group)) + epsilon, "batch": deviation(everything) + epsilon}[
-            scale
-        ]
+        divisor = {
+            "none": 1.0,
+            "group": deviation(valid(group)) + epsilon,
+            "batch": deviation(everything) + epsilon,
+            "mean": statistics.fmean(valid(group) or [1.0]),
+        }[scale]
         result.append([0.0 if math.isnan(r) else (r - statistics.fmean(valid(group))) / divisor for r in group])
     return result
 
@@ -68,9 +71,10 @@ def test_hand_worked_group():
     expected = double([[0.0, -1.0, -1.0, 2.0]])
     assert torch.equal(group_relative(rewards, scale="none"), expected)
     torch.testing.assert_close(group_relative(rewards), expected / (math.sqrt(2) + 1e-4), rtol=1e-14, atol=0)
+    assert torch.equal(group_relative(2 * rewards, scale="mean"), expected)  # mean 2, deviations 0 −2 −2 4
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", [*SCALES, "mean"])
 def test_equals_a_loop_with_rewards_that_do_not_apply(scale):
     result = group_relative(double(REWARDS), scale=scale, epsilon=1e-3)
     torch.testing.assert_close(result, double(loop(REWARDS, scale, 1e-3)), rtol=1e-13, atol=1e-15)
@@ -342,6 +346,32 @@ def test_expected_gradient_by_enumeration():
     torch.testing.assert_close(expectation(lambda r: group_relative(r, scale="none")), (group - 1) / group * exact)
     scaled = expectation(group_relative)
     assert torch.linalg.matrix_rank(torch.stack([scaled, exact]), atol=1e-3) == 2  # another direction
+
+
+def test_over_their_mean_rewards_of_0_or_1_climb_the_likelihood_of_a_right_answer():
+    """Over all groups, E[Σ_g A_g ∇ log π(a_g)] / G is the gradient of −Σ_{k<G} (1 − P)^k / k, near that of log P."""
+    right = double([1.0, 0.0, 0.0, 1.0])
+    for group in (2, 3, 5):
+        logits = double([0.3, 1.8, 1.1, -1.4]).requires_grad_()
+        policy = logits.softmax(0)
+        failing = 1 - policy @ right
+        (exact,) = torch.autograd.grad(-sum(failing**k / k for k in range(1, group)), logits, retain_graph=True)
+        expected = torch.zeros(4, dtype=torch.float64)
+        for actions in itertools.product(range(4), repeat=group):
+            chosen = list(actions)
+            advantages = group_relative(right[chosen][None], scale="mean")[0]
+            (slope,) = torch.autograd.grad(advantages @ policy[chosen].log() / group, logits, retain_graph=True)
+            expected += policy.detach()[chosen].prod() * slope
+        torch.testing.assert_close(expected, exact)
+
+
+def test_over_their_mean_rewards_know_no_unit_and_none_is_negative():
+    rewards = torch.tensor([[1.0, 0.0, 3.0], [0.0, 0.0, 0.0], [1e-38, 0.0, NAN]])
+    found = group_relative(rewards, scale="mean")
+    torch.testing.assert_close(found, double([[-0.25, -1.0, 1.25], [0.0] * 3, [1.0, -1.0, 0.0]]).float())
+    torch.testing.assert_close(group_relative(rewards * 0.37, scale="mean"), found)
+    with pytest.raises(ValueError, match=r"rewards\[1, 0\] is -0.5, expected 0 or more for scale 'mean'"):
+        group_relative(torch.tensor([[0.0, 1.0], [-0.5, 1.0]]), scale="mean")
 
 
 def test_bad_input_is_named():

@@ -14,6 +14,7 @@ from tiny_policy import KeepFloat64, tiny_model, tiny_tokenizer
 from taurl.llm.algorithms import online as online_module
 from taurl.llm.algorithms.grpo import GRPO
 from taurl.llm.algorithms.grpo_config import GRPOConfig
+from taurl.runtime.errors import InputError
 
 PROMPTS = ["1+1?", "what is 2+3?", "5+5?", "a b c d e f?", "9?"]
 GROUP = 4
@@ -140,7 +141,8 @@ def naive_advantages(rewards, how):
                 advantages.append(0.0)
                 continue
             spread = {"group": known, "batch": everything}.get(how)
-            scale = 1.0 if spread is None else statistics.stdev(spread) + 1e-4
+            alone = statistics.fmean(known) if how == "mean" else 1.0
+            scale = alone if spread is None else statistics.stdev(spread) + 1e-4
             advantages.append((r - statistics.fmean(known)) / scale)
     return advantages
 
@@ -344,6 +346,22 @@ def test_scales_of_the_rewards(tmp_path, scale):
     losses, expected, _ = naive_step(sampled, config)
     assert record["loss"] == pytest.approx(losses[0], rel=1e-9)
     assert difference(gradient(trainer), expected) < 1e-9
+
+
+def test_rewards_over_their_mean(tmp_path):
+    """As the others, of rewards that are not negative; one that is is named."""
+    config = settings(tmp_path, scale_rewards="mean")
+    positive = [[r if r is None else abs(r) for r in group] for group in REWARDS]
+    record, trainer, sampled, _ = step(
+        config, reward=lambda **given: [r if r is None else abs(r) for r in reward(**given)]
+    )
+    losses, expected, _ = naive_step(sampled, config, rewards=positive)
+    assert record["loss"] == pytest.approx(losses[0], rel=1e-9)
+    assert difference(gradient(trainer), expected) < 1e-9
+    with pytest.raises(
+        InputError, match=r"in step 1 a completion of 'what is 2.3.' has the reward -1, expected 0 or more"
+    ):
+        step(settings(tmp_path / "negative", scale_rewards="mean"))
 
 
 @pytest.mark.parametrize("importance_cap", [None, 1.1])

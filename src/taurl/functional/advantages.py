@@ -2,6 +2,7 @@
 
     function              compared with (the baseline)           divided by                       method
     group_relative        the mean of its group                  std of group, of batch, nothing  GRPO, Dr. GRPO
+                                                                 that mean                        MaxRL
     leave_one_out         the mean of the others in its group    nothing                          RLOO
     greedy_baseline       the greedy completion's reward         nothing                          ReMax
     reinforce_plus_plus   the mean of the batch, or of its group std of the batch                 REINFORCE++
@@ -29,7 +30,7 @@ from taurl.functional._deviation import unbiased_std
 from taurl.functional._inputs import require_positive, with_precision_of
 from taurl.functional.whitening import whiten, whitening_statistics
 
-AdvantageScale = Literal["group", "none", "batch"]
+AdvantageScale = Literal["group", "none", "batch", "mean"]
 
 
 def has_variance(rewards: Tensor) -> Tensor:
@@ -57,6 +58,11 @@ def group_relative(rewards: Tensor, *, scale: AdvantageScale = "group", epsilon:
         s = std_g r_pg + ε   "group", GRPO; the std is the unbiased one (G − 1), as in TRL
             1                "none", Dr. GRPO: dividing by the std favours questions nearly always or never solved
             std_pg r_pg + ε  "batch": over all rewards of the batch, about their common mean
+            mean_g r_pg      "mean", MaxRL, for rewards of 0 or 1 (none may be negative)
+
+    "none" climbs Σ_p P(right), P the probability of a right answer, and "mean" nearly Σ_p log P(right), as supervised
+    learning of all right answers would: a question rarely solved weighs more. Exactly, since log P = −Σ_k (1 − P)^k / k
+    and (1 − P)^k is the chance that k answers fail, its expected gradient is that of the first G − 1 terms.
 
     A reward of NaN (none applies) counts in no mean and no std, and its advantage is 0. A group of one, or whose
     rewards are all equal, has advantage 0. The result is finite. `rewards` is the whole optimizer batch: "batch"
@@ -66,8 +72,10 @@ def group_relative(rewards: Tensor, *, scale: AdvantageScale = "group", epsilon:
         rewards: float [P, G], P prompts with G completions each.
         epsilon: ε > 0.
     Returns: advantages, [P, G], detached; float32, or float64 for float64 rewards.
-    Raises: ValueError if rewards are not float [P, G], one is infinite, epsilon is not positive or scale is unknown.
-    Source: Shao et al. 2024, arXiv:2402.03300, section 4.1.2; "none": Liu et al. 2025, arXiv:2503.20783, section 3.2.
+    Raises: ValueError if rewards are not float [P, G], one is infinite or, for "mean", negative, epsilon is not
+        positive or scale is unknown.
+    Source: Shao et al. 2024, arXiv:2402.03300, section 4.1.2; "none": Liu et al. 2025, arXiv:2503.20783, section 3.2;
+        "mean": Tajwar et al. 2026, arXiv:2602.02710, algorithm 1.
     """
     require_positive(epsilon=epsilon)
     centered, valid = _centered(rewards), ~rewards.isnan()
@@ -76,10 +84,13 @@ def group_relative(rewards: Tensor, *, scale: AdvantageScale = "group", epsilon:
             centered /= unbiased_std(centered, valid.sum(1, keepdim=True)) + epsilon
         case "batch":
             centered /= whitening_statistics(rewards, valid)[1] + epsilon
+        case "mean":
+            _require_no_negative(rewards)
+            centered /= rewards.detach().double().nanmean(1, keepdim=True).where(has_variance(rewards)[:, None], 1.0)
         case "none":
             pass
         case _:
-            raise ValueError(f"scale is {scale!r}, expected 'group', 'none' or 'batch'")
+            raise ValueError(f"scale is {scale!r}, expected 'group', 'none', 'batch' or 'mean'")
     return with_precision_of(rewards, centered)
 
 
@@ -234,6 +245,12 @@ def _require_rewards(rewards: Tensor) -> None:
     if rewards.dim() != 2 or not rewards.shape[1] or not rewards.is_floating_point():
         raise ValueError(f"rewards are {rewards.dtype} {list(rewards.shape)}, expected floats [prompts, group]")
     _require_no_infinity("rewards", rewards)
+
+
+def _require_no_negative(rewards: Tensor) -> None:
+    if (rewards < 0).any():
+        place = (rewards < 0).nonzero()[0].tolist()
+        raise ValueError(f"rewards{place} is {rewards[tuple(place)].item()}, expected 0 or more for scale 'mean'")
 
 
 def _require_no_infinity(name: str, tensor: Tensor) -> None:

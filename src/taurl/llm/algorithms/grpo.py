@@ -16,8 +16,9 @@ from taurl.functional.kl import k3, kl_loss, kl_penalty, kl_ratios
 from taurl.functional.loss_types import clipped_tokens, loss_weights, policy_loss
 from taurl.llm.algorithms.figures import Tally
 from taurl.llm.algorithms.grpo_config import GRPOConfig
-from taurl.llm.algorithms.online import RatioTrainer, RewardFunction
+from taurl.llm.algorithms.online import RatioTrainer, RewardFunction, Samples
 from taurl.llm.scoring.rollouts import Part, Rollout
+from taurl.runtime.errors import InputError, shorten
 from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import Callback, Record
 
@@ -75,6 +76,8 @@ class GRPO(RatioTrainer):
             for step in run.steps():
                 samples = self.collect(step)
                 rollout, rewards = samples.rollout, samples.totals
+                if config.scale_rewards == "mean":
+                    require_no_negative(samples, step.number)
                 advantages = group_relative(rewards, scale=config.scale_rewards)
                 rollout.advantages = advantages.flatten().to(self.device, self.dtype)
                 rollout.mask[rewards.flatten().isnan().to(self.device)] = False  # no reward applies
@@ -148,3 +151,15 @@ class GRPO(RatioTrainer):
             return beta * kl_penalty(logprobs, reference, mask, estimator=estimator, level=level), nothing
         ratios = kl_ratios(logprobs, old, mask, level=level) if config.kl_place == "weighted_loss" else None
         return nothing, beta * kl_loss(logprobs, reference, mask, estimator=estimator, level=level, ratios=ratios)
+
+
+def require_no_negative(samples: Samples, step: int) -> None:
+    """Raises: InputError, with the first prompt that has one, for negative rewards: a mean must not change sign."""
+    negative = (samples.totals.flatten() < 0).nonzero().flatten().tolist()
+    if negative:
+        prompt = shorten(str(samples.rows[negative[0]]["prompt"]), 80)
+        raise InputError(
+            f"scale_rewards is mean, but in step {step} a completion of {prompt!r} has the reward "
+            f"{float(samples.totals.flatten()[negative[0]]):g}, expected 0 or more, best 0 or 1; "
+            "set scale_rewards to group, batch or none"
+        )

@@ -16,8 +16,9 @@ class GRPOConfig(OnlineConfig):
 
     group_size: int = Field(8, ge=2)
     """Completions of each prompt."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Divide the centred rewards by the standard deviation of the group, of the batch, or not at all (Dr. GRPO)."""
+    scale_rewards: Literal["group", "batch", "mean", "none"] = "group"
+    """Divide the centred rewards by the standard deviation of the group, of the batch, by the group's mean (MaxRL, for
+    rewards of 0 or 1: prompts that are rarely solved weigh more), or not at all (Dr. GRPO)."""
     loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
     """How a completion's advantage becomes a loss, by TRL's names. PPO's clip with the mean over sequences of their
     tokens' mean (grpo), the sum over tokens divided by max_tokens (dr_grpo), the mean over all tokens of the step
