@@ -70,7 +70,7 @@ def test_parts_hold_each_row_once_within_the_budget_and_groups_together(seed):
         for part in parts:
             assert cost(rollout, part) <= budget or len(part.rows) == 1
             assert part.length == part.of(rollout.mask).sum(1).max()
-            for row, place in zip(part.rows.tolist(), part.prompt_of.tolist(), strict=True):
+            for row, place in zip(part.rows.tolist(), part.spread(part.prompt_of).tolist(), strict=True):
                 assert part.prompts[place] is rollout.prompts[row // size]
             assert set(part.prompt_of.tolist()) == set(range(len(part.prompts)))
         for group in range(groups):
@@ -119,7 +119,12 @@ def test_loss_and_gradient_do_not_depend_on_the_parts(rollout, architecture, che
         loss, count = 0.0, 0
         for part in rollout.parts(range(8), budget):
             logprobs, entropies = completion_logprobs(
-                model, part.prompts, part.prompt_of, part.of(rollout.tokens), part.of(rollout.mask), temperature=0.8
+                model,
+                part.prompts,
+                part.prompt_of,
+                part.inputs(rollout.tokens),
+                part.inputs(rollout.mask),
+                temperature=0.8,
             )
             share = (part.of(weights[0]) * logprobs + part.of(weights[1]) * entropies).sum()
             share.backward()
@@ -131,6 +136,59 @@ def test_loss_and_gradient_do_not_depend_on_the_parts(rollout, architecture, che
     for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
         assert loss == pytest.approx(losses[0], rel=1e-9)
         assert_same_gradients(gradient, gradients[0])
+
+
+def with_copies():
+    """Two groups of six: answers that stand there three times and twice, a beginning of another, and a mask apart."""
+    rollout = rollout_of([5, 3], [[4, 4, 2, 4, 4, 4], [3, 3, 3, 3, 3, 3]])
+    a, b = ([3, 4, 5, 6], [3, 4, 5, 7])
+    c, d = [8, 9, 10], [8, 9, 11]
+    for row, tokens in enumerate([a, b, a[:2], a, b, a, c, d, c, c, d, c]):
+        rollout.completions[row].tokens[:] = tokens
+        rollout.tokens[row, : len(tokens)] = torch.tensor(tokens)
+    rollout.mask[9, 0] = False
+    rollout.mask[10] = False
+    return rollout
+
+
+def test_equal_completions_of_a_prompt_go_through_the_model_once():
+    rollout = with_copies()
+    (part,) = rollout.parts(range(12), 1000)
+    assert part.rows.tolist() == [6, 8, 11, 7, 9, 0, 3, 5, 1, 4, 2]
+    assert part.distinct.tolist() == [6, 7, 9, 0, 1, 2]
+    assert part.copy_of.tolist() == [0, 0, 0, 1, 2, 3, 3, 3, 4, 4, 5]
+    assert part.prompts == [rollout.prompts[0], rollout.prompts[1]]
+    assert part.prompt_of.tolist() == [1, 1, 1, 0, 0, 0]
+    assert torch.equal(part.inputs(rollout.tokens), rollout.tokens[[6, 7, 9, 0, 1, 2]])
+    lengths = part.of(rollout.mask).sum(1)
+    assert torch.equal(part.spread(part.inputs(rollout.mask).sum(1)), lengths)
+    # 5 + 3 · 4 tokens and 3 + 3 · 3, in one part 2 · 5 + 6 · 4
+    assert [part.distinct.tolist() for part in rollout.parts(range(12), 33)] == [[6, 7, 9], [0, 1, 2]]
+    assert len(list(rollout.parts(range(12), 34))) == 1
+    assert [part.distinct.tolist() for part in rollout.parts(range(12), 13)] == [[6, 7, 9], [0, 1], [2]]
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@in_double
+def test_copies_change_neither_loss_nor_gradient(checkpoint):
+    model, rollout = tiny_model("llama", torch.float64), with_copies()
+    if checkpoint:
+        checkpoint_activations(model)
+    weights = torch.randn(2, *rollout.mask.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for rows in ([range(12)], [[row] for row in range(12)]):  # together, and each alone
+        model.zero_grad()
+        total, seen = 0.0, 0
+        for part in (part for some in rows for part in rollout.parts(some, 40, share_prompts=not checkpoint)):
+            given = part.inputs(rollout.tokens), part.inputs(rollout.mask)
+            logprobs, entropies = map(part.spread, completion_logprobs(model, part.prompts, part.prompt_of, *given))
+            share = (part.of(weights[0]) * logprobs + part.of(weights[1]) * entropies).sum()
+            share.backward()
+            total, seen = total + share.item(), seen + len(part.distinct)
+        found.append((seen, total, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}))
+    assert [seen for seen, _, _ in found] == [6, 11]
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-9)
+    assert_same_gradients(found[0][2], found[1][2])
 
 
 def test_minibatches_hold_every_group_once_and_depend_on_the_key_only():

@@ -137,14 +137,15 @@ class OnlineTrainer(Trainer):
 
     def forward(self, rollout: Rollout, part: Part, model: Any) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [n, l] of a part's tokens under a model."""
-        return completion_logprobs(
+        logprobs, entropies = completion_logprobs(
             model,
             part.prompts,
             part.prompt_of,
-            part.of(rollout.tokens),
-            part.of(rollout.mask),
+            part.inputs(rollout.tokens),
+            part.inputs(rollout.mask),
             temperature=self.config.temperature,
         )
+        return part.spread(logprobs), part.spread(entropies)
 
     @torch.no_grad()
     def logprobs(self, rollout: Rollout, rows: Sequence[int], model: Any) -> Tensor:

@@ -237,8 +237,8 @@ class PPO(RatioTrainer):
             return values, ends
         with self.critic.trunk() as model:
             for part in self.parts(rollout, rows, whole=True):
-                tokens = torch.nn.functional.pad(part.of(rollout.tokens), (0, 1))  # what follows the last token
-                found = self.critic.head(completion_hidden(model, part.prompts, part.prompt_of, tokens))
+                tokens = torch.nn.functional.pad(part.inputs(rollout.tokens), (0, 1))  # what follows the last token
+                found = part.spread(self.critic.head(completion_hidden(model, part.prompts, part.prompt_of, tokens)))
                 values[part.rows, : part.length] = found[:, :-1]
                 ends[part.rows] = found.gather(1, part.of(rollout.lengths)[:, None])[:, 0]
         return torch.where(rollout.mask, values, 0.0), ends
@@ -299,13 +299,15 @@ class PPO(RatioTrainer):
                 critic(self._value_loss(self.critic.head(self._hidden(model, batch, part)), batch, part))
 
     def _hidden(self, model: Any, batch: Minibatch, part: Part) -> Tensor:
-        return completion_hidden(model, part.prompts, part.prompt_of, part.of(batch.rollout.tokens))
+        """Hidden states of the part's distinct rows."""
+        return completion_hidden(model, part.prompts, part.prompt_of, part.inputs(batch.rollout.tokens))
 
     def _policy_loss(self, hidden: Tensor, batch: Minibatch, part: Part) -> Tensor:
         """The part's share of the policy's loss."""
         config, rollout = self.config, batch.rollout
-        mask, weights, tokens = (part.of(each) for each in (rollout.mask, batch.weights, rollout.tokens))
-        logprobs, entropies = hidden_logprobs(self.policy.model, hidden, tokens, mask, config.temperature)
+        mask, weights, tokens = part.of(rollout.mask), part.of(batch.weights), part.inputs(rollout.tokens)
+        found = hidden_logprobs(self.policy.model, hidden, tokens, part.inputs(rollout.mask), config.temperature)
+        logprobs, entropies = map(part.spread, found)
         old = self.first_seen(rollout, part, logprobs, batch.tally)
         advantages, low, high = part.of(rollout.advantages), config.clip_low, config.clip_high
         losses = policy_loss("dapo", logprobs, old, advantages, mask, clip_low=low, clip_high=high)
@@ -328,7 +330,7 @@ class PPO(RatioTrainer):
         """The part's share of the critic's loss."""
         clip, estimates = self.config.value_clip, batch.estimates
         mask, old, returns = (part.of(each) for each in (batch.rollout.mask, estimates.values, estimates.returns))
-        values = torch.where(mask, values, 0.0)
+        values = torch.where(mask, part.spread(values), 0.0)
         if clip is None:
             losses = squared_value_loss(values, returns)
         else:

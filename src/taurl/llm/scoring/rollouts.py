@@ -85,61 +85,93 @@ class Rollout:
     ) -> Iterator["Part"]:
         """Cut rows into parts of at most `tokens_per_part` tokens, padding and prompts included (one row at least).
 
-        Groups of similar length stand together, and a group is split only where it does not fit in one part. A row
-        without a token to train on is in no part. Where prompts are not shared (gradient checkpointing), each row
-        brings a copy of its own. A completion reaches up to its last token that is trained on; a `whole` one to its
-        end.
+        Groups of similar length stand together, and a group is split only where it does not fit in one part. Equal
+        completions of a prompt stand together and count once. A row without a token to train on is in no part. Where
+        prompts are not shared (gradient checkpointing), each distinct row brings a copy of its own. A completion
+        reaches up to its last token that is trained on; a `whole` one to its end.
         """
-        lengths = self._lengths(whole)
-        groups: dict[int, list[int]] = {}
-        for row in rows:
-            if lengths[row]:
-                groups.setdefault(row // self.group_size if share_prompts else row, []).append(row)
+        alike = self._alike(rows, whole)
+        lengths = {copies[0]: len(tokens) for (_, tokens, _), copies in alike.items()}
+        groups: dict[int, list[list[int]]] = {}
+        for copies in alike.values():
+            groups.setdefault(copies[0] // self.group_size if share_prompts else copies[0], []).append(copies)
 
-        def prompt_length(members: list[int]) -> int:
-            return len(self.prompts[members[0] // self.group_size])
+        def prompt_length(members: list[list[int]]) -> int:
+            return len(self.prompts[members[0][0] // self.group_size])
 
-        def length(members: list[int]) -> int:
-            return max(lengths[row] for row in members)
+        def length(members: list[list[int]]) -> int:
+            return max(lengths[copies[0]] for copies in members)
 
         pieces = [
             piece
             for members in sorted(groups.values(), key=length)
-            for piece in fitting(members, lambda row: Size(1, lengths[row]), tokens_per_part - prompt_length(members))
+            for piece in fitting(members, lambda it: Size(1, lengths[it[0]]), tokens_per_part - prompt_length(members))
         ]
         for run in fitting(pieces, lambda it: Size(len(it), length(it), 1, prompt_length(it)), tokens_per_part):
-            yield self._part([row for piece in run for row in piece], max(map(length, run)))
+            yield self._part([copies for piece in run for copies in piece], max(map(length, run)))
 
-    def _lengths(self, whole: bool) -> list[int]:
-        """Each completion's length, whole or up to the last token that is trained on; 0 where there is none."""
-        columns = torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)
-        trained = (self.mask * columns).amax(1)
-        lengths: list[int] = (torch.where(trained > 0, self.lengths, 0) if whole else trained).tolist()
-        return lengths
+    def _alike(self, rows: Sequence[int], whole: bool) -> dict[tuple[int, tuple[int, ...], bytes], list[int]]:
+        """Those rows by group, tokens and mask, up to the last token that is trained on, or whole; none without one."""
+        mask = self.mask.cpu().numpy()
+        alike: dict[tuple[int, tuple[int, ...], bytes], list[int]] = {}
+        for row in rows:
+            trained = mask[row].nonzero()[0]
+            if len(trained):
+                tokens = self.completions[row].tokens
+                length = len(tokens) if whole else int(trained[-1]) + 1
+                key = row // self.group_size, tuple(tokens[:length]), mask[row, :length].tobytes()
+                alike.setdefault(key, []).append(row)
+        return alike
 
-    def _part(self, rows: Sequence[int], length: int) -> "Part":
-        groups = sorted({row // self.group_size for row in rows})
+    def _part(self, distinct: Sequence[list[int]], length: int) -> "Part":
+        groups = sorted({copies[0] // self.group_size for copies in distinct})
         place = {group: position for position, group in enumerate(groups)}
+        rows = [row for copies in distinct for row in copies]
+        copy_of = [index for index, copies in enumerate(distinct) for _ in copies]
         device = self.tokens.device
         return Part(
             prompts=[self.prompts[group] for group in groups],
-            prompt_of=torch.tensor([place[row // self.group_size] for row in rows], device=device),
+            prompt_of=torch.tensor([place[copies[0] // self.group_size] for copies in distinct], device=device),
+            distinct=torch.tensor([copies[0] for copies in distinct], device=device),
             rows=torch.tensor(rows, device=device),
+            copy_of=torch.tensor(copy_of, device=device) if len(rows) > len(distinct) else None,
             length=length,
         )
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a rollout that go through the model together: `prompt_of` says which of `prompts` each continues."""
+    """Some rows of a rollout that go through the model together, equal ones once.
+
+    A policy that has settled gives the same short answer many times. Copies have the same log-probabilities, entropies
+    and values, and the gradient is that of their sum, so that one of them stands for all.
+
+    Attributes:
+        prompts: P lists of token ids.
+        prompt_of: int64 [d], which of them each distinct row continues.
+        distinct: int64 [d], where the first of each stands in the rollout.
+        rows: int64 [n], where all stand there.
+        copy_of: int64 [n], the distinct row that each row equals; None where no row has a copy.
+        length: that of the longest.
+    """
 
     prompts: list[list[int]]
     prompt_of: Tensor
+    distinct: Tensor
     rows: Tensor
+    copy_of: Tensor | None
     length: int
 
+    def inputs(self, tensor: Tensor) -> Tensor:
+        """The distinct rows of a rollout's tensor [N, L], cut to the longest: what goes through the model."""
+        return tensor[self.distinct, : self.length]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """What the model gave for the distinct rows [d, …], for all rows [n, …]."""
+        return values if self.copy_of is None else values[self.copy_of]
+
     def of(self, tensor: Tensor) -> Tensor:
-        """These rows of a rollout's tensor [N, L] or [N], cut to their longest completion."""
+        """All rows of a rollout's tensor [N, L] or [N], cut to the longest."""
         picked = tensor[self.rows]
         return picked[:, : self.length] if tensor.dim() == 2 else picked
 
