@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from taurl.llm.generation import Sampling, SlotSampler, TransformersSampler, graphs
 from taurl.llm.generation.graphs import DecodeGraphs, require_recordable
+from taurl.llm.generation.slot_model import SlotModel
 from taurl.llm.models.policies import make_generator
 from taurl.runtime.errors import InputError
 
@@ -80,6 +81,30 @@ def test_how_often_the_sampler_looks_does_not_matter(gemma3):
     )
     assert_same(every, rarely)
     assert streamed == {(p, c): group[c].tokens for p, group in enumerate(rarely) for c in range(4)}
+
+
+@pytest.mark.parametrize("slots", [64, 5])
+@in_double
+def test_completions_that_agree_so_far_go_through_the_model_as_one(gemma3, monkeypatch, slots):
+    """At a temperature where many do, and for equal prompts too; the result is that of a row each."""
+    rows = []
+    decode = SlotModel.decode
+    monkeypatch.setattr(SlotModel, "decode", lambda *args: (rows.append(len(args[2])), decode(*args))[1])
+    prompts, sampling = [*PROMPTS[:3], PROMPTS[0]], Sampling(12, temperature=0.1)
+    sampler = SlotSampler(gemma3, stop_token_ids=STOPS, slots=slots)
+    sampler.tokens_a_look = 2  # they could part between two looks: none share
+    apart = sampler.generate(prompts, 6, sampling)
+    rows_apart = sum(rows)
+    rows.clear()
+    together = SlotSampler(gemma3, stop_token_ids=STOPS, slots=slots).generate(prompts, 6, sampling)
+    assert_same(apart, together)
+    assert max(rows) <= slots
+    if slots == 64:
+        drawn = [(prompts[p], c.tokens) for p, group in enumerate(together) for c in group]
+        texts = [[(tuple(p), tuple(t[:n])) for p, t in drawn if len(t) > n] for n in range(1, 12)]
+        assert rows == [len(set(several)) for several in texts if several]
+        assert len(set(texts[0])) < len(set(texts[4]))  # they do part
+    assert sum(rows) < 0.9 * rows_apart
 
 
 def repeated(graphs, step):

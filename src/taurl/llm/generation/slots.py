@@ -2,7 +2,8 @@
 
 A fixed number of slots decode together. A prompt goes through the model once, beside others of its length, and is
 forked, by copying its keys and values, to the slots of its completions and of those of equal prompts; when a sequence
-ends, its slot goes to the next one waiting, so that no batch waits for its longest member.
+ends, its slot goes to the next one waiting, so that no batch waits for its longest member. On a CPU completions that
+have drawn the same tokens so far go through the model as one, and are forked where they part.
 """
 
 from collections import deque
@@ -113,6 +114,7 @@ class Draft:
     completion: int
     prompt_ids: tuple[int, ...]
     numbers: np.ndarray
+    row: int = -1  # of the cache that its keys and values stand in
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -132,7 +134,10 @@ class Prefilled:
 
 
 class Batch:
-    """One call of `generate`: which completions wait, which run (draft i in row i of the cache), which are done."""
+    """One call of `generate`: which completions wait, which run (in the order of their rows), which are done.
+
+    Rows 0, 1, …, `rows` − 1 of the cache are in use. Drafts that share one have the same prompt and tokens.
+    """
 
     def __init__(
         self,
@@ -154,6 +159,8 @@ class Batch:
             for completion in range(count)
         )
         self.running: list[Draft] = []
+        self.rows = 0
+        self.shares = sampler.tokens_a_look == 1  # else they part without being looked at
         self.done: dict[tuple[int, int], Completion] = {}
         self.prefilled: Prefilled | None = None
         longest = max(map(len, prompts), default=0) + sampling.max_tokens
@@ -171,14 +178,12 @@ class Batch:
                 if self.waiting[0].prompt_ids not in prefilled.rows:
                     break
                 drafts.append(self.waiting.popleft())
-            source = torch.tensor([prefilled.rows[draft.prompt_ids] for draft in drafts], device=self.device)
-            drawn = self._draw(drafts, prefilled.logits[source], self._numbers(drafts, 1)[0], 0)
-            stay = self._take(drafts, [drawn])
-            first, last = len(self.running), len(self.running) + len(stay)
-            if stay:
-                rows = torch.arange(first, last, device=self.device)
-                self.cache.copy_rows(prefilled.cache, source[stay], rows, prefilled.cache.place.view)
-                self.running += [drafts[index] for index in stay]
+                drafts[-1].row = prefilled.rows[drafts[-1].prompt_ids]
+            drawn = self._draw(drafts, self._of_each(drafts, prefilled.logits), self._numbers(drafts, 1)[0], 0)
+            branches = self._branches(self._take(drafts, [drawn]))
+            self._fork(branches, list(range(self.rows, self.rows + len(branches))), prefilled.cache)
+            self.running += [draft for branch in branches for draft in branch]
+            self.rows += len(branches)
 
     def _prefilled(self) -> Prefilled:
         """The next waiting prompt, prefilled, with others that the free slots can start on."""
@@ -212,23 +217,29 @@ class Batch:
         running = self.running
         if not running:
             return
+        of_rows = list({draft.row: draft for draft in running}.values())
         left = min(self.sampling.max_tokens - len(draft.tokens) for draft in running)
         steps = min(self.sampler.tokens_a_look, left)
         numbers = self._numbers(running, steps)
-        tokens = torch.tensor([draft.tokens[-1] for draft in running], device=self.device)
-        columns = torch.tensor([draft.column for draft in running], device=self.device)
+        tokens = torch.tensor([draft.tokens[-1] for draft in of_rows], device=self.device)
+        columns = torch.tensor([draft.column for draft in of_rows], device=self.device)
         seen = max(draft.column for draft in running) + 1
         drawn = []
         for step in range(steps):
             logits = self.step(tokens, columns + step, seen + step)
-            drawn.append(self._draw(running, logits, numbers[step], step))
-            tokens = drawn[-1][0]
-        self._compact(self._take(running, drawn))
+            drawn.append(self._draw(running, self._of_each(running, logits), numbers[step], step))
+            tokens = drawn[-1][0]  # read where there is another step, and no row is shared
+        self._settle(self._take(running, drawn))
 
     def _numbers(self, drafts: Sequence[Draft], steps: int) -> Tensor:
         """The uniform numbers of each draft's next draws, float64 [steps, R]."""
         rows = [draft.numbers[len(draft.tokens) : len(draft.tokens) + steps] for draft in drafts]
         return torch.from_numpy(np.stack(rows, 1)).to(self.device)
+
+    def _of_each(self, drafts: Sequence[Draft], logits: Tensor) -> Tensor:
+        """The logits that follow each draft's row."""
+        rows = [draft.row for draft in drafts]
+        return logits if rows == list(range(len(logits))) else logits[torch.tensor(rows, device=self.device)]
 
     def _draw(self, drafts: Sequence[Draft], logits: Tensor, numbers: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
         """A token and its log-probability for each row of logits, one a draft.
@@ -237,18 +248,18 @@ class Batch:
         """
         return draw(logits, numbers, self.sampling)
 
-    def _take(self, drafts: Sequence[Draft], drawn: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
-        """Add what was drawn to each draft, up to its end; note those that are done; the indices of the others."""
+    def _take(self, drafts: Sequence[Draft], drawn: Sequence[tuple[Tensor, Tensor]]) -> list[Draft]:
+        """Add what was drawn to each draft, up to its end; note those that are done, and give the others."""
         tokens, logprobs = (torch.stack(of_steps, 1).cpu() for of_steps in zip(*drawn, strict=True))
         require_finite(logprobs)
-        stay = []
-        for index, (draft, *rows) in enumerate(zip(drafts, tokens.tolist(), logprobs.tolist(), strict=True)):
-            completion = self._finished(draft, *rows)
+        left = []
+        for draft, *drawn_of in zip(drafts, tokens.tolist(), logprobs.tolist(), strict=True):
+            completion = self._finished(draft, *drawn_of)
             if completion is None:
-                stay.append(index)
+                left.append(draft)
             else:
                 self.done[draft.prompt, draft.completion] = completion
-        return stay
+        return left
 
     def _finished(self, draft: Draft, tokens: list[int], logprobs: list[float]) -> Completion | None:
         """Add tokens to a draft; the completion, if it ends with one of them."""
@@ -263,17 +274,38 @@ class Batch:
                 return Completion(draft.tokens, draft.logprobs, "length")
         return None
 
-    def _compact(self, stay: list[int]) -> None:
-        """Keep the running completions `stay` (ascending) in rows 0, 1, …: the last move to where others ended."""
-        left = len(stay)
-        holes = sorted(set(range(left)) - set(stay))
-        movers = [row for row in stay if row >= left]
-        if holes:
-            rows = torch.tensor([movers, holes], device=self.device)
-            self.cache.copy_rows(self.cache, rows[0], rows[1], self.cache.place.view)
-        for hole, mover in zip(holes, movers, strict=True):
-            self.running[hole] = self.running[mover]
-        del self.running[left:]
+    def _branches(self, drafts: Sequence[Draft]) -> list[list[Draft]]:
+        """Drafts that may share a row from now on: those that did and have drawn the same token."""
+        if not self.shares:
+            return [[draft] for draft in drafts]
+        branches: dict[tuple[int, int], list[Draft]] = {}
+        for draft in drafts:
+            branches.setdefault((draft.row, draft.tokens[-1]), []).append(draft)
+        return list(branches.values())
+
+    def _fork(self, branches: Sequence[list[Draft]], rows: Sequence[int], source: SlotCache) -> None:
+        """Copy what stands in each branch's row of the source to a row of its own."""
+        if branches:
+            copied = torch.tensor([[branch[0].row for branch in branches], rows], device=self.device)
+            self.cache.copy_rows(source, copied[0], copied[1], source.place.view)
+        for branch, row in zip(branches, rows, strict=True):
+            for draft in branch:
+                draft.row = row
+
+    def _settle(self, drafts: list[Draft]) -> None:
+        """Keep these in rows 0, 1, …: one branch of a row stays there, others move to where all have ended or left.
+
+        No row is both read and written: a row that is written has no draft, or lies beyond those in use before.
+        """
+        branches = self._branches(drafts)
+        self.rows = len(branches)
+        staying: dict[int, list[Draft]] = {}
+        for branch in branches:
+            if branch[0].row < self.rows:
+                staying.setdefault(branch[0].row, branch)
+        movers = [branch for branch in branches if staying.get(branch[0].row) is not branch]
+        self._fork(movers, [row for row in range(self.rows) if row not in staying], self.cache)
+        self.running = sorted(drafts, key=lambda draft: draft.row)
 
 
 def default_kv_memory_gb(device: torch.device) -> float:
