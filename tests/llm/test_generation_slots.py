@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import ARCHITECTURES, CONTEXT, checkpoint_activations, prompts_of, tiny_model
+from tiny_models import ARCHITECTURES, CONTEXT, checkpoint_activations, in_double, prompts_of, tiny_model
 from tiny_policy import letter_a, save_tiny_policy
 from transformers import AutoModelForCausalLM, GPTNeoConfig, Llama4TextConfig, MambaConfig
 
@@ -319,6 +319,27 @@ def test_prompts_are_prefilled_beside_others_of_their_length_and_equal_ones_once
     assert [[c.tokens for c in group] for group in groups] == [[c.tokens for c in group] for group in alone]
     drawn = sampler.generate([prompts[0]] * 2, 2, Sampling(20))
     assert len({tuple(completion.tokens) for group in drawn for completion in group}) == 4
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
+@in_double
+def test_what_prompts_begin_with_is_prefilled_once(architecture, monkeypatch):
+    model = tiny_model(architecture, torch.float64)
+    (beginning,) = prompts_of([40], seed=3)
+    prompts, shapes = [beginning + end for end in prompts_of([5, 9, 0])], []
+    forward = SlotModel._forward
+    monkeypatch.setattr(SlotModel, "_forward", lambda *args: (shapes.append(tuple(args[2].shape)), forward(*args))[1])
+    slots = SlotModel(model)
+    shapes.clear()
+    with torch.inference_mode(), slots.sampling():
+        cache, logits = slots.prefill(prompts)
+        assert shapes == [(1, 39), (3, 10)]
+        for row, prompt in enumerate(prompts):
+            alone, expected = slots.prefill([prompt])
+            torch.testing.assert_close(logits[row], expected[0], rtol=1e-9, atol=1e-9)
+            for layer, other in zip(cache.slot_layers, alone.slot_layers, strict=True):
+                torch.testing.assert_close(layer.keys[row, :, : len(prompt)], other.keys[0], rtol=1e-9, atol=1e-9)
+                torch.testing.assert_close(layer.values[row, :, : len(prompt)], other.values[0], rtol=1e-9, atol=1e-9)
 
 
 def test_no_slots_are_refused(llama):

@@ -15,8 +15,9 @@ from tiny_models import (
 )
 from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, OpenAIGPTConfig, Phi3Config
 
-from taurl.llm.models.heads import context_length
-from taurl.llm.scoring.likelihood import checkpoints_activations, completion_logprobs
+from taurl.llm.beginnings import common_beginning
+from taurl.llm.models.heads import body, context_length
+from taurl.llm.scoring.likelihood import checkpoints_activations, completion_logprobs, window
 from taurl.runtime.errors import InputError
 
 PROMPTS = prompts_of([5, 13, 2])
@@ -86,6 +87,33 @@ def compare(model, prompts, prompt_of, completions, temperature=0.7):
 @in_double
 def test_values_and_gradients_equal_those_of_one_plain_pass_a_row(architecture):
     compare(tiny_model(architecture, torch.float64), PROMPTS, PROMPT_OF, COMPLETIONS)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@in_double
+def test_what_all_prompts_begin_with_goes_through_the_model_once(architecture, monkeypatch):
+    model = tiny_model(architecture, torch.float64)
+    (beginning,) = prompts_of([33], seed=3)
+    for ends in ([5, 13, 2], [4, 4, 4], [0, 7, 1]):  # padded; not padded; one is nothing but the beginning
+        prompts = [beginning + end for end in prompts_of(ends)]
+        compare(model, prompts, PROMPT_OF, COMPLETIONS)
+    tokens, mask = padded(COMPLETIONS, 0)
+    forwarded = []
+    watch = body(model).register_forward_pre_hook(
+        lambda module, args, kwargs: forwarded.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    completion_logprobs(model, prompts, torch.tensor(PROMPT_OF), tokens, mask)
+    completion_logprobs(model, prompts[:2], torch.tensor([0, 1, 1, 1, 1, 1]), tokens, mask)  # too little to save
+    watch.remove()
+    whole = window(model) < 40 + 10  # padding behind the beginning would lie in the window
+    assert forwarded == [*([(3, 40)] if whole else [(1, 32), (3, 8)]), (6, 9), (2, 40), (6, 9)]
+
+
+def test_how_prompts_begin():
+    assert common_beginning([[1, 2, 3], [1, 2, 4, 5]]) == 2
+    assert common_beginning([[1, 2], [1, 2, 3]]) == 1
+    assert common_beginning([[1, 2], [1, 2]]) == common_beginning([[1, 2]]) == 1
+    assert common_beginning([[1], [1, 2]]) == common_beginning([[3, 1], [4, 1]]) == 0
 
 
 @in_double
@@ -199,7 +227,7 @@ def test_bfloat16_gives_float32_near_the_float32_models():
         (MambaConfig(vocab_size=101, hidden_size=8, num_hidden_layers=1), "MambaForCausalLM has recurrent layers"),
         (
             OpenAIGPTConfig(vocab_size=101, n_embd=8, n_head=2, n_layer=1),
-            "OpenAIGPTLMHeadModel kept 0 of 13 prompt tokens in its cache",
+            "OpenAIGPTLMHeadModel kept 0 of 13 tokens in its cache",
         ),
     ],
 )

@@ -35,7 +35,8 @@ class Placement:
 
     Attributes:
         slots, capacity: rows and columns of the storage.
-        columns: int64 [R], where each row writes its one token; None for a prefill of every row from column 0.
+        columns: int64 [R], where each row writes its one token; None for a prefill of the first rows.
+        start: the column that a prefill writes from.
         view: how many columns the pass sees.
     """
 
@@ -43,7 +44,11 @@ class Placement:
         self.slots, self.capacity = slots, capacity
         self.columns: Tensor | None = None
         self.rows: Tensor | None = None
-        self.view = 0
+        self.start = self.view = 0
+
+    def prefill_from(self, start: int, view: int) -> None:
+        """Let the next pass write the columns from `start` to `view` of its rows."""
+        self.start, self.view = start, view
 
     def decode_at(self, columns: Tensor, view: int) -> None:
         """Let the next pass write one token into each of the first R rows."""
@@ -75,8 +80,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
         place, count = self.place, len(key_states)
         if place.columns is None:
-            self.keys[:count, :, : key_states.shape[2]] = key_states
-            self.values[:count, :, : key_states.shape[2]] = value_states
+            self.keys[:count, :, place.start : place.view] = key_states
+            self.values[:count, :, place.start : place.view] = value_states
         else:
             self.keys[place.rows, :, place.columns] = key_states[:, :, 0]
             self.values[place.rows, :, place.columns] = value_states[:, :, 0]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from taurl.llm.beginnings import worth_a_pass
 from taurl.llm.generation.attention import NAME, attending_by_plain_products, pays
 from taurl.llm.generation.cache import SlotCache
 from taurl.llm.generation.packed import PackedLinears
@@ -67,18 +68,26 @@ class SlotModel:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[SlotCache, Tensor]:
         """Put prompts through the model, padded on the right: their keys and values, and the logits [P, V] that follow.
 
-        Padding is harmless: no token sees a column after its own, and decoding writes over it column by column.
+        Padding is harmless: no token sees a column after its own, and decoding writes over it column by column. What
+        all of them begin with goes through the model once, where that pays.
         """
         device, lengths = self.model.device, [len(prompt) for prompt in prompts]
         ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
+        ids, rows = ids.to(device), torch.arange(len(prompts), device=device)
         cache = SlotCache(self.config.num_hidden_layers, *ids.shape)
-        cache.place.view = ids.shape[1]
-        positions = torch.arange(ids.shape[1], device=device).expand(len(prompts), -1)
-        hidden = self._forward(cache, ids.to(device), positions)
-        rows, last = torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1
-        return cache, self._logits(hidden[rows, last])
+        if begins := worth_a_pass(prompts, device):
+            self._prefill(cache, ids[:1, :begins], 0)
+            cache.copy_rows(cache, torch.zeros_like(rows[1:]), rows[1:], begins)
+        hidden = self._prefill(cache, ids[:, begins:], begins)
+        return cache, self._logits(hidden[rows, torch.tensor(lengths, device=device) - 1 - begins])
+
+    def _prefill(self, cache: SlotCache, ids: Tensor, start: int) -> Tensor:
+        """Hidden states [R, Q, d] of tokens [R, Q] that go into the columns from `start` on."""
+        cache.place.prefill_from(start, view=start + ids.shape[1])
+        positions = torch.arange(start, cache.place.view, device=ids.device)
+        return self._forward(cache, ids, positions.expand(len(ids), -1))
 
     def decode(self, cache: SlotCache, tokens: Tensor, columns: Tensor, seen: int) -> Tensor:
         """Put one token of each of the first R rows through the model, at its column: the logits [R, V] that follow.

@@ -1,12 +1,14 @@
 """Log-probabilities and entropies of completions under a model, with gradient, each prompt forwarded once."""
 
 from collections.abc import Sequence
+from math import inf
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from taurl.functional.logprobs import TokenScores, score_tokens
+from taurl.llm.beginnings import worth_a_pass
 from taurl.llm.models.heads import OutputHead, body, causal_lm, context_length, output_head
 from taurl.runtime.errors import InputError
 
@@ -26,9 +28,9 @@ def completion_logprobs(
     """Log-probability and entropy at each completion token.
 
     A prompt goes through the model once, with gradient, however many completions it has; the completions are then
-    forwarded on its keys and values. Same gradient as forwarding prompt and completion together, a copy of the prompt
-    each, which is what happens under gradient checkpointing (it drops the keys and values it would need) and with
-    layers that keep none.
+    forwarded on its keys and values. So does what all prompts begin with, where that is long. Same gradient as
+    forwarding prompt and completion together, a copy of the prompt each, which is what happens under gradient
+    checkpointing (it drops the keys and values it would need) and with layers that keep none.
 
     Args:
         model: causal language model without dropout.
@@ -100,33 +102,45 @@ def _forked_hidden(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], prompt_of: Tensor, tokens: Tensor
 ) -> Tensor:
     """Hidden states [N, L, d] that predict each completion token: prompts first, completions on their cache."""
-    ids, real = pad_left(prompts, tokens.device)
-    padded, most = len(set(map(len, prompts))) > 1, context_length(causal_lm(model))
+    device, most = tokens.device, context_length(causal_lm(model))
+    padded = len(set(map(len, prompts))) > 1
     cache = DynamicCache()  # without the config: a layer with a window would evict by column, padding included
-    output = body(model)(
-        input_ids=ids,
-        attention_mask=real.long() if padded else None,
-        position_ids=positions(real, most),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    if cache.get_seq_length() != ids.shape[1]:
-        raise cannot_share(model, f"kept {cache.get_seq_length()} of {ids.shape[1]} prompt tokens in its cache")
-    last: Tensor = output.last_hidden_state[prompt_of, -1:]
+    seen = torch.ones(1, 0, dtype=torch.bool, device=device)
+
+    def go_on(ids: Tensor, real: Tensor, of: Tensor) -> Tensor:
+        """Hidden states of tokens [R, Q], each row going on from row `of` [R] of those before."""
+        nonlocal seen
+        cache.batch_select_indices(of)
+        seen = torch.cat([seen[of], real], 1)
+        output = body(model)(
+            input_ids=ids,
+            attention_mask=seen.long() if padded else None,
+            position_ids=positions(seen, most)[:, -ids.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        if cache.get_seq_length() != seen.shape[1]:
+            raise cannot_share(model, f"kept {cache.get_seq_length()} of {seen.shape[1]} tokens in its cache")
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    begins = worth_a_pass(prompts, device)
+    if padded and max(map(len, prompts)) + tokens.shape[1] > window(model):
+        begins = 0  # the padding would lie behind it, in the middle of a window that is counted in columns
+    root = torch.zeros(len(prompts), dtype=torch.long, device=device)
+    if begins:
+        go_on(*pad_left([prompts[0][:begins]], device), root[:1])
+    last = go_on(*pad_left([prompt[begins:] for prompt in prompts], device), root)[prompt_of, -1:]
     if tokens.shape[1] == 1:
         return last
-    cache.batch_select_indices(prompt_of)
     inputs = tokens[:, :-1]  # the last token predicts nothing that is wanted
-    attention = torch.cat([real[prompt_of], torch.ones_like(inputs, dtype=torch.bool)], 1)
-    output = body(model)(
-        input_ids=inputs,
-        attention_mask=attention.long() if padded else None,
-        position_ids=positions(attention, most)[:, ids.shape[1] :],
-        past_key_values=cache,
-        use_cache=True,
-    )
-    rest: Tensor = output.last_hidden_state
-    return torch.cat([last, rest], 1)
+    return torch.cat([last, go_on(inputs, torch.ones_like(inputs, dtype=torch.bool), prompt_of)], 1)
+
+
+def window(model: PreTrainedModel) -> float:
+    """How many tokens back the layers of a model see that see least far."""
+    config = causal_lm(model).config.get_text_config()
+    return min(getattr(config, name, None) or inf for name in ("sliding_window", "attention_chunk_size"))
 
 
 def _joint_hidden(
