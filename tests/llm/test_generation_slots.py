@@ -313,7 +313,9 @@ def test_prompts_are_prefilled_beside_others_of_their_length_and_equal_ones_once
     batches = []
     prefill = SlotModel.prefill
     sampler = SlotSampler(llama, slots=16)
-    monkeypatch.setattr(SlotModel, "prefill", lambda model, ids: (batches.append(ids), prefill(model, ids))[1])
+    monkeypatch.setattr(
+        SlotModel, "prefill", lambda model, ids, beginning: (batches.append(ids), prefill(model, ids, beginning))[1]
+    )
     groups = sampler.generate(prompts, 2, Sampling(6, **GREEDY))
     assert [sorted(map(len, batch)) for batch in batches] == [[3, 4, 5], [90, 95, 100]]
     assert [[c.tokens for c in group] for group in groups] == [[c.tokens for c in group] for group in alone]
@@ -324,19 +326,28 @@ def test_prompts_are_prefilled_beside_others_of_their_length_and_equal_ones_once
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
 @in_double
 def test_what_prompts_begin_with_is_prefilled_once(architecture, monkeypatch):
+    """However many prefills a call takes: here the four slots are filled three times."""
     model = tiny_model(architecture, torch.float64)
     (beginning,) = prompts_of([40], seed=3)
-    prompts, shapes = [beginning + end for end in prompts_of([5, 9, 0])], []
-    forward = SlotModel._forward
-    monkeypatch.setattr(SlotModel, "_forward", lambda *args: (shapes.append(tuple(args[2].shape)), forward(*args))[1])
-    slots = SlotModel(model)
-    shapes.clear()
-    with torch.inference_mode(), slots.sampling():
-        cache, logits = slots.prefill(prompts)
-        assert shapes == [(1, 39), (3, 10)]
-        for row, prompt in enumerate(prompts):
-            alone, expected = slots.prefill([prompt])
-            torch.testing.assert_close(logits[row], expected[0], rtol=1e-9, atol=1e-9)
+    prompts, passes = [beginning + end for end in prompts_of([5, 9, 1, 4, 7])] + [beginning], []
+    prefill, forward = SlotModel.prefill, SlotModel._forward
+    seen = {}
+
+    def watched(slots, ids, start=None):
+        cache, logits = prefill(slots, ids, start)
+        seen.update({tuple(prompt): (cache, row, logits[row]) for row, prompt in enumerate(ids)})
+        return cache, logits
+
+    sampler = SlotSampler(model, slots=4)
+    monkeypatch.setattr(SlotModel, "prefill", watched)
+    monkeypatch.setattr(SlotModel, "_forward", lambda *args: (passes.append(tuple(args[2].shape)), forward(*args))[1])
+    sampler.generate(prompts, 2, Sampling(6))
+    assert [shape for shape in passes if shape[1] > 1] == [(1, 39), (2, 2), (2, 6), (2, 10)]
+    with torch.inference_mode(), sampler.slot_model.sampling():
+        for prompt in prompts:
+            cache, row, logits = seen[tuple(prompt)]
+            alone, expected = prefill(sampler.slot_model, [prompt])
+            torch.testing.assert_close(logits, expected[0], rtol=1e-9, atol=1e-9)
             for layer, other in zip(cache.slot_layers, alone.slot_layers, strict=True):
                 torch.testing.assert_close(layer.keys[row, :, : len(prompt)], other.keys[0], rtol=1e-9, atol=1e-9)
                 torch.testing.assert_close(layer.values[row, :, : len(prompt)], other.values[0], rtol=1e-9, atol=1e-9)

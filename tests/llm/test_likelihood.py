@@ -13,11 +13,19 @@ from tiny_models import (
     prompts_of,
     tiny_model,
 )
-from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, OpenAIGPTConfig, Phi3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoConfig,
+    Lfm2Config,
+    MambaConfig,
+    MptConfig,
+    OpenAIGPTConfig,
+    Phi3Config,
+)
 
 from taurl.llm.beginnings import common_beginning
 from taurl.llm.models.heads import body, context_length
-from taurl.llm.scoring.likelihood import checkpoints_activations, completion_logprobs, window
+from taurl.llm.scoring.likelihood import checkpoints_activations, completion_logprobs, rows_of, window
 from taurl.runtime.errors import InputError
 
 PROMPTS = prompts_of([5, 13, 2])
@@ -107,6 +115,48 @@ def test_what_all_prompts_begin_with_goes_through_the_model_once(architecture, m
     watch.remove()
     whole = window(model) < 40 + 10  # padding behind the beginning would lie in the window
     assert forwarded == [*([(3, 40)] if whole else [(1, 32), (3, 8)]), (6, 9), (2, 40), (6, 9)]
+
+
+def neo():
+    """Layers that see the last six columns, which no setting says by the usual name."""
+    kinds = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 6}
+    config = GPTNeoConfig(vocab_size=VOCABULARY, hidden_size=32, **kinds, bos_token_id=None, eos_token_id=None)
+    return AutoModelForCausalLM.from_config(config).double().eval()
+
+
+def mpt():
+    """Scores that fall with the distance in columns."""
+    return (
+        AutoModelForCausalLM.from_config(MptConfig(vocab_size=VOCABULARY, d_model=32, n_heads=4, n_layers=2))
+        .double()
+        .eval()
+    )
+
+
+@pytest.mark.parametrize("make", [neo, mpt])
+@in_double
+def test_models_that_count_distances_in_columns_get_no_padding_between_tokens(make):
+    torch.manual_seed(0)
+    (beginning,) = prompts_of([33], seed=3)
+    for ends in ([5, 13, 2], [4, 4, 4]):
+        compare(make(), [beginning + end for end in prompts_of(ends)], PROMPT_OF, COMPLETIONS)
+
+
+def test_gradients_of_shared_rows_are_the_same_at_every_call():
+    """Enough numbers that threads share the work, in float32, where the order of a sum shows."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.manual_seed(0)
+        values = torch.randn(3, 64 * 1024, requires_grad=True)
+        rows = torch.arange(3).repeat(20)
+        weights = torch.randn(60, 64 * 1024)
+        found = [torch.autograd.grad((rows_of(values, rows) * weights).sum(), values)[0] for _ in range(10)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found)
+    exact = torch.stack([weights[rows == row].double().sum(0) for row in range(3)])
+    torch.testing.assert_close(found[0].double(), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_how_prompts_begin():

@@ -12,6 +12,8 @@ WORTH_A_PASS_ELSEWHERE = 4096
 
 def common_beginning(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with; of each at least one is left."""
+    if not prompts:
+        return 0
     alike = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
     return min(sum(1 for _ in alike), min(map(len, prompts)) - 1)
 

@@ -45,7 +45,7 @@ class GRPOConfig(OnlineConfig):
     the sequence gives ∇KL, and per token ∇KL but for what a token does to later ones; k3 of the sequence gives
     ∇KL(π_ref‖π), and per token a biased approximation of ∇KL (GRPO's own, the default). As a loss weighted by the
     importance ratio: all give ∇KL, but for k2 per token. Exactly so on a step's first update, with loss_type dr_grpo
-    (dapo: up to a factor), ratio_level token and scale_rewards none: other choices divide by lengths or deviations.
+    (dapo: up to a factor), ratio_level token and scale_rewards none: others divide by lengths, deviations or means.
     Table and proofs: taurl.functional.kl."""
     kl_level: Literal["token", "sequence"] = "token"
     """One estimate a token (in the reward with what follows it), or one of the whole sequence's log-ratio."""

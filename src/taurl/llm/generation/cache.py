@@ -1,4 +1,4 @@
-"""Key-value storage by slot: each running sequence owns one row and writes into it in place."""
+"""Key-value storage by slot: a running sequence, or several that are equal so far, writes into one row in place."""
 
 from typing import Any
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from taurl.llm.beginnings import worth_a_pass
 from taurl.llm.generation.attention import NAME, attending_by_plain_products, pays
 from taurl.llm.generation.cache import SlotCache
 from taurl.llm.generation.packed import PackedLinears
@@ -65,11 +64,13 @@ class SlotModel:
         filled = [layer for layer in cache.slot_layers if layer.is_initialized]
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[SlotCache, Tensor]:
+    def prefill(self, prompts: Sequence[Sequence[int]], beginning: SlotCache | None = None) -> tuple[SlotCache, Tensor]:
         """Put prompts through the model, padded on the right: their keys and values, and the logits [P, V] that follow.
 
-        Padding is harmless: no token sees a column after its own, and decoding writes over it column by column. What
-        all of them begin with goes through the model once, where that pays.
+        Padding is harmless: no token sees a column after its own, and decoding writes over it column by column.
+
+        Args:
+            beginning: what all of them begin with, prefilled alone: it does not go through the model again.
         """
         device, lengths = self.model.device, [len(prompt) for prompt in prompts]
         ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
@@ -77,17 +78,14 @@ class SlotModel:
             ids[row, : len(prompt)] = torch.tensor(prompt)
         ids, rows = ids.to(device), torch.arange(len(prompts), device=device)
         cache = SlotCache(self.config.num_hidden_layers, *ids.shape)
-        if begins := worth_a_pass(prompts, device):
-            self._prefill(cache, ids[:1, :begins], 0)
-            cache.copy_rows(cache, torch.zeros_like(rows[1:]), rows[1:], begins)
-        hidden = self._prefill(cache, ids[:, begins:], begins)
-        return cache, self._logits(hidden[rows, torch.tensor(lengths, device=device) - 1 - begins])
-
-    def _prefill(self, cache: SlotCache, ids: Tensor, start: int) -> Tensor:
-        """Hidden states [R, Q, d] of tokens [R, Q] that go into the columns from `start` on."""
-        cache.place.prefill_from(start, view=start + ids.shape[1])
-        positions = torch.arange(start, cache.place.view, device=ids.device)
-        return self._forward(cache, ids, positions.expand(len(ids), -1))
+        start = 0
+        if beginning is not None:
+            start = beginning.place.view
+            cache.copy_rows(beginning, torch.zeros_like(rows), rows, start)
+        cache.place.prefill_from(start, view=ids.shape[1])
+        positions = torch.arange(start, ids.shape[1], device=device).expand(len(prompts), -1)
+        hidden = self._forward(cache, ids[:, start:], positions)
+        return cache, self._logits(hidden[rows, torch.tensor(lengths, device=device) - 1 - start])
 
     def decode(self, cache: SlotCache, tokens: Tensor, columns: Tensor, seen: int) -> Tensor:
         """Put one token of each of the first R rows through the model, at its column: the logits [R, V] that follow.

@@ -1,7 +1,8 @@
 """The slot sampler: continuous batching over the trainer's own weights.
 
-A fixed number of slots decode together. A prompt goes through the model once, beside others of its length, and is
-forked, by copying its keys and values, to the slots of its completions and of those of equal prompts; when a sequence
+A fixed number of slots decode together. What all prompts begin with goes through the model once, where that pays; then
+each prompt does, beside others of its length, and is forked, by copying its keys and values, to the slots of its
+completions and of those of equal prompts; when a sequence
 ends, its slot goes to the next one waiting, so that no batch waits for its longest member. On a CPU completions that
 have drawn the same tokens so far go through the model as one, and are forked where they part.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from taurl.llm.beginnings import worth_a_pass
 from taurl.llm.generation.cache import SlotCache
 from taurl.llm.generation.draw import draw, require_finite, uniforms
 from taurl.llm.generation.graphs import DecodeGraphs, require_recordable
@@ -114,7 +116,7 @@ class Draft:
     completion: int
     prompt_ids: tuple[int, ...]
     numbers: np.ndarray
-    row: int = -1  # of the cache that its keys and values stand in
+    row: int = -1  # where its keys and values stand: of the prefilled prompts, then of the batch's cache
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -162,6 +164,8 @@ class Batch:
         self.rows = 0
         self.shares = sampler.tokens_a_look == 1  # else they part without being looked at
         self.done: dict[tuple[int, int], Completion] = {}
+        self.begins = worth_a_pass(list({draft.prompt_ids for draft in self.waiting}), self.device)
+        self.beginning: SlotCache | None = None
         self.prefilled: Prefilled | None = None
         longest = max(map(len, prompts), default=0) + sampling.max_tokens
         self.slots = min(sampler.slots_for(longest), len(self.waiting))
@@ -190,7 +194,9 @@ class Batch:
         if self.prefilled is None or self.waiting[0].prompt_ids not in self.prefilled.rows:
             chosen = self._next_prompts(self.slots - len(self.running))
             self.prefilled = None  # its memory is wanted for the next
-            cache, logits = self.model.prefill(chosen)
+            if self.begins and self.beginning is None:
+                self.beginning, _ = self.model.prefill([chosen[0][: self.begins]])
+            cache, logits = self.model.prefill(chosen, self.beginning)
             self.prefilled = Prefilled({ids: row for row, ids in enumerate(chosen)}, cache, logits)
         return self.prefilled
 
@@ -205,8 +211,9 @@ class Batch:
             ids = draft.prompt_ids
             if chosen and ids == chosen[-1]:
                 continue
-            tokens += len(ids)
-            padded = len(ids) * (len(chosen) + 1)
+            length = len(ids) - self.begins
+            tokens += length
+            padded = length * (len(chosen) + 1)
             if chosen and padded > min(PREFILL_TOKENS, PREFILL_PADDED * tokens):
                 break
             chosen.append(ids)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import inf
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -104,17 +105,21 @@ def _forked_hidden(
     """Hidden states [N, L, d] that predict each completion token: prompts first, completions on their cache."""
     device, most = tokens.device, context_length(causal_lm(model))
     padded = len(set(map(len, prompts))) > 1
+    begins = worth_a_pass(prompts, device)
+    if padded and not _pads_anywhere(model, max(map(len, prompts)) + tokens.shape[1]):
+        begins = 0  # the padding would lie behind it, and not before everything
+    beginning, ends = (pad_left(ids, device) for ids in ([prompts[0][:begins]], [ids[begins:] for ids in prompts]))
     cache = DynamicCache()  # without the config: a layer with a window would evict by column, padding included
     seen = torch.ones(1, 0, dtype=torch.bool, device=device)
 
-    def go_on(ids: Tensor, real: Tensor, of: Tensor) -> Tensor:
+    def go_on(ids: Tensor, real: Tensor, of: Tensor, *, masked: bool = padded) -> Tensor:
         """Hidden states of tokens [R, Q], each row going on from row `of` [R] of those before."""
         nonlocal seen
-        cache.batch_select_indices(of)
+        (cache.reorder_cache if device.type == "cpu" else cache.batch_select_indices)(cast(Any, of))  # as `rows_of`
         seen = torch.cat([seen[of], real], 1)
         output = body(model)(
             input_ids=ids,
-            attention_mask=seen.long() if padded else None,
+            attention_mask=seen.long() if masked else None,
             position_ids=positions(seen, most)[:, -ids.shape[1] :],
             past_key_values=cache,
             use_cache=True,
@@ -124,23 +129,34 @@ def _forked_hidden(
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    begins = worth_a_pass(prompts, device)
-    if padded and max(map(len, prompts)) + tokens.shape[1] > window(model):
-        begins = 0  # the padding would lie behind it, in the middle of a window that is counted in columns
     root = torch.zeros(len(prompts), dtype=torch.long, device=device)
     if begins:
-        go_on(*pad_left([prompts[0][:begins]], device), root[:1])
-    last = go_on(*pad_left([prompt[begins:] for prompt in prompts], device), root)[prompt_of, -1:]
+        go_on(*beginning, root[:1], masked=False)
+    last = rows_of(go_on(*ends, root)[:, -1:], prompt_of)
     if tokens.shape[1] == 1:
         return last
     inputs = tokens[:, :-1]  # the last token predicts nothing that is wanted
     return torch.cat([last, go_on(inputs, torch.ones_like(inputs, dtype=torch.bool), prompt_of)], 1)
 
 
+def _pads_anywhere(model: PreTrainedModel, columns: int) -> bool:
+    """Whether padding between tokens leaves the others as they are: no layer counts a distance in columns."""
+    return bool(causal_lm(model)._supports_attention_backend) and columns <= window(model)
+
+
 def window(model: PreTrainedModel) -> float:
     """How many tokens back the layers of a model see that see least far."""
     config = causal_lm(model).config.get_text_config()
     return min(getattr(config, name, None) or inf for name in ("sliding_window", "attention_chunk_size"))
+
+
+def rows_of(values: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a tensor, some of them several times, with a gradient that is the same at every call.
+
+    The gradients of equal rows are added in an order that the threads decide where a CPU indexes, and where a GPU
+    selects.
+    """
+    return values.index_select(0, rows) if values.device.type == "cpu" else values[rows]
 
 
 def _joint_hidden(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from taurl.llm.generation import Completion
 from taurl.llm.scoring.budget import Size, fitting
+from taurl.llm.scoring.likelihood import rows_of
 
 
 @dataclass
@@ -168,7 +169,7 @@ class Part:
 
     def spread(self, values: Tensor) -> Tensor:
         """What the model gave for the distinct rows [d, …], for all rows [n, …]."""
-        return values if self.copy_of is None else values[self.copy_of]
+        return values if self.copy_of is None else rows_of(values, self.copy_of)
 
     def of(self, tensor: Tensor) -> Tensor:
         """All rows of a rollout's tensor [N, L] or [N], cut to the longest."""
