@@ -39,7 +39,9 @@ class Sampled:
 
 
 class Mismatched:
-    """A sampler whose probabilities are not quite the trainer's."""
+    """A sampler whose probabilities are not quite the trainer's; with `copies` a group's last answer is its first."""
+
+    copies = False
 
     def __init__(self, generator):
         self.generator, self.groups = generator, []
@@ -51,6 +53,8 @@ class Mismatched:
             # float32 values, as they are kept
             moved = [[float(np.float32(p + s)) for p, s in zip(c.logprobs, shift, strict=False)] for c in group]
             self.groups.append([replace(c, logprobs=p) for c, p in zip(group, moved, strict=True)])
+            if self.copies:
+                self.groups[-1][-1] = self.groups[-1][0]
         return self.groups
 
 
@@ -343,6 +347,20 @@ def test_each_estimator_of_the_divergence_in_each_place(tmp_path, estimator, pla
 def test_scales_of_the_rewards(tmp_path, scale):
     config = settings(tmp_path, scale_rewards=scale)
     record, trainer, sampled, _ = step(config)
+    losses, expected, _ = naive_step(sampled, config)
+    assert record["loss"] == pytest.approx(losses[0], rel=1e-9)
+    assert difference(gradient(trainer), expected) < 1e-9
+
+
+@pytest.mark.parametrize("tokens", [10_000, 20])
+@pytest.mark.parametrize(
+    "terms", [{**KL, "entropy_coefficient": 0.1}, {"loss_type": "grpo", "ratio_level": "sequence"}]
+)
+def test_answers_that_are_equal_count_as_often_as_they_were_given(tmp_path, monkeypatch, terms, tokens):
+    monkeypatch.setattr(Mismatched, "copies", True)
+    config = settings(tmp_path, **terms, tokens_per_part=tokens)
+    record, trainer, sampled, _ = step(config)
+    assert all(group[0].tokens == group[-1].tokens for group in sampled.completions)
     losses, expected, _ = naive_step(sampled, config)
     assert record["loss"] == pytest.approx(losses[0], rel=1e-9)
     assert difference(gradient(trainer), expected) < 1e-9
