@@ -2,8 +2,8 @@
 
     python benchmarks/demo_task.py [--goal 0.6] [--minutes 120] [--every 10] [--write]
 
-Both sides take batch, lengths and rate of examples/grpo_arithmetic.yaml, the same questions in the same order and the same
-reward, and divide by the group's deviation: TRL cannot divide by the group's mean, as the example does.
+Both sides take batch, lengths and rate of examples/grpo_arithmetic.yaml, the same questions in the same order and the
+same reward, and divide by the group's deviation: TRL cannot divide by the group's mean, as the example does.
 Every so many updates the clock stands still, and both answer 200 held-out questions greedily. A side that does not get
 there within its share of the minutes says how far it came.
 """
