@@ -86,7 +86,8 @@ def group_relative(rewards: Tensor, *, scale: AdvantageScale = "group", epsilon:
             centered /= whitening_statistics(rewards, valid)[1] + epsilon
         case "mean":
             _require_no_negative(rewards)
-            centered /= rewards.detach().double().nanmean(1, keepdim=True).where(has_variance(rewards)[:, None], 1.0)
+            mean = rewards.detach().double().nanmean(1, keepdim=True)
+            centered /= mean.where(mean > 0, 1.0)  # without a reward above 0 nothing is divided
         case "none":
             pass
         case _:

@@ -155,11 +155,9 @@ class GRPO(RatioTrainer):
 
 def require_no_negative(samples: Samples, step: int) -> None:
     """Raises: InputError, with the first prompt that has one, for negative rewards: a mean must not change sign."""
-    negative = (samples.totals.flatten() < 0).nonzero().flatten().tolist()
-    if negative:
-        prompt = shorten(str(samples.rows[negative[0]]["prompt"]), 80)
-        raise InputError(
-            f"scale_rewards is mean, but in step {step} a completion of {prompt!r} has the reward "
-            f"{float(samples.totals.flatten()[negative[0]]):g}, expected 0 or more, best 0 or 1; "
-            "set scale_rewards to group, batch or none"
-        )
+    for row, total in zip(samples.rows, samples.totals.flatten().tolist(), strict=True):
+        if total < 0:
+            raise InputError(
+                f"scale_rewards is mean, but in step {step} a completion of {shorten(str(row['prompt']), 80)!r} has "
+                f"the reward {total:g}, expected 0 or more, best 0 or 1; set scale_rewards to group, batch or none"
+            )
