@@ -16,8 +16,6 @@ from taurl.control.algorithms.dqn_config import DQNConfig
 from taurl.control.dense import Dense
 from taurl.control.replay import Batch
 from taurl.control.saved import load
-from taurl.functional.slopes import huber_value_slope
-from taurl.functional.value_losses import huber_value_loss
 from taurl.runtime.errors import InputError
 
 SMALL = {
@@ -104,10 +102,9 @@ def test_the_gradient_by_hand_is_the_automatic_one(kind, hidden, activation):
     expected = torch.autograd.grad((network(observations) * weights).sum(), tuple(network.parameters()))
     for parameter in network.parameters():
         parameter.grad = torch.full_like(parameter, torch.nan)  # set, not added to
-    with torch.no_grad():
-        values, pullback = network.with_pullback(observations)
-        pullback(weights)
-    assert torch.allclose(values, network(observations), rtol=1e-12)
+    values, pullback = network.with_pullback()(observations.numpy())
+    pullback(weights.numpy())
+    assert torch.allclose(torch.from_numpy(values), network(observations), rtol=1e-12)
     for parameter, gradient in zip(network.parameters(), expected, strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
 
@@ -129,15 +126,6 @@ def test_a_dense_network_is_that_of_layers_one_after_the_other(activation):
         for found in (dense(observations), dense(observations.view(3, 3, 3)).view(9, 2)):
             torch.testing.assert_close(found, expected, rtol=0, atol=3e-7)
     torch.testing.assert_close(torch.from_numpy(dense.of_arrays()(observations.numpy())), expected)
-
-
-def test_the_slope_of_hubers_loss_is_its_automatic_gradient():
-    values = torch.linspace(-4, 4, 41).double().requires_grad_()
-    targets = torch.zeros(41).double()
-    (expected,) = torch.autograd.grad(huber_value_loss(values, targets, threshold=1.5).sum(), values)
-    assert torch.allclose(huber_value_slope(values, targets, threshold=1.5), expected)
-    with pytest.raises(ValueError, match="threshold"):
-        huber_value_slope(values, targets, threshold=0.0)
 
 
 def test_a_dueling_network_tells_values_from_advantages():

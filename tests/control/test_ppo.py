@@ -113,7 +113,7 @@ def test_steps_that_only_reset_change_nothing(tmp_path):
     )
     gradients = []
     for one, shift in ((rollout, 0.0), (other, 100.0)):
-        batch = trainer._prepared(flat(one, advantages + shift * nothing, returns + shift * nothing))
+        batch = trainer._prepared([flat(one, advantages + shift * nothing, returns + shift * nothing)])[0]
         parameters = [*trainer.policy.actor.parameters(), *trainer.critic.parameters()]
         outputs = trainer.policy.actor(batch.observations), trainer.critic(batch.observations)
         gradients.append(torch.autograd.grad(trainer._loss(*outputs, batch, Clips(0.2, None))[0], parameters))
@@ -268,7 +268,7 @@ def test_the_written_gradient_is_that_of_the_loss(space, activation, value_clip,
     trainer = trainer_of(tmp_path, lambda: Identity(space), **settings)
     actor, critic = trainer.policy.actor, trainer.critic
     rollout = trainer.collector.collect(actor, critic, 16)
-    batch = trainer._prepared(flat(rollout, torch.randn(16, 4), rollout.values + torch.randn(16, 4)))
+    batch = trainer._prepared([flat(rollout, torch.randn(16, 4), rollout.values + torch.randn(16, 4))])[0]
     # As if the policy and the critic had moved: some ratios and values are clipped, some are not.
     moved = {"logprobs": batch.logprobs + 0.3 * torch.randn(64), "values": batch.values + 0.3 * torch.randn(64)}
     batch = batch._replace(**moved)

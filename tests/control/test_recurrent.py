@@ -104,8 +104,8 @@ def test_the_gradient_of_a_sequence_is_that_of_its_steps():
     wanted = torch.autograd.grad(expected, list(critic.parameters()))
     for parameter in critic.parameters():
         parameter.grad = torch.full_like(parameter, 7.0)  # to be replaced, not added to
-    _, pullback = critic.with_pullback(Sequences(observations, starts, state, state))
-    pullback(slopes.flatten())
+    _, pullback = critic.with_pullback()(Sequences(observations, starts, state, state))
+    pullback(slopes.flatten().numpy())
     for parameter, theirs in zip(critic.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, theirs)
 

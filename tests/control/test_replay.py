@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from taurl.control.replay import PrioritizedReplay, Replay
+from taurl.control.replay import NONE, PrioritizedReplay, Replay
 from taurl.control.sum_tree import SumTree
 from taurl.functional.replay import n_step_sums, proportional_priorities, replay_weights
 from taurl.runtime.errors import InputError
@@ -36,6 +36,23 @@ def test_the_newest_steps_stay():
     assert sorted(batch.actions.tolist()) == [3, 4, 5, 6, 7]
     assert torch.equal(batch.next_observations, batch.observations + 0.5)
     assert torch.equal(batch.discounts, torch.full((5,), DISCOUNT))
+
+
+@pytest.mark.parametrize("count", [3, 6, 12])
+def test_steps_that_come_together_are_kept_as_those_that_come_one_by_one(count):
+    together, alone = Replay(12, 1, 3), Replay(12, 1, 3)
+    random = np.random.default_rng(count)
+    for _ in range(20):
+        copies = np.resize(np.arange(3), count)
+        numbers = random.random((3, count)).astype(np.float32)
+        ended = random.random((2, count)) < 0.2
+        columns = (copies, numbers[0][:, None], copies, numbers[1], numbers[2][:, None], *ended)
+        together.add(*columns)
+        for row in range(count):
+            alone.add(*(column[row : row + 1] for column in columns))
+        for name, mine in together.tensors().items():
+            assert torch.equal(mine, alone.tensors()[name]), name
+    assert (together.following != NONE).any()
 
 
 def test_every_step_is_drawn_alike():

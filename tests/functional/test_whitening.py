@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from taurl.functional.advantages import group_relative
-from taurl.functional.whitening import whiten, whiten_groups, whitening_statistics
+from taurl.functional.whitening import whiten, whiten_groups, whiten_rows, whitening_statistics
 
 NAN, INF = math.nan, math.inf
 
@@ -47,6 +47,22 @@ def test_whitening_equals_a_loop_over_any_shape():
         for v, m in zip(values.flatten().tolist(), mask.flatten().tolist(), strict=True)
     ]
     close(whiten(values, mask), double(expected).reshape(4, 3, 5).tolist())
+
+
+def test_rows_are_whitened_each_by_itself():
+    generator = torch.Generator().manual_seed(5)
+    values, mask = torch.randn(7, 9, generator=generator), torch.rand(7, 9, generator=generator) < 0.6
+    mask[2], mask[3] = False, torch.arange(9) == 4
+    values[5] = 2.5
+    values[~mask] = math.nan
+    alone = torch.stack([whiten(row, counts) for row, counts in zip(values, mask, strict=True)])
+    torch.testing.assert_close(whiten_rows(values, mask), alone, rtol=0, atol=1e-7)
+    assert not alone[[2, 3, 5]].any()
+    with pytest.raises(ValueError, match=r"values are \[9\], expected \[M, N\]"):
+        whiten_rows(values[0], mask[0])
+    values[mask] = torch.inf
+    with pytest.raises(ValueError, match="are NaN or infinite"):
+        whiten_rows(values, mask)
 
 
 def test_parts_whitened_by_the_statistics_of_the_whole():

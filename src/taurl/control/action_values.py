@@ -12,7 +12,7 @@ from gymnasium import spaces
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from taurl.control.dense import Dense, Pullback, of_arrays
+from taurl.control.dense import Dense, Pullback, WithPullback, of_arrays
 from taurl.control.environments import Array, Environments, batched
 from taurl.control.policies import FACTS, WEIGHTS, policy_folder
 from taurl.control.spaces import described, encode, require_member, space_of, width
@@ -37,9 +37,9 @@ class QNetwork(nn.Module):
         """The same as a function of arrays; see `dense`."""
         return self.layers.of_arrays()
 
-    def with_pullback(self, observations: Tensor) -> tuple[Tensor, Pullback]:
-        """Action values [N, A], and what sets the parameters' gradients from theirs; see `dense`."""
-        return self.layers.with_pullback(observations, to_inputs=False)
+    def with_pullback(self) -> WithPullback:
+        """Observations [N, d] → action values [N, A] and their pullback; see `dense`."""
+        return self.layers.with_pullback(to_inputs=False)
 
 
 class DuelingNetwork(nn.Module):
@@ -62,18 +62,26 @@ class DuelingNetwork(nn.Module):
         features = self.trunk(observations)
         return dueling_action_values(self.value(features).squeeze(-1), self.advantages(features))
 
-    def with_pullback(self, observations: Tensor) -> tuple[Tensor, Pullback]:
-        """Action values [N, A], and what sets the parameters' gradients from theirs; see `dense`."""
-        features, to_observations = self.trunk.with_pullback(observations, to_inputs=False)
-        values, value_back = self.value.with_pullback(features)
-        advantages, advantages_back = self.advantages.with_pullback(features)
+    def with_pullback(self) -> WithPullback:
+        """Observations [N, d] → action values [N, A] and their pullback; see `dense`."""
+        see, value, advantage = self.trunk.with_pullback(to_inputs=False), *self._heads()
 
-        def pullback(gradient: Tensor) -> Tensor:
-            # Of Q = V + A − mean A: V gets the sum over the actions, A what is left of each without their mean.
-            of_value, of_advantages = gradient.sum(1, keepdim=True), gradient - gradient.mean(1, keepdim=True)
-            return to_observations(value_back(of_value) + advantages_back(of_advantages))
+        def run(observations: Array) -> tuple[Array, Pullback]:
+            features, to_observations = see(observations)
+            (values, value_back), (advantages, advantages_back) = value(features), advantage(features)
 
-        return dueling_action_values(values.squeeze(-1), advantages), pullback
+            def pullback(gradient: Array) -> Array:
+                # Of Q = V + A − mean A: V gets the sum over the actions, A what is left of each without their mean.
+                of_value, of_advantages = gradient.sum(1, keepdims=True), gradient - gradient.mean(1, keepdims=True)
+                return to_observations(value_back(of_value) + advantages_back(of_advantages))
+
+            found = dueling_action_values(torch.from_numpy(values[:, 0]), torch.from_numpy(advantages))
+            return found.numpy(), pullback
+
+        return run
+
+    def _heads(self) -> tuple[WithPullback, WithPullback]:
+        return self.value.with_pullback(), self.advantages.with_pullback()
 
 
 class TargetNetwork:

@@ -1,8 +1,9 @@
 """Action distributions of a policy network: what its outputs mean, by action space.
 
 `parameters` is what the network gives for a batch, [.., width + free]; an action is [..] or [.., K]. Functions only, so
-that every algorithm reads the same: act, score, compare. What acts (`drawn`, `mode`, `to_environment`) takes arrays of
-numpy, which for a handful of rows is several times faster; what learns takes tensors.
+that every algorithm reads the same: act, score, compare. What acts (`drawn`, `mode`, `to_environment`) and what is
+differentiated by hand (`with_pullback`) takes arrays of numpy, which for a handful of numbers is several times faster;
+what automatic differentiation goes through takes tensors.
 """
 
 import math
@@ -22,7 +23,7 @@ from taurl.runtime.errors import InputError
 Array = np.ndarray[Any, Any]
 FORBIDDEN = -1e8  # the logit of an action that a mask forbids
 
-LogprobPullback = Callable[..., Tensor]
+LogprobPullback = Callable[..., Array]
 """From slopes [N] in log π, and None or slopes [N] in the entropy, to those in the parameters [N, width + free]."""
 
 
@@ -52,22 +53,22 @@ class ActionDistribution(ABC):
     def logprobs(self, parameters: Tensor, actions: Tensor) -> Tensor:
         """log π(a|s) of each row, [..]."""
 
-    def with_pullback(self, parameters: Tensor, actions: Tensor) -> tuple[Tensor, LogprobPullback]:
+    def with_pullback(self, parameters: Array, actions: Array) -> tuple[Array, LogprobPullback]:
         """log π(a|s) [N], and what takes a loss's slopes in it and in the entropy back to the parameters [N, ..].
 
         Here by automatic differentiation; written out where much depends on it.
         """
-        with torch.inference_mode(False), torch.enable_grad():
-            leaf = parameters.detach().clone().requires_grad_()
-            logprobs, entropy = self.logprobs(leaf, actions), self.entropy(leaf)
+        with torch.enable_grad():
+            leaf = torch.from_numpy(parameters).clone().requires_grad_()
+            logprobs, entropy = self.logprobs(leaf, torch.from_numpy(actions)), self.entropy(leaf)
 
-        @torch.inference_mode(False)
-        def pullback(slopes: Tensor, entropy_slopes: Tensor | None = None) -> Tensor:
+        def pullback(slopes: Array, entropy_slopes: Array | None = None) -> Array:
             pairs = [(logprobs, slopes)] + ([] if entropy_slopes is None else [(entropy, entropy_slopes)])
             outputs, gradients = zip(*pairs, strict=True)
-            return torch.autograd.grad(outputs, leaf, [gradient.clone() for gradient in gradients])[0]
+            found: Array = torch.autograd.grad(outputs, leaf, list(map(torch.from_numpy, gradients)))[0].numpy()
+            return found
 
-        return logprobs.detach(), pullback
+        return logprobs.detach().numpy(), pullback
 
     @abstractmethod
     def entropy(self, parameters: Tensor) -> Tensor:
@@ -102,18 +103,23 @@ class Categorical(ActionDistribution):
     def logprobs(self, parameters: Tensor, actions: Tensor) -> Tensor:
         return parameters.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
 
-    def with_pullback(self, parameters: Tensor, actions: Tensor) -> tuple[Tensor, LogprobPullback]:
-        logprobs, chosen = parameters.log_softmax(-1), actions.unsqueeze(-1)
+    def with_pullback(self, parameters: Array, actions: Array) -> tuple[Array, LogprobPullback]:
+        logprobs = parameters - parameters.max(-1, keepdims=True)
+        probabilities = np.exp(logprobs)
+        totals = probabilities.sum(-1, keepdims=True)
+        probabilities /= totals
+        logprobs -= np.log(totals)
+        rows = np.arange(len(actions))
 
-        def pullback(slopes: Tensor, entropy_slopes: Tensor | None = None) -> Tensor:
-            probabilities, own = logprobs.exp(), slopes.unsqueeze(-1)
-            gradient = (probabilities * -own).scatter_add_(-1, chosen, own)  # ∂ log π_a / ∂z = 1_a − π
+        def pullback(slopes: Array, entropy_slopes: Array | None = None) -> Array:
+            gradient: Array = probabilities * -slopes[:, None]
+            gradient[rows, actions] += slopes  # ∂ log π_a / ∂z = 1_a − π
             if entropy_slopes is not None:  # ∂H / ∂z = −π (log π + H)
-                surprise = logprobs - (probabilities * logprobs).sum(-1, keepdim=True)
-                gradient.addcmul_(probabilities * surprise, entropy_slopes.unsqueeze(-1), value=-1)
+                surprise = logprobs - (probabilities * logprobs).sum(-1, keepdims=True)
+                gradient -= probabilities * surprise * entropy_slopes[:, None]
             return gradient
 
-        return logprobs.gather(-1, chosen).squeeze(-1), pullback
+        return logprobs[rows, actions], pullback
 
     def entropy(self, parameters: Tensor) -> Tensor:
         logprobs = parameters.log_softmax(-1)
@@ -220,19 +226,20 @@ class Gaussian(ActionDistribution):
         standard = (actions - mean) * (-log_std).exp()
         return -(0.5 * standard.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
 
-    def with_pullback(self, parameters: Tensor, actions: Tensor) -> tuple[Tensor, LogprobPullback]:
-        mean, log_std = parameters.chunk(2, -1)
-        inverse = (-log_std).exp()
+    def with_pullback(self, parameters: Array, actions: Array) -> tuple[Array, LogprobPullback]:
+        mean, log_std = np.split(parameters, 2, -1)
+        inverse = np.exp(-log_std)
         standard = (actions - mean) * inverse
 
-        def pullback(slopes: Tensor, entropy_slopes: Tensor | None = None) -> Tensor:
-            own = slopes.unsqueeze(-1)
-            to_mean, to_log_std = standard * inverse * own, (standard.square() - 1) * own
+        def pullback(slopes: Array, entropy_slopes: Array | None = None) -> Array:
+            own = slopes[:, None]
+            to_mean, to_log_std = standard * inverse * own, (standard * standard - 1) * own
             if entropy_slopes is not None:
-                to_log_std += entropy_slopes.unsqueeze(-1)
-            return torch.cat([to_mean, to_log_std], -1)
+                to_log_std += entropy_slopes[:, None]
+            return np.concatenate([to_mean, to_log_std], -1)
 
-        return -(0.5 * standard.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(-1), pullback
+        logprobs: Array = -(0.5 * standard * standard + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
+        return logprobs, pullback
 
     def entropy(self, parameters: Tensor) -> Tensor:
         return (parameters.chunk(2, -1)[1] + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)

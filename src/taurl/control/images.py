@@ -9,7 +9,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from taurl.control.dense import Pullback
+from taurl.control.dense import WithPullback, differentiated
 from taurl.control.spaces import BYTES, is_image, leaves, width
 
 SMALLEST = 36  # pixels, of the side of an image that the large network's three layers still see something of
@@ -44,19 +44,9 @@ class Features(nn.Module):
         """Widths of hidden layers after the features: none after those of images alone, as in PPO's reference code."""
         return () if all(self.are_images) else hidden
 
-    def with_pullback(self, observations: Tensor) -> tuple[Tensor, Pullback]:
-        """Features [N, width], and what sets the weights' gradients from theirs, by automatic differentiation."""
-        with torch.inference_mode(False), torch.enable_grad():
-            features: Tensor = self(observations)
-
-        def pullback(gradient: Tensor) -> Tensor:
-            weights = list(self.parameters())
-            for weight, slope in zip(weights, torch.autograd.grad(features, weights, gradient), strict=True):
-                assert weight.grad is not None
-                weight.grad.copy_(slope)
-            return gradient
-
-        return features.detach(), pullback
+    def with_pullback(self) -> WithPullback:
+        """Observations [N, d] → features [N, width] and their pullback, by automatic differentiation."""
+        return lambda observations: differentiated(self, torch.from_numpy(observations))
 
     def _of(self, rows: Tensor) -> Tensor:
         convolutions = iter(self.convolutions)

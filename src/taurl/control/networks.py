@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from taurl.control.dense import Array, Dense, Pullback
+from taurl.control.dense import Array, Dense, Pullback, WithPullback
 from taurl.control.distributions import ActionDistribution
 from taurl.control.images import Features
 from taurl.control.spaces import has_images, width
@@ -39,20 +39,24 @@ class Actor(nn.Module):
 
         return act_with_free
 
-    def with_pullback(self, observations: Tensor, *, to_inputs: bool = False) -> tuple[Tensor, Pullback]:
-        """Parameters [N, width + free], and what sets the weights' gradients from theirs; see `dense`."""
-        found, to_layers = self.layers.with_pullback(observations, to_inputs=to_inputs)
-        log_std = self.log_std
-        if log_std is None:
-            return found, to_layers
+    def with_pullback(self, *, to_inputs: bool = False) -> WithPullback:
+        """Observations [N, d] → parameters [N, width + free] and their pullback; see `dense`."""
+        layers = self.layers.with_pullback(to_inputs=to_inputs)
+        if self.log_std is None:
+            return layers
+        log_std, of_log_std = self.log_std.detach().numpy(), self.log_std.grad.numpy()  # type: ignore[union-attr]
 
-        def pullback(gradient: Tensor) -> Tensor:
-            assert log_std.grad is not None
-            mean, free = gradient.chunk(2, -1)
-            torch.sum(free, 0, out=log_std.grad)
-            return to_layers(mean)
+        def run(observations: Array) -> tuple[Array, Pullback]:
+            found, to_layers = layers(observations)
 
-        return with_free(found, log_std), pullback
+            def pullback(gradient: Array) -> Array:
+                mean, free = np.split(gradient, 2, -1)
+                free.sum(0, out=of_log_std)
+                return to_layers(mean)
+
+            return np.concatenate([found, np.broadcast_to(log_std, found.shape)], -1), pullback
+
+        return run
 
 
 def with_free(found: Tensor, free: Tensor | None) -> Tensor:
@@ -70,10 +74,15 @@ class Critic(nn.Module):
     def forward(self, observations: Tensor) -> Tensor:
         return self.layers.forward(observations).squeeze(-1)
 
-    def with_pullback(self, observations: Tensor, *, to_inputs: bool = False) -> tuple[Tensor, Pullback]:
-        """Values [N], and what sets the weights' gradients from theirs; see `dense`."""
-        found, to_layers = self.layers.with_pullback(observations, to_inputs=to_inputs)
-        return found.squeeze(-1), lambda gradient: to_layers(gradient.unsqueeze(-1))
+    def with_pullback(self, *, to_inputs: bool = False) -> WithPullback:
+        """Observations [N, d] → values [N] and their pullback; see `dense`."""
+        layers = self.layers.with_pullback(to_inputs=to_inputs)
+
+        def run(observations: Array) -> tuple[Array, Pullback]:
+            found, to_layers = layers(observations)
+            return found[:, 0], lambda gradient: to_layers(gradient[:, None])
+
+        return run
 
 
 class Seeing(nn.Module):
@@ -121,21 +130,40 @@ def parameters_and_values(actor: Any, critic: Any, observations: Tensor) -> tupl
     return actor.head(features), critic.head(features)
 
 
-def both_with_pullback(
-    actor: Any, critic: Any, observations: Any
-) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], None]]:
-    """`parameters_and_values` [N, ..], and what sets the gradients of all weights from theirs; see `dense`."""
+def both_with_pullback(actor: Any, critic: Any) -> Callable[[Any], tuple[Array, Array, Callable[[Array, Array], None]]]:
+    """Observations → `parameters_and_values` [N, ..], and what sets the gradients of all weights from theirs.
+
+    See `dense`.
+    """
     if isinstance(actor, Seeing):
-        features, to_features = actor.features.with_pullback(observations)
-        parameters, to_actor = actor.head.with_pullback(features, to_inputs=True)
-        values, to_critic = critic.head.with_pullback(features, to_inputs=True)
-    else:
-        parameters, to_actor = actor.with_pullback(observations)
-        values, to_critic = critic.with_pullback(observations)
+        return _both_of(actor.features.with_pullback(), actor.head, critic.head)
+    act, judge = actor.with_pullback(), critic.with_pullback()
 
-    def pullback(slopes: Tensor, value_slopes: Tensor) -> None:
-        of_actor, of_critic = to_actor(slopes), to_critic(value_slopes)
-        if isinstance(actor, Seeing):
-            to_features(of_actor + of_critic)
+    def run(observations: Any) -> tuple[Array, Array, Callable[[Array, Array], None]]:
+        (parameters, to_actor), (values, to_critic) = act(observations), judge(observations)
 
-    return parameters, values, pullback
+        def pullback(slopes: Array, value_slopes: Array) -> None:
+            to_actor(slopes)
+            to_critic(value_slopes)
+
+        return parameters, values, pullback
+
+    return run
+
+
+def _both_of(
+    see: WithPullback, actor: Any, critic: Any
+) -> Callable[[Any], tuple[Array, Array, Callable[[Array, Array], None]]]:
+    """The same of features that both have in common."""
+    act, judge = actor.with_pullback(to_inputs=True), critic.with_pullback(to_inputs=True)
+
+    def run(observations: Array) -> tuple[Array, Array, Callable[[Array, Array], None]]:
+        features, to_features = see(observations)
+        (parameters, to_actor), (values, to_critic) = act(features), judge(features)
+
+        def pullback(slopes: Array, value_slopes: Array) -> None:
+            to_features(to_actor(slopes) + to_critic(value_slopes))
+
+        return parameters, values, pullback
+
+    return run

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from taurl.control.distributions import ActionDistribution
+from taurl.control.distributions import ActionDistribution, Array
 from taurl.functional.aggregation import weighted_sum
 from taurl.functional.kl_control import adapted_kl_coefficient
 
@@ -19,12 +19,13 @@ class KLPenalty:
     def __init__(self, coefficient: float, target: float):
         self.coefficient, self.target, self.changes = coefficient, target, 0
 
-    def gradient(self, distribution: ActionDistribution, old: Tensor, parameters: Tensor, weights: Tensor) -> Tensor:
+    def gradient(self, distribution: ActionDistribution, old: Tensor, parameters: Array, weights: Tensor) -> Array:
         """That of the price, a weighted mean over the rows, in the parameters of π, [N, ..]."""
-        with torch.inference_mode(False), torch.enable_grad():
-            leaf = parameters.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            leaf = torch.from_numpy(parameters).clone().requires_grad_()
             price = self.coefficient * weighted_sum(distribution.kl(old, leaf), weights)
-            return torch.autograd.grad(price, leaf)[0]
+        found: Array = torch.autograd.grad(price, leaf)[0].numpy()
+        return found
 
     def adapt(self, divergence: float) -> None:
         """Set β for the next iteration by the divergence that this one ended with."""

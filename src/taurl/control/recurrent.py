@@ -10,12 +10,13 @@ A state is one tensor [2, B, H]: the LSTM's output and its cell.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from taurl.control.dense import Dense, Pullback
+from taurl.control.dense import Dense, WithPullback, differentiated
 from taurl.control.distributions import ActionDistribution, Array
 from taurl.control.environments import Environments, Transition
 from taurl.control.networks import with_free
@@ -114,9 +115,9 @@ class RecurrentActor(Remembering):
         outputs = self.unroll(sequences.observations, sequences.starts, sequences.actor_state)
         return with_free(outputs, self.log_std)
 
-    def with_pullback(self, sequences: Sequences) -> tuple[Tensor, Pullback]:
-        """Parameters, and what sets the weights' gradients from theirs."""
-        return differentiated(self, sequences)
+    def with_pullback(self) -> WithPullback:
+        """Sequences → parameters and their pullback, by automatic differentiation."""
+        return partial(differentiated, self)
 
 
 class RecurrentCritic(Remembering):
@@ -132,25 +133,9 @@ class RecurrentCritic(Remembering):
     def forward(self, sequences: Sequences) -> Tensor:
         return self.unroll(sequences.observations, sequences.starts, sequences.critic_state).squeeze(-1)
 
-    def with_pullback(self, sequences: Sequences) -> tuple[Tensor, Pullback]:
-        """Values, and what sets the weights' gradients from theirs."""
-        return differentiated(self, sequences)
-
-
-def differentiated(network: nn.Module, inputs: Any) -> tuple[Tensor, Pullback]:
-    """Outputs with a pullback as `dense` has it, by automatic differentiation."""
-    with torch.inference_mode(False), torch.enable_grad():
-        outputs: Tensor = network(inputs)
-        weights = list(network.parameters())
-
-    @torch.inference_mode(False)
-    def pullback(gradient: Tensor) -> Tensor:
-        for weight, found in zip(weights, torch.autograd.grad(outputs, weights, gradient.clone()), strict=True):
-            assert weight.grad is not None
-            weight.grad.copy_(found)
-        return gradient
-
-    return outputs.detach(), pullback
+    def with_pullback(self) -> WithPullback:
+        """Sequences → values and their pullback, by automatic differentiation."""
+        return partial(differentiated, self)
 
 
 def forgotten(state: Tensor, starts: Tensor) -> Tensor:

@@ -83,22 +83,35 @@ class Replay:
         terminated: Array,
         truncated: Array,
     ) -> Array:
-        """Keep a step of each of these copies, [N] of them, over the oldest. Returns: where they are."""
+        """Keep steps over the oldest. Returns: where they are.
+
+        Args:
+            copies: of which copy each step is, [N], in the order of time; no more than the capacity.
+        """
         places = (self.position + np.arange(len(copies))) % self.capacity
         self.observations[places] = observations
         self.next_observations[places] = next_observations
         self.actions[places] = actions
         self.rewards[places] = rewards
         self.terminated[places] = terminated
-        self.following[places] = NONE
-        before = self.newest[copies]
-        goes_on = before != NONE
-        self.following[before[goes_on]] = places[goes_on]
-        self.newest[copies] = np.where(terminated | truncated, NONE, places)
+        self._link(copies, places, terminated | truncated)
         self.position = (self.position + len(copies)) % self.capacity
         self.size = min(self.size + len(copies), self.capacity)
         self.changes += 1
         return places
+
+    def _link(self, copies: Array, places: Array, ended: Array) -> None:
+        """Let each step know the one that follows it in its episode."""
+        order = np.argsort(copies, kind="stable")  # one copy after the other
+        copies, where, ended = copies[order], places[order], ended[order]
+        first = np.diff(copies, prepend=NONE) != 0
+        before = np.where(first, self.newest[copies], np.where(np.roll(ended, 1), NONE, np.roll(where, 1)))
+        kept, added = ((before != NONE) & part for part in (first, ~first))
+        self.following[before[kept]] = where[kept]
+        self.following[places] = NONE  # what was kept may just have been overwritten
+        self.following[before[added]] = where[added]
+        last = np.roll(first, -1)
+        self.newest[copies[last]] = np.where(ended[last], NONE, where[last])
 
     def cut(self) -> None:
         """The copies have begun anew: what is added next follows nothing."""

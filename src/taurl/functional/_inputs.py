@@ -1,16 +1,16 @@
 """What every file here does at the door: shapes are asserted, half precision widened, masked positions filled."""
 
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def require_same_shape(**tensors: Tensor) -> None:
+def require_same_shape(**tensors: Any) -> None:
     """Raise a ValueError that names the tensors and their shapes unless all agree: nothing broadcasts by accident."""
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    if len({tuple(shape) for shape in shapes.values()}) > 1:
-        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    if len({tensor.shape for tensor in tensors.values()}) > 1:
+        found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
         raise ValueError(f"expected one shape, found {found}")
 
 

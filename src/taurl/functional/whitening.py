@@ -18,17 +18,9 @@ def whitening_statistics(values: Tensor, mask: Tensor | None = None) -> tuple[Te
     Returns: mean, std, both [], float64, detached.
     Raises: ValueError if shapes or dtypes do not fit or a value that counts is NaN or infinite.
     """
-    counted = values.detach()[_mask_for(values, mask)].double()  # so squares and long sums of float32 stay exact
-    if not counted.isfinite().all():
-        found = int((~counted.isfinite()).sum())
-        raise ValueError(
-            f"{found} of {counted.numel()} values are NaN or infinite, expected finite ones where they count"
-        )
-    if not counted.numel():
-        return counted.sum(), counted.sum()
-    # The mean of equal floats may be off by a rounding: it lies between the smallest and the largest.
-    mean = counted.mean().clamp(counted.amin(), counted.amax())
-    return mean, unbiased_std((counted - mean)[None], torch.tensor(counted.numel()))[0, 0]
+    counts = _mask_for(values, mask)
+    mean, std = _row_statistics(values.detach().reshape(1, -1), counts.reshape(1, -1))
+    return mean[0, 0], std[0, 0]
 
 
 def whiten(
@@ -68,6 +60,25 @@ def whiten(
     return with_precision_of(values, torch.where(counts, whitened, 0.0))
 
 
+def whiten_rows(values: Tensor, mask: Tensor, *, epsilon: float = 1e-4) -> Tensor:
+    """`whiten`, each row by itself: of minibatches side by side, what each of them would get alone.
+
+    Args:
+        values: float [M, N], a minibatch a row; anything where masked.
+        mask: bool [M, N].
+        epsilon: ε > 0.
+    Returns: whitened values [M, N], 0 where masked, detached; float32, or float64 for float64.
+    Raises: ValueError as `whiten` does, or if the values are not [M, N].
+    """
+    require_positive(epsilon=epsilon)
+    if values.dim() != 2:
+        raise ValueError(f"values are {list(values.shape)}, expected [M, N]")
+    counts = _mask_for(values, mask)
+    mean, std = _row_statistics(values.detach(), counts)
+    whitened = (values.detach().double() - mean) / (std + epsilon)
+    return with_precision_of(values, torch.where(counts, whitened, 0.0))
+
+
 def whiten_groups(values: Tensor, mask: Tensor, *, group_size: int, epsilon: float = 1e-4) -> Tensor:
     """Values of tokens, centred and scaled by what the other rows of their group have, each row counting once.
 
@@ -95,6 +106,24 @@ def whiten_groups(values: Tensor, mask: Tensor, *, group_size: int, epsilon: flo
             statistics = whitening_statistics(means)
             whitened[rows] = whiten(values[rows], counts[rows], statistics=statistics, epsilon=epsilon)
     return whitened
+
+
+def _row_statistics(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation of what counts in each row, both [M, 1], float64; 0 of nothing at all."""
+    kept = torch.where(counts, values, 0.0).double()  # so squares and long sums of float32 stay exact
+    if not kept.sum().isfinite() and not kept.isfinite().all():
+        found = int((~kept.isfinite()).sum())
+        raise ValueError(
+            f"{found} of {int(counts.sum())} values are NaN or infinite, expected finite ones where they count"
+        )
+    number = counts.sum(1, keepdim=True)
+    mean = kept.sum(1, keepdim=True) / number.clamp(min=1)
+    if values.shape[
+        1
+    ]:  # the mean of equal floats may be off by a rounding: it lies between the smallest and the largest
+        inside = torch.where(counts, kept, mean)
+        mean = mean.clamp(inside.amin(1, keepdim=True), inside.amax(1, keepdim=True))
+    return mean, unbiased_std(torch.where(counts, kept - mean, 0.0), number)
 
 
 def _mask_for(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from taurl.control.action_values import TargetNetwork, ValuePolicy
 from taurl.control.algorithms.dqn_config import DQNConfig
+from taurl.control.dense import of_arrays
 from taurl.control.environments import Array, Transition, batched
 from taurl.control.replay import Batch, PrioritizedReplay, Replay
 from taurl.control.spaces import encode
@@ -43,6 +44,7 @@ class DQN(Trainer):
         self.network = self.policy.network
         self.target = TargetNetwork(self.network)
         self.optimizer = FlatAdam({"network": self.network}, None, config)
+        self.judge = self.network.with_pullback()
         space = config.buffer_size, self.policy.width, environments.count
         self.replay = (
             PrioritizedReplay(*space, exponent=config.priority_exponent) if config.prioritized else Replay(*space)
@@ -77,34 +79,36 @@ class DQN(Trainer):
                 if self.reached(record):
                     return
 
+    @torch.no_grad()
     def _act(self, taken: int) -> None:
         """Act ε-greedily for `train_every` steps and keep them."""
-        environments, replay = self.environments, self.replay
-        observations = encode(environments.observation_space, environments.observations)
+        environments, values = self.environments, of_arrays(self.network)
+        seen = [encode(environments.observation_space, environments.observations).numpy()]
         if environments.fresh:
-            replay.cut()
+            self.replay.cut()
         shape = self.config.train_every // environments.count, environments.count
         epsilons = np.array([self._epsilon(taken + t * environments.count) for t in range(shape[0])])
         explores = np.random.random(shape) < epsilons[:, None]
-        explored = np.random.randint(self.policy.actions, size=shape)
-        for t in range(shape[0]):
-            actions = explored[t]
-            if not explores[t].all():
-                actions = np.where(explores[t], actions, self.policy.greedy(observations))
-            transition = environments.step(actions + self.policy.start)
-            following = encode(environments.observation_space, transition.observations)
-            self._keep(observations.numpy(), actions, transition, following.numpy())
-            observations = following
+        actions = np.random.randint(self.policy.actions, size=shape)  # at random
+        given: list[Transition] = []
+        for explored, chosen in zip(explores, actions, strict=True):
+            if not explored.all():
+                chosen[:] = np.where(explored, chosen, values(seen[-1]).argmax(-1))
+            given.append(environments.step(chosen + self.policy.start))
+            seen.append(encode(environments.observation_space, given[-1].observations).numpy())
+        self._keep(np.stack(seen), actions, given)
 
-    def _keep(self, observations: Array, actions: Array, transition: Transition, following: Array) -> None:
+    def _keep(self, seen: Array, actions: Array, given: list[Transition]) -> None:
         """Put into replay what were actions: steps that only reset are none."""
-        if transition.last_observations:
-            following = following.copy()  # copies that have reset already: what followed is not what is acted on next
-            for copy, seen in transition.last_observations.items():
-                following[copy] = encode(self.environments.observation_space, batched(seen)).numpy()[0]
-        copies = np.flatnonzero(~transition.only_reset)
-        columns = (observations, actions, transition.rewards, following, transition.terminated, transition.truncated)
-        self.replay.add(copies, *(column[copies] for column in columns))
+        following = seen[1:].copy()
+        for t, transition in enumerate(given):  # of copies that have reset already, what did not lead to what is next
+            for copy, last in transition.last_observations.items():
+                following[t, copy] = encode(self.environments.observation_space, batched(last)).numpy()[0]
+        rewards, terminated, truncated, only_reset = (
+            np.stack(column) for column in list(zip(*given, strict=True))[1:5]
+        )
+        kept, columns = ~only_reset, (seen[:-1], actions, rewards, following, terminated, truncated)
+        self.replay.add(np.nonzero(kept)[1], *(column[kept] for column in columns))
 
     def _move_target(self, taken: int) -> None:
         """As often as it was due in the last `train_every` steps, in one go."""
@@ -114,6 +118,7 @@ class DQN(Trainer):
             self.target.move(self.network, 1 - (1 - config.target_share) ** due)
 
     @torch.no_grad()
+    @np.errstate(over="ignore", invalid="ignore")  # a gradient that is not finite takes no step
     def _learn(self, taken: int) -> list[Record]:
         """Updates on steps drawn from replay."""
         config = self.config
@@ -128,7 +133,7 @@ class DQN(Trainer):
             targets = self._targets(batch)
             parts = zip(minibatches(batch, config.batch_size), torch.split(targets, config.batch_size), strict=True)
             values, norms = zip(*(self._update(part, goals, rate) for part, goals in parts), strict=True)
-            figures.append(self._figures(batch, targets, torch.cat(values), norms))
+            figures.append(self._figures(batch, targets, torch.from_numpy(np.concatenate(values)), norms))
         return figures
 
     def _draw(self, count: int, taken: int) -> Batch:
@@ -149,19 +154,20 @@ class DQN(Trainer):
             return double_q_target(batch.rewards, online, following, batch.terminated, discount=batch.discounts)
         return q_learning_target(batch.rewards, following, batch.terminated, discount=batch.discounts)
 
-    def _update(self, batch: Batch, targets: Tensor, rate: float) -> tuple[Tensor, float]:
+    def _update(self, batch: Batch, targets: Tensor, rate: float) -> tuple[Array, float]:
         """One step down the weighted mean of Huber's losses of a minibatch; the gradient is put together by hand.
 
         Returns: Q of the actions before it, [N], and the gradient's norm.
         """
-        action_values, pullback = self.network.with_pullback(batch.observations)
-        actions = batch.actions[:, None]
-        values = action_values.gather(1, actions).squeeze(1)
-        slopes = huber_value_slope(values, targets) * batch.weights
-        pullback(torch.zeros_like(action_values).scatter_(1, actions, slopes[:, None] / len(slopes)))
+        action_values, pullback = self.judge(batch.observations.numpy())
+        taken = np.arange(len(targets)), batch.actions.numpy()
+        values, gradient = action_values[taken], np.zeros_like(action_values)
+        slopes = huber_value_slope(values, targets.numpy()) * batch.weights.numpy()
+        gradient[taken] = slopes / len(slopes)
+        pullback(gradient)
         norm = self.optimizer.step(rate)
         if isinstance(self.replay, PrioritizedReplay):
-            self.replay.set_errors(batch.places.numpy(), targets - values)
+            self.replay.set_errors(batch.places.numpy(), targets - torch.from_numpy(values))
         return values, norm
 
     def _figures(self, batch: Batch, targets: Tensor, values: Tensor, norms: tuple[float, ...]) -> Record:

@@ -65,7 +65,10 @@ class DQNConfig(AdamSettings, ControlConfig):
             raise ValueError(
                 f"train_every is {self.train_every}, expected a multiple of the {self.environments} environments"
             )
-        least = max(self.batch_size, 2 * self.environments)
+        least = max(self.batch_size, self.train_every, 2 * self.environments)
         if self.buffer_size < least:
-            raise ValueError(f"buffer_size is {self.buffer_size}, expected at least {least} (two steps of each copy)")
+            raise ValueError(
+                f"buffer_size is {self.buffer_size}, expected at least {least}: as many steps as a batch, as "
+                "train_every, and two of each copy"
+            )
         return self

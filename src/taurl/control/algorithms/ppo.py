@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from itertools import repeat
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from taurl.control.algorithms.ppo_config import PPOConfig
-from taurl.control.distributions import masked_logits
+from taurl.control.distributions import FORBIDDEN, masked_logits
 from taurl.control.networks import both_with_pullback
 from taurl.control.penalties import KLPenalty
 from taurl.control.policies import Policy
@@ -27,7 +29,7 @@ from taurl.functional.kl import k3
 from taurl.functional.slopes import clipped_surrogate_slope, clipped_value_slope
 from taurl.functional.surrogates import clipped_surrogate, kl_penalized
 from taurl.functional.value_losses import clipped_value_loss, explained_variance, squared_value_loss
-from taurl.functional.whitening import whiten
+from taurl.functional.whitening import whiten_rows
 from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import Record
 
@@ -75,6 +77,7 @@ class PPO(Trainer):
         else:
             self.critic = policy.new_critic()
         self.optimizer = FlatAdam({"actor": policy.actor, "critic": self.critic}, None, config)
+        self.networks = both_with_pullback(policy.actor, self.critic)
         self.state = {"optimizer": self.optimizer, "normalizer": policy.normalizer}
         self.collector = Collector(self.environments, policy.distribution, policy.normalizer)
         if memory:
@@ -112,12 +115,12 @@ class PPO(Trainer):
         batch = flat(rollout, advantages, returns, priced=self.penalty is not None)
         rate, clips = learning_rate(step, config), self._clips(step)
         norms: list[float] = []
-        whole = [self._prepared(batch)] if len(batch.actions) <= config.minibatch_size else None
+        whole = self._prepared([batch]) if len(batch.actions) <= config.minibatch_size else None
         drawn = sequences if config.memory else minibatches
         for epoch in range(1, config.epochs + 1):
             figures: list[Figures] = []
             seen = config.target_kl is not None or (measured and epoch == config.epochs)
-            for minibatch in whole or map(self._prepared, drawn(batch, config.minibatch_size)):
+            for minibatch in whole or self._prepared(list(drawn(batch, config.minibatch_size))):
                 norm, found = self._descend(minibatch, rate, clips, measured=seen)
                 norms.append(norm)
                 figures.append(found)
@@ -143,7 +146,8 @@ class PPO(Trainer):
         value = None if config.value_clip is None else config.value_clip * share
         return Clips(math.inf if self.penalty else config.clip * share, value)
 
-    @torch.inference_mode()
+    @torch.no_grad()
+    @np.errstate(over="ignore", invalid="ignore")  # a gradient that is not finite takes no step
     def _descend(self, batch: Minibatch, rate: float, clips: Clips, *, measured: bool) -> tuple[float, Figures]:
         """One update. Returns the gradient's norm and, if they are measured, the figures before it."""
         parameters, values = self._set_gradient(batch, clips)
@@ -155,22 +159,25 @@ class PPO(Trainer):
 
         (Beyond e^60, where `token_ratios` stops, the slope goes on: not finite then, and no step is taken.)
         """
-        config, weights = self.config, batch.weights
-        parameters, values, to_weights = both_with_pullback(self.policy.actor, self.critic, batch.observations)
-        parameters = masked_logits(parameters, batch.action_masks)  # what is forbidden gets a slope of 0
-        logprobs, to_parameters = self.policy.distribution.with_pullback(parameters, batch.actions)
-        ratios = token_ratios(logprobs, batch.logprobs)
-        slopes = clipped_surrogate_slope(ratios, batch.advantages, clip_low=clips.ratio, clip_high=clips.ratio)
+        config, distribution, seen = self.config, self.policy.distribution, batch.observations
+        weights, returns = batch.weights.numpy(), batch.returns.numpy()
+        parameters, values, to_weights = self.networks(seen.numpy() if isinstance(seen, Tensor) else seen)
+        if batch.action_masks is not None:  # what is forbidden gets a slope of 0
+            parameters = np.where(batch.action_masks.numpy(), parameters, parameters.dtype.type(FORBIDDEN))
+        logprobs, to_parameters = distribution.with_pullback(parameters, batch.actions.numpy())
+        slopes = clipped_surrogate_slope(
+            logprobs, batch.logprobs.numpy(), batch.advantages.numpy(), clip_low=clips.ratio, clip_high=clips.ratio
+        )
         entropy_slopes = weights * -config.entropy_coefficient if config.entropy_coefficient else None
         gradient = to_parameters(slopes * weights, entropy_slopes)
         if self.penalty:
-            gradient += self.penalty.gradient(self.policy.distribution, batch.old_parameters, parameters, weights)
+            gradient += self.penalty.gradient(distribution, batch.old_parameters, parameters, batch.weights)
         if clips.value is None:
-            value_slopes = values - batch.returns
+            value_slopes = values - returns
         else:
-            value_slopes = clipped_value_slope(values, batch.values, batch.returns, clip=clips.value)
+            value_slopes = clipped_value_slope(values, batch.values.numpy(), returns, clip=clips.value)
         to_weights(gradient, value_slopes * weights * config.value_coefficient)
-        return parameters, values
+        return torch.from_numpy(parameters), torch.from_numpy(values)
 
     @torch.no_grad()
     def _adapt(self, penalty: KLPenalty, batch: Minibatch) -> Record:
@@ -181,10 +188,15 @@ class PPO(Trainer):
         penalty.adapt(divergence)
         return {"train/kl": divergence, "train/kl_coefficient": price}
 
-    def _prepared(self, batch: Minibatch) -> Minibatch:
-        """Each step's weight, and advantages whitened by the minibatch's own mean and deviation."""
-        advantages = whiten(batch.advantages, batch.valid) if self.config.whiten_advantages else batch.advantages
-        return batch._replace(weights=row_weights(batch.valid), advantages=advantages)
+    def _prepared(self, batches: list[Minibatch]) -> list[Minibatch]:
+        """Each step's weight, and advantages whitened by its minibatch's own mean and deviation."""
+        batches = [batch._replace(weights=row_weights(batch.valid)) for batch in batches]
+        if not self.config.whiten_advantages:
+            return batches
+        valid = pad_sequence([batch.valid for batch in batches], batch_first=True)
+        advantages = pad_sequence([batch.advantages for batch in batches], batch_first=True)
+        rows = zip(batches, whiten_rows(advantages, valid), strict=True)  # of all at once: operators cost by number
+        return [batch._replace(advantages=own[: len(batch.valid)]) for batch, own in rows]
 
     def _loss(self, parameters: Tensor, values: Tensor, batch: Minibatch, clips: Clips) -> tuple[Tensor, Figures]:
         """Clipped surrogate, value loss and entropy bonus of one minibatch, from what the networks gave for it."""

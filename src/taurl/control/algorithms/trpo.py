@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
@@ -137,17 +138,18 @@ class TRPO(Trainer):
         }
 
     @torch.no_grad()
+    @np.errstate(over="ignore", invalid="ignore")  # a gradient that is not finite takes no step
     def _fit(self, batch: Batch, rate: float) -> Record:
         """Epochs of the critic, towards the returns, down the squared error."""
-        config = self.config
+        config, judge = self.config, self.critic.with_pullback()
         for _ in range(config.critic_epochs):
             order = torch.randperm(len(batch.returns))
             shuffled = (
                 torch.split(column[order], config.minibatch_size) for column in (batch.observations, batch.returns)
             )
             for observations, returns in zip(*shuffled, strict=True):
-                values, pullback = self.critic.with_pullback(observations)
-                slopes = huber_value_slope(values, returns, threshold=math.inf)
+                values, pullback = judge(observations.numpy())
+                slopes = huber_value_slope(values, returns.numpy(), threshold=math.inf)
                 pullback(slopes / len(returns))
                 self.optimizer.step(rate)
         loss = squared_value_loss(self.critic(batch.observations), batch.returns).mean()
