@@ -1,5 +1,6 @@
 """The run directory and the loop around the steps: the only code that writes there."""
 
+import atexit
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -180,6 +181,7 @@ class Run:
     def __enter__(self) -> Self:
         if not self._open:
             self._open = True
+            atexit.register(self.close)  # a loop over `steps` that was left: its generator is closed after all modules
             self.view.start(self.step)
             self.stop_signals.listen()
         return self
@@ -198,6 +200,7 @@ class Run:
         self.stop_signals.restore()
         if self._open:
             self._open = False
+            atexit.unregister(self.close)
             self.view.stop()
         if self._board:
             with suppress(RunError):  # every record was flushed as it was written
