@@ -14,6 +14,7 @@ from taurl.control.algorithms.ppo import PPO, Clips, flat
 from taurl.control.algorithms.ppo_config import PPOConfig
 from taurl.control.distributions import FORBIDDEN, distribution_for, masked_logits
 from taurl.control.environments import Environments
+from taurl.control.networks import both_with_pullback
 from taurl.control.playing import play
 from taurl.runtime.errors import InputError, RunError
 
@@ -145,7 +146,8 @@ def test_the_mask_that_was_acted_on_is_the_one_that_is_learned_with(tmp_path):
     allowed = rollout.action_masks
     torch.testing.assert_close(rollout.parameters[allowed], logits[allowed].detach(), atol=1e-6, rtol=0)
     batch = trainer._prepared([flat(rollout, rollout.rewards, rollout.values)])[0]
-    figures = trainer._descend(batch, 1e-3, Clips(0.2, None), measured=True)[1]
+    networks = both_with_pullback(trainer.policy.actor, trainer.critic)
+    figures = trainer._descend(networks, batch, 1e-3, Clips(0.2, None), measured=True)[1]
     assert float(figures["train/approx_kl"]) < 1e-10
 
 

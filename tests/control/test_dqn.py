@@ -152,7 +152,7 @@ def test_an_update_is_a_step_of_adam_down_the_weighted_loss(tmp_path):
     adam = torch.optim.Adam(other.parameters(), lr=0.01)
     for _ in range(3):
         with torch.no_grad():
-            trainer._update(batch, targets, 0.01)
+            trainer._update(trainer.network.with_pullback(), batch, targets, 0.01)
         adam.zero_grad()
         values = other(batch.observations)[torch.arange(8), batch.actions]
         (torch.nn.functional.smooth_l1_loss(values, targets, reduction="none") * batch.weights).mean().backward()
@@ -169,7 +169,7 @@ def test_an_update_leaves_its_errors_as_priorities(tmp_path):
         batch = trainer.replay.batch(np.array([3, 1, 8]), discount=0.9, steps=1)
         errors = torch.tensor([1.0, -2.0, 0.0])
         values = trainer.network(batch.observations).gather(1, batch.actions[:, None]).squeeze(1)
-        trainer._update(batch, values + errors, 0.01)
+        trainer._update(trainer.network.with_pullback(), batch, values + errors, 0.01)
     expected = (errors.abs() + 1e-6).sqrt().tolist()
     assert trainer.replay.tree.priorities[[3, 1, 8]].tolist() == pytest.approx(expected, abs=1e-3)
 
@@ -261,6 +261,63 @@ def test_the_target_network_moves_a_share_of_the_way():
     assert all(torch.equal(one, torch.full_like(one, 0.25)) for one in target.network.parameters())
     target.move(network, 1.0)
     assert all(torch.equal(one, torch.ones_like(one)) for one in target.network.parameters())
+
+
+def test_what_is_kept_after_an_interruption_follows_nothing(tmp_path):
+    class Interrupted(Counting):
+        taken = 0
+
+        def step(self, action):
+            Interrupted.taken += 1
+            if Interrupted.taken == 14:
+                raise KeyboardInterrupt
+            return super().step(action)
+
+    trainer = trained(tmp_path, Interrupted, environments=1, train_every=8, steps=64, n_step=3)
+    with pytest.raises(KeyboardInterrupt):
+        list(trainer.steps())
+    assert trainer.replay.size == 8
+    list(trainer.steps())
+    replay = trainer.replay
+    links = np.flatnonzero(replay.following != -1)
+    assert len(links) > 20
+    seen = replay.observations[replay.following[links]]
+    np.testing.assert_array_equal(replay.next_observations[links], seen)
+
+
+class Reusing(gymnasium.vector.VectorEnv):
+    """Copies whose episodes end after three steps, which are shown in the same memory again and again."""
+
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
+    single_observation_space = spaces.Box(0, np.inf, (1,))
+    single_action_space = spaces.Discrete(2)
+
+    def __init__(self, num_envs=1, **_):
+        self.num_envs = num_envs
+        self.observation_space = spaces.Box(0, np.inf, (num_envs, 1))
+        self.action_space = spaces.MultiDiscrete([2] * num_envs)
+        self.shown, self.last = np.zeros((2, num_envs, 1), dtype=np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.shown[:] = 0
+        return self.shown, {}
+
+    def step(self, actions):
+        self.shown += 1
+        done = self.shown[:, 0] % 10 == 3
+        self.last[done] = self.shown[done]
+        self.shown[done] += 7  # 10, 20, …
+        return self.shown, np.ones(self.num_envs), done, np.zeros(self.num_envs, bool), {"final_obs": self.last}
+
+
+def test_what_an_episode_ended_with_is_kept_though_the_environment_writes_over_it(tmp_path):
+    gymnasium.register("taurl/Reusing-v0", vector_entry_point=Reusing)
+    trainer = trained(tmp_path, "taurl/Reusing-v0", steps=64, train_every=64)
+    list(trainer.steps())
+    replay = trainer.replay
+    assert replay.terminated[: replay.size].sum() > 12
+    moved = (replay.next_observations - replay.observations)[: replay.size, 0]
+    np.testing.assert_array_equal(moved, 1)
 
 
 @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])

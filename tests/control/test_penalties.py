@@ -10,6 +10,7 @@ from small_environments import same_records, same_weights, unbroken_and_resumed
 from taurl.control.algorithms.ppo import PPO, Clips, flat
 from taurl.control.algorithms.ppo_config import PPOConfig
 from taurl.control.distributions import distribution_for
+from taurl.control.networks import both_with_pullback
 from taurl.control.penalties import KLPenalty
 from taurl.functional.aggregation import row_weights
 
@@ -44,7 +45,8 @@ def test_the_gradient_is_that_of_the_priced_objective(env, tmp_path):
     expected = (-ratios * batch.advantages[counts] + 3.0 * divergences - 0.1 * entropies).mean()
     wanted = torch.autograd.grad(expected, list(actor.parameters()))
     trainer.optimizer.step = lambda rate: 0.0
-    figures = trainer._descend(batch, 0.0, Clips(math.inf, None), measured=True)[1]
+    networks = both_with_pullback(trainer.policy.actor, trainer.critic)
+    figures = trainer._descend(networks, batch, 0.0, Clips(math.inf, None), measured=True)[1]
     assert float(divergences.mean()) > 1e-3
     for weight, theirs in zip(actor.parameters(), wanted, strict=True):
         torch.testing.assert_close(weight.grad, theirs, rtol=1e-4, atol=1e-6)

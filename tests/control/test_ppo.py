@@ -18,6 +18,7 @@ from small_environments import (
 
 from taurl.control.algorithms.ppo import PPO, Clips, flat
 from taurl.control.algorithms.ppo_config import PPOConfig
+from taurl.control.networks import both_with_pullback
 from taurl.control.rollouts import Collector
 from taurl.runtime.errors import InputError
 
@@ -121,6 +122,18 @@ def test_steps_that_only_reset_change_nothing(tmp_path):
         torch.testing.assert_close(mine, theirs)
 
 
+def test_the_parameters_may_move_between_iterations(tmp_path):
+    """As they do when they are sent to another process, or shared with one."""
+    trainer = trainer_of(tmp_path, steps=256)
+    before = [parameter.clone() for parameter in trainer.policy.actor.parameters()]
+    for record in trainer.steps():
+        trainer.policy.actor.share_memory()
+        trainer.critic.share_memory()
+        assert math.isfinite(record["loss"])
+    moved = zip(trainer.policy.actor.parameters(), before, strict=True)
+    assert all(not torch.equal(parameter, start) for parameter, start in moved)
+
+
 def test_the_same_seed_gives_the_same_weights(tmp_path):
     runs = [trainer_of(tmp_path / name, steps=512, seed=seed).train() for name, seed in (("a", 5), ("b", 5), ("c", 6))]
     assert same_weights(runs[0], runs[1])
@@ -166,8 +179,8 @@ def descents(trainer, rollout, step):
     """Of each update of an iteration that ends at that step: minibatch, rate, bounds, and the figures."""
     descend, seen = trainer._descend, []
 
-    def watched(batch, rate, clips, *, measured):
-        found = descend(batch, rate, clips, measured=measured)
+    def watched(networks, batch, rate, clips, *, measured):
+        found = descend(networks, batch, rate, clips, measured=measured)
         seen.append((batch, rate, clips, found[1]))
         return found
 
@@ -273,7 +286,7 @@ def test_the_written_gradient_is_that_of_the_loss(space, activation, value_clip,
     moved = {"logprobs": batch.logprobs + 0.3 * torch.randn(64), "values": batch.values + 0.3 * torch.randn(64)}
     batch = batch._replace(**moved)
     with torch.no_grad():
-        trainer._set_gradient(batch, Clips(0.2, value_clip))
+        trainer._set_gradient(both_with_pullback(actor, critic), batch, Clips(0.2, value_clip))
     written = trainer.optimizer.gradient.clone()
     loss, figures = trainer._loss(actor(batch.observations), critic(batch.observations), batch, Clips(0.2, value_clip))
     assert 0 < figures["train/clip_fraction"] < 1

@@ -38,21 +38,31 @@ def test_the_newest_steps_stay():
     assert torch.equal(batch.discounts, torch.full((5,), DISCOUNT))
 
 
-@pytest.mark.parametrize("count", [3, 6, 12])
-def test_steps_that_come_together_are_kept_as_those_that_come_one_by_one(count):
-    together, alone = Replay(12, 1, 3), Replay(12, 1, 3)
-    random = np.random.default_rng(count)
-    for _ in range(20):
-        copies = np.resize(np.arange(3), count)
-        numbers = random.random((3, count)).astype(np.float32)
-        ended = random.random((2, count)) < 0.2
-        columns = (copies, numbers[0][:, None], copies, numbers[1], numbers[2][:, None], *ended)
-        together.add(*columns)
-        for row in range(count):
-            alone.add(*(column[row : row + 1] for column in columns))
-        for name, mine in together.tensors().items():
-            assert torch.equal(mine, alone.tensors()[name]), name
-    assert (together.following != NONE).any()
+def test_each_step_knows_the_next_of_its_episode():
+    """Steps of several copies at once, some of which only reset at times, against a plain loop."""
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        count = int(random.integers(1, 5))
+        replay = Replay(int(random.integers(2 * count, 25)), 1, count)
+        following, newest, resets = np.full(replay.capacity, NONE), np.full(count, NONE), np.zeros(count, dtype=bool)
+        for _ in range(12):
+            copies, ended = [], []
+            for _ in range(random.integers(1, replay.capacity // count + 1)):
+                acting = np.flatnonzero(~resets)
+                resets = np.isin(np.arange(count), acting) & (random.random(count) < 0.4)
+                copies, ended = [*copies, *acting], [*ended, *resets[acting]]
+            numbers, of = random.random(len(copies)), np.array(copies, dtype=np.int64)
+            places = replay.add(of, numbers[:, None], of, numbers, numbers[:, None], np.array(ended, bool), of < 0)
+            for copy, place, end in zip(copies, places, ended, strict=True):
+                following[place] = NONE
+                if newest[copy] != NONE:
+                    following[newest[copy]] = place
+                newest[copy] = NONE if end else place
+            if random.random() < 0.1:
+                replay.cut()
+                newest[:] = NONE
+            assert (replay.following == following).all()
+            assert (replay.newest == newest).all()
 
 
 def test_every_step_is_drawn_alike():

@@ -49,6 +49,14 @@ def test_whitening_equals_a_loop_over_any_shape():
     close(whiten(values, mask), double(expected).reshape(4, 3, 5).tolist())
 
 
+def test_what_is_masked_does_not_move_the_mean_of_equal_values():
+    mask = torch.tensor([True, True, True, False])
+    for number in (0.1, 1e308, -0.7):
+        values = torch.full((4,), number, dtype=torch.float64)
+        assert not whiten(values, mask).any()
+        assert whitening_statistics(values, mask)[1] == 0
+
+
 def test_rows_are_whitened_each_by_itself():
     generator = torch.Generator().manual_seed(5)
     values, mask = torch.randn(7, 9, generator=generator), torch.rand(7, 9, generator=generator) < 0.6

@@ -64,7 +64,8 @@ class DuelingNetwork(nn.Module):
 
     def with_pullback(self) -> WithPullback:
         """Observations [N, d] → action values [N, A] and their pullback; see `dense`."""
-        see, value, advantage = self.trunk.with_pullback(to_inputs=False), *self._heads()
+        see = self.trunk.with_pullback(to_inputs=False)
+        value, advantage = self.value.with_pullback(), self.advantages.with_pullback()
 
         def run(observations: Array) -> tuple[Array, Pullback]:
             features, to_observations = see(observations)
@@ -79,9 +80,6 @@ class DuelingNetwork(nn.Module):
             return found.numpy(), pullback
 
         return run
-
-    def _heads(self) -> tuple[WithPullback, WithPullback]:
-        return self.value.with_pullback(), self.advantages.with_pullback()
 
 
 class TargetNetwork:

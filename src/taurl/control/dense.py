@@ -19,10 +19,7 @@ Array = np.ndarray[Any, Any]
 Pullback = Callable[[Array], Array]
 """From the gradient of the outputs [N, k] to that of the inputs [N, d]; sets (not: adds to) that of the parameters."""
 WithPullback = Callable[[Any], tuple[Array, Pullback]]
-"""From inputs, as the network takes them, to outputs [N, k] and their pullback, with the weights as they are then.
-
-Made when the parameters have the memory, and the `.grad`, that they keep.
-"""
+"""From inputs, as the network takes them, to outputs [N, k] and their pullback, with the weights as they are then."""
 
 
 class Dense(nn.Module):
@@ -51,9 +48,6 @@ class Dense(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs [.., d] → outputs [.., k]."""
-        if not torch.is_grad_enabled():  # the same numbers as `with_pullback`
-            rows = inputs.detach().reshape(-1, inputs.shape[-1]).numpy()
-            return torch.from_numpy(self._seen(self._arrays(), rows)[-1]).view(*inputs.shape[:-1], -1)
         for (weight, bias), activated in zip(self._parts(), self.activated, strict=True):
             inputs = nn.functional.linear(inputs, weight, bias)
             if activated:
@@ -63,7 +57,7 @@ class Dense(nn.Module):
     def of_arrays(self) -> Callable[[Array], Array]:
         """The same as a function of arrays [N, d] → [N, k], with the weights as they are now and will be.
 
-        For a handful of rows.
+        For a handful of rows, and for as long as the parameters keep their memory.
         """
         layers = [(weight.T, bias) for weight, bias in self._arrays()]
 
@@ -78,6 +72,8 @@ class Dense(nn.Module):
 
     def with_pullback(self, *, to_inputs: bool = True) -> WithPullback:
         """The same once more, whose outputs come with their pullback, to be called before the weights change.
+
+        For as long as the parameters, and their `.grad`, keep their memory: to be made anew for every few updates.
 
         Args:
             to_inputs: whether the gradient of the inputs is wanted; if not, that of the first layer's outputs is given.
@@ -139,7 +135,7 @@ def tanh_(values: Array) -> Array:
 def of_arrays(network: Callable[[Tensor], Tensor]) -> Callable[[Array], Array]:
     """A network as a function of arrays: its own `of_arrays` where it has one."""
     own: Callable[[], Callable[[Array], Array]] | None = getattr(network, "of_arrays", None)
-    return own() if own else lambda inputs: network(torch.from_numpy(inputs)).numpy()
+    return own() if own else lambda inputs: network(torch.from_numpy(inputs)).detach().numpy()
 
 
 def differentiated(network: nn.Module, inputs: Any) -> tuple[Array, Pullback]:

@@ -172,7 +172,8 @@ class Environments:
             actions = np.clip(actions, *self._bounds)
         self._steps += 1  # before it is known to succeed: some copies may have moved on when it fails
         try:
-            observations, rewards, terminated, truncated, infos = self.vector.step(actions)
+            with torch.enable_grad():  # as wherever else it runs: it may differentiate something of its own
+                observations, rewards, terminated, truncated, infos = self.vector.step(actions)
         except Exception as error:
             raise self._failed(f"step {self._steps}", error) from error
         if not self._copies:  # a vector class may go on in the same memory
@@ -189,7 +190,7 @@ class Environments:
             self.ended = done
         elif done.any():
             for place in map(int, np.flatnonzero(done)):
-                last[place] = infos["final_obs"][place]
+                last[place] = self._own(infos["final_obs"][place])
                 self._check("observation", self.observation_space, batched(last[place]), [place])
         self._read_masks(infos)
         transition = Transition(observations, rewards, terminated, truncated, only_reset, last)

@@ -130,11 +130,12 @@ def parameters_and_values(actor: Any, critic: Any, observations: Tensor) -> tupl
     return actor.head(features), critic.head(features)
 
 
-def both_with_pullback(actor: Any, critic: Any) -> Callable[[Any], tuple[Array, Array, Callable[[Array, Array], None]]]:
-    """Observations → `parameters_and_values` [N, ..], and what sets the gradients of all weights from theirs.
+BothWithPullback = Callable[[Any], tuple[Array, Array, Callable[[Array, Array], None]]]
+"""From observations to `parameters_and_values` [N, ..], and what sets the gradients of all weights from theirs."""
 
-    See `dense`.
-    """
+
+def both_with_pullback(actor: Any, critic: Any) -> BothWithPullback:
+    """An actor and a critic, differentiable together; see `dense`."""
     if isinstance(actor, Seeing):
         return _both_of(actor.features.with_pullback(), actor.head, critic.head)
     act, judge = actor.with_pullback(), critic.with_pullback()
@@ -151,9 +152,7 @@ def both_with_pullback(actor: Any, critic: Any) -> Callable[[Any], tuple[Array, 
     return run
 
 
-def _both_of(
-    see: WithPullback, actor: Any, critic: Any
-) -> Callable[[Any], tuple[Array, Array, Callable[[Array, Array], None]]]:
+def _both_of(see: WithPullback, actor: Any, critic: Any) -> BothWithPullback:
     """The same of features that both have in common."""
     act, judge = actor.with_pullback(to_inputs=True), critic.with_pullback(to_inputs=True)
 

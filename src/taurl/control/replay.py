@@ -108,7 +108,7 @@ class Replay:
         before = np.where(first, self.newest[copies], np.where(np.roll(ended, 1), NONE, np.roll(where, 1)))
         kept, added = ((before != NONE) & part for part in (first, ~first))
         self.following[before[kept]] = where[kept]
-        self.following[places] = NONE  # what was kept may just have been overwritten
+        self.following[places] = NONE  # only now: what was kept may have been overwritten by what is added
         self.following[before[added]] = where[added]
         last = np.roll(first, -1)
         self.newest[copies[last]] = np.where(ended[last], NONE, where[last])

@@ -1,4 +1,6 @@
-"""The mathematics: pure tensor functions, torch only, no state and no input or output. One subject a file:
+"""The mathematics: pure functions of tensors (`slopes`: of arrays), torch only, no state, no input or output.
+
+One subject a file:
 
     returns            discounted, n-step and λ-returns, generalized advantage, V-trace
     token_returns      the same for rows of tokens

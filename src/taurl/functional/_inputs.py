@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def require_same_shape(**tensors: Any) -> None:
-    """Raise a ValueError that names the tensors and their shapes unless all agree: nothing broadcasts by accident."""
+    """Raise a ValueError that names tensors, or arrays, and shapes unless all agree: nothing broadcasts by accident."""
     if len({tensor.shape for tensor in tensors.values()}) > 1:
         found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
         raise ValueError(f"expected one shape, found {found}")

@@ -1,5 +1,7 @@
 """Whitening: numbers with mean 0 and standard deviation 1 over all of a batch that counts."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -118,11 +120,10 @@ def _row_statistics(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         )
     number = counts.sum(1, keepdim=True)
     mean = kept.sum(1, keepdim=True) / number.clamp(min=1)
-    if values.shape[
-        1
-    ]:  # the mean of equal floats may be off by a rounding: it lies between the smallest and the largest
-        inside = torch.where(counts, kept, mean)
-        mean = mean.clamp(inside.amin(1, keepdim=True), inside.amax(1, keepdim=True))
+    if values.shape[1]:  # the mean of equal floats may be off by a rounding: it lies between smallest and largest
+        smallest = torch.where(counts, kept, math.inf).amin(1, keepdim=True)
+        largest = torch.where(counts, kept, -math.inf).amax(1, keepdim=True)
+        mean = torch.where(number > 0, mean.clamp(smallest, largest), 0.0)
     return mean, unbiased_std(torch.where(counts, kept - mean, 0.0), number)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from taurl.control.action_values import TargetNetwork, ValuePolicy
 from taurl.control.algorithms.dqn_config import DQNConfig
-from taurl.control.dense import of_arrays
+from taurl.control.dense import WithPullback, of_arrays
 from taurl.control.environments import Array, Transition, batched
 from taurl.control.replay import Batch, PrioritizedReplay, Replay
 from taurl.control.spaces import encode
@@ -44,7 +44,6 @@ class DQN(Trainer):
         self.network = self.policy.network
         self.target = TargetNetwork(self.network)
         self.optimizer = FlatAdam({"network": self.network}, None, config)
-        self.judge = self.network.with_pullback()
         space = config.buffer_size, self.policy.width, environments.count
         self.replay = (
             PrioritizedReplay(*space, exponent=config.priority_exponent) if config.prioritized else Replay(*space)
@@ -79,7 +78,6 @@ class DQN(Trainer):
                 if self.reached(record):
                     return
 
-    @torch.no_grad()
     def _act(self, taken: int) -> None:
         """Act ε-greedily for `train_every` steps and keep them."""
         environments, values = self.environments, of_arrays(self.network)
@@ -89,13 +87,17 @@ class DQN(Trainer):
         shape = self.config.train_every // environments.count, environments.count
         epsilons = np.array([self._epsilon(taken + t * environments.count) for t in range(shape[0])])
         explores = np.random.random(shape) < epsilons[:, None]
-        actions = np.random.randint(self.policy.actions, size=shape)  # at random
+        actions = np.random.randint(self.policy.actions, size=shape)  # where nothing better is chosen below
         given: list[Transition] = []
-        for explored, chosen in zip(explores, actions, strict=True):
-            if not explored.all():
-                chosen[:] = np.where(explored, chosen, values(seen[-1]).argmax(-1))
-            given.append(environments.step(chosen + self.policy.start))
-            seen.append(encode(environments.observation_space, given[-1].observations).numpy())
+        try:
+            for explored, chosen in zip(explores, actions, strict=True):
+                if not explored.all():
+                    chosen[:] = np.where(explored, chosen, values(seen[-1]).argmax(-1))
+                given.append(environments.step(chosen + self.policy.start))
+                seen.append(encode(environments.observation_space, given[-1].observations).numpy())
+        except BaseException:
+            self.replay.cut()  # the copies have moved on: what is kept next does not follow what was kept last
+            raise
         self._keep(np.stack(seen), actions, given)
 
     def _keep(self, seen: Array, actions: Array, given: list[Transition]) -> None:
@@ -122,7 +124,7 @@ class DQN(Trainer):
     def _learn(self, taken: int) -> list[Record]:
         """Updates on steps drawn from replay."""
         config = self.config
-        rate = learning_rate(taken, config)
+        rate, network = learning_rate(taken, config), self.network.with_pullback()
         # Targets depend on nothing that an update changes, so those of several come at once; but the double target
         # depends on the network, and what is drawn by priority on the last errors.
         at_once = 1 if config.double or config.prioritized else max(1, ROWS_AT_ONCE // config.batch_size)
@@ -132,7 +134,7 @@ class DQN(Trainer):
             batch = self._draw(updates * config.batch_size, taken)
             targets = self._targets(batch)
             parts = zip(minibatches(batch, config.batch_size), torch.split(targets, config.batch_size), strict=True)
-            values, norms = zip(*(self._update(part, goals, rate) for part, goals in parts), strict=True)
+            values, norms = zip(*(self._update(network, part, goals, rate) for part, goals in parts), strict=True)
             figures.append(self._figures(batch, targets, torch.from_numpy(np.concatenate(values)), norms))
         return figures
 
@@ -154,12 +156,12 @@ class DQN(Trainer):
             return double_q_target(batch.rewards, online, following, batch.terminated, discount=batch.discounts)
         return q_learning_target(batch.rewards, following, batch.terminated, discount=batch.discounts)
 
-    def _update(self, batch: Batch, targets: Tensor, rate: float) -> tuple[Array, float]:
+    def _update(self, network: WithPullback, batch: Batch, targets: Tensor, rate: float) -> tuple[Array, float]:
         """One step down the weighted mean of Huber's losses of a minibatch; the gradient is put together by hand.
 
         Returns: Q of the actions before it, [N], and the gradient's norm.
         """
-        action_values, pullback = self.judge(batch.observations.numpy())
+        action_values, pullback = network(batch.observations.numpy())
         taken = np.arange(len(targets)), batch.actions.numpy()
         values, gradient = action_values[taken], np.zeros_like(action_values)
         slopes = huber_value_slope(values, targets.numpy()) * batch.weights.numpy()

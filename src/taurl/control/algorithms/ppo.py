@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from taurl.control.algorithms.ppo_config import PPOConfig
 from taurl.control.distributions import FORBIDDEN, masked_logits
-from taurl.control.networks import both_with_pullback
+from taurl.control.networks import BothWithPullback, both_with_pullback
 from taurl.control.penalties import KLPenalty
 from taurl.control.policies import Policy
 from taurl.control.recurrent import RecurrentCollector, RecurrentCritic, RecurrentRollout
@@ -77,7 +77,6 @@ class PPO(Trainer):
         else:
             self.critic = policy.new_critic()
         self.optimizer = FlatAdam({"actor": policy.actor, "critic": self.critic}, None, config)
-        self.networks = both_with_pullback(policy.actor, self.critic)
         self.state = {"optimizer": self.optimizer, "normalizer": policy.normalizer}
         self.collector = Collector(self.environments, policy.distribution, policy.normalizer)
         if memory:
@@ -115,13 +114,14 @@ class PPO(Trainer):
         batch = flat(rollout, advantages, returns, priced=self.penalty is not None)
         rate, clips = learning_rate(step, config), self._clips(step)
         norms: list[float] = []
+        networks = both_with_pullback(self.policy.actor, self.critic)
         whole = self._prepared([batch]) if len(batch.actions) <= config.minibatch_size else None
         drawn = sequences if config.memory else minibatches
         for epoch in range(1, config.epochs + 1):
             figures: list[Figures] = []
             seen = config.target_kl is not None or (measured and epoch == config.epochs)
             for minibatch in whole or self._prepared(list(drawn(batch, config.minibatch_size))):
-                norm, found = self._descend(minibatch, rate, clips, measured=seen)
+                norm, found = self._descend(networks, minibatch, rate, clips, measured=seen)
                 norms.append(norm)
                 figures.append(found)
             if config.target_kl is not None and figures[-1]["train/approx_kl"] > 1.5 * config.target_kl:
@@ -148,20 +148,22 @@ class PPO(Trainer):
 
     @torch.no_grad()
     @np.errstate(over="ignore", invalid="ignore")  # a gradient that is not finite takes no step
-    def _descend(self, batch: Minibatch, rate: float, clips: Clips, *, measured: bool) -> tuple[float, Figures]:
+    def _descend(
+        self, networks: BothWithPullback, batch: Minibatch, rate: float, clips: Clips, *, measured: bool
+    ) -> tuple[float, Figures]:
         """One update. Returns the gradient's norm and, if they are measured, the figures before it."""
-        parameters, values = self._set_gradient(batch, clips)
+        parameters, values = self._set_gradient(networks, batch, clips)
         figures = self._loss(parameters, values, batch, clips)[1] if measured else {}
         return self.optimizer.step(rate), figures
 
-    def _set_gradient(self, batch: Minibatch, clips: Clips) -> tuple[Tensor, Tensor]:
+    def _set_gradient(self, networks: BothWithPullback, batch: Minibatch, clips: Clips) -> tuple[Tensor, Tensor]:
         """Set the gradient of `_loss`, written out. Returns what the networks give for the minibatch.
 
         (Beyond e^60, where `token_ratios` stops, the slope goes on: not finite then, and no step is taken.)
         """
         config, distribution, seen = self.config, self.policy.distribution, batch.observations
         weights, returns = batch.weights.numpy(), batch.returns.numpy()
-        parameters, values, to_weights = self.networks(seen.numpy() if isinstance(seen, Tensor) else seen)
+        parameters, values, to_weights = networks(seen.numpy() if isinstance(seen, Tensor) else seen)
         if batch.action_masks is not None:  # what is forbidden gets a slope of 0
             parameters = np.where(batch.action_masks.numpy(), parameters, parameters.dtype.type(FORBIDDEN))
         logprobs, to_parameters = distribution.with_pullback(parameters, batch.actions.numpy())
