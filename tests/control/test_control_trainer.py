@@ -10,7 +10,8 @@ from gymnasium import spaces
 from pydantic import ValidationError
 from small_environments import Counting, Endless, Identity
 
-from taurl.control import ALGORITHMS, PPO, PPOConfig, load
+import taurl.control
+from taurl.control import ALGORITHMS, PPO, PPOConfig, evaluate_policy, load
 from taurl.control.algorithms.a2c import A2C
 from taurl.control.algorithms.dqn import DQN
 from taurl.control.algorithms.grpo import GRPO
@@ -62,6 +63,62 @@ def test_evaluations_are_as_often_as_asked_and_at_the_end(every, expected, tmp_p
     records = trainer.run.records()
     assert [record["step"] for record in records] == [64, 128, 192, 256]
     assert [record["step"] for record in records if "eval/mean_reward" in record] == expected
+
+
+@pytest.mark.parametrize("trainer_class", ONE_UPDATE, ids=ALGORITHMS)
+def test_the_last_record_ends_with_the_first_iteration_past_the_steps(trainer_class, tmp_path):
+    settings = {"steps": 330, "record_every": 256, "eval_episodes": 0, "environments": 4}
+    env = Identity if trainer_class is QLearning else lambda: Endless(limit=16)
+    config = trainer_class.config_class(out=tmp_path / "run", **{**settings, **ONE_UPDATE[trainer_class]})
+    trainer = trainer_class(env, config).train()
+    assert [record["step"] for record in trainer.run.records()] == [256, 384]  # 64 steps in an iteration
+
+
+class Breaking(Endless):
+    """Fails at its step 50."""
+
+    taken = 0
+
+    def step(self, action):
+        Breaking.taken += 1
+        if Breaking.taken == 4 * 49 + 1:
+            raise RuntimeError("the motor broke")
+        return super().step(action)
+
+
+def test_a_run_that_fails_leaves_its_policy_and_says_where_the_environment_failed(tmp_path, capsys):
+    trainer = PPO(Breaking, PPOConfig(out=tmp_path / "run", steps=1000, **SMALL))
+    line = Breaking.step.__code__.co_firstlineno + 3
+    with pytest.raises(RunError, match=rf"step 50 of 4 copies failed with .*motor broke.*{__file__}, line {line}"):
+        trainer.train()
+    assert trainer.run.step == 192
+    assert f"the policy so far is in {tmp_path / 'run' / 'final'}" in capsys.readouterr().err.replace("\n", "")
+    ours, left = trainer.policy.actor.state_dict(), load(tmp_path / "run").actor.state_dict()
+    assert all(ours[name].equal(left[name]) for name in ours)
+
+
+def test_an_evaluation_says_how_many_episodes_it_has_cut(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("taurl.control.trainer.LONGEST_OF_OTHERS", 12)
+
+    def make():
+        return Endless(limit=10**9)
+
+    PPO(make, PPOConfig(out=tmp_path / "run", steps=64, **SMALL)).train()
+    assert "4 of the evaluation's 4 episodes were cut after 12 steps" in capsys.readouterr().err.replace("\n", " ")
+    found = evaluate_policy(load(tmp_path / "run"), make, 3)
+    assert (found.lengths, found.cut) == ([12, 12, 12], 3)
+    assert evaluate_policy(load(tmp_path / "run"), lambda: Endless(limit=5), 3).cut == 0
+
+
+def test_what_python_users_get_wrong_is_named(tmp_path):
+    with pytest.raises(ValidationError, match="unknown setting stpes; did you mean steps"):
+        PPOConfig(stpes=3)
+    with pytest.raises(InputError, match=r"callbacks is .*print.*, expected a list of functions"):
+        PPO("CartPole-v1", PPOConfig(out=tmp_path / "run"), callbacks=print)
+    assert not (tmp_path / "run").exists()
+    assert {"PPO", "PPOConfig", "load", "evaluate_policy"} <= set(dir(taurl.control))
+    with pytest.raises(AttributeError, match="it has load, evaluate_policy, QLearning"):
+        taurl.control.SAC  # noqa: B018
 
 
 def test_evaluations_have_other_seeds_than_training(tmp_path):

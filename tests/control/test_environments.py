@@ -280,7 +280,7 @@ def test_an_environment_that_gives_something_else_is_named(given, problem):
 
     environments = Environments(Faulty, 2, seed=0)
     environments.reset()
-    with pytest.raises(RunError, match=rf"Faulty: step 1 failed with {problem}.*check_env"):
+    with pytest.raises(RunError, match=rf"Faulty: step 1 of 2 copies failed with {problem}.*check_env"):
         environments.step(np.zeros(2, dtype=np.int64))
 
 
@@ -339,7 +339,7 @@ def test_of_a_process_that_was_killed_one_error_is_said_and_the_others_are_ended
     environments = Environments(Killed, 2, seed=0, vectorization="async")
     environments.reset()
     processes = environments.vector.processes
-    with pytest.raises(RunError, match=r"step 1 failed with EOFError"):
+    with pytest.raises(RunError, match=r"step 1 of . copies failed with EOFError"):
         environments.step(np.array([0, 1]))
     environments.close()
     assert environments.vector.closed
@@ -400,7 +400,7 @@ def test_a_first_step_after_a_record_that_fails_has_moved_them_on():
     environments.reset()
     environments.step(np.zeros(2, dtype=np.int64))
     environments.take_episodes()
-    with pytest.raises(RunError, match="step 2 failed with OSError: lost"):
+    with pytest.raises(RunError, match=r"step 2 of . copies failed with OSError: lost"):
         environments.step(np.zeros(2, dtype=np.int64))
     environments.tensors()
     assert environments.unsaved == "a step that failed has moved it on"

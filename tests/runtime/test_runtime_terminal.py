@@ -6,7 +6,7 @@ import time
 import pytest
 from rich.console import Console
 
-from taurl.runtime.terminal import SAMPLE_CHARACTERS, SAMPLE_LINES, View, excerpt, minutes, number
+from taurl.runtime.terminal import SAMPLE_CHARACTERS, SAMPLE_LINES, View, duration, excerpt, minutes, number
 
 HEADLINE = {"reward": "reward", "length": "completions/mean_length"}
 
@@ -32,6 +32,20 @@ def test_number(value, expected):
 
 def test_minutes():
     assert [minutes(seconds) for seconds in (0, 59.7, 119.6, 61, 3600)] == ["0:00", "1:00", "2:00", "1:01", "60:00"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (724, "12 min 4 s"), (3600 * 3 + 1234, "3 h 20 min")]
+)
+def test_duration(seconds, expected):
+    assert duration(seconds) == expected
+
+
+def test_nothing_is_left_past_the_end():
+    view = View(100, {}, plain())
+    view.start(0)
+    view.record({"step": 130})
+    assert "step 130/100  left 0:00" in view.console.file.getvalue()
 
 
 def test_one_line_a_step_with_the_time_left():

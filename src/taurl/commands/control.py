@@ -57,6 +57,7 @@ def environment_of(words: Sequence[str]) -> str | None:
 def show(run: object) -> None:
     """The last evaluation, wall time, and where everything is."""
     from taurl.runtime.run import Run
+    from taurl.runtime.terminal import duration
 
     assert isinstance(run, Run)
     console = Console()
@@ -66,8 +67,12 @@ def show(run: object) -> None:
         mean, spread = figures(last["eval/mean_reward"], last["eval/std_reward"])
         episodes = run.config.model_dump()["eval_episodes"]
         console.print(f"return         {mean} ± {spread} over {episodes:,} episodes", highlight=False)
-    seconds = round(run.elapsed())
-    console.print(f"{run.step:,} steps in {seconds // 60} min {seconds % 60} s", highlight=False)
+        best = max(evaluations, key=lambda record: record["eval/mean_reward"])
+        if best["eval/mean_reward"] > last["eval/mean_reward"]:
+            mean, spread = figures(best["eval/mean_reward"], best["eval/std_reward"])
+            said = f"best           {mean} ± {spread} at step {best['step']:,}: {run.directory / 'best'}"
+            console.print(said, highlight=False, soft_wrap=True)
+    console.print(f"{run.step:,} steps in {duration(run.elapsed())}", highlight=False)
     console.print(f"run directory  {run.directory}", highlight=False, soft_wrap=True)
     console.print(f"policy         {run.directory / 'final'}", highlight=False, soft_wrap=True)
     console.print(f"report         {run.directory / 'report.html'}", highlight=False, soft_wrap=True)

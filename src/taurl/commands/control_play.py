@@ -39,6 +39,10 @@ def evaluate(words: Sequence[str]) -> int:
         deterministic=not config.sampled,
     )
     show_evaluation(found.returns, found.lengths)
+    if found.cut:
+        from taurl.control.evaluation import cut_short
+
+        Console(stderr=True).print(cut_short(found), style="yellow", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -103,8 +107,8 @@ def load(run: Path) -> tuple[Any, str]:
     env = policy.facts.get("env")
     if env is None:
         raise InputError(
-            f"{run}: its environment came from Python; there, with make the function that makes it, "
-            f"PPO.resume({str(run)!r}, env=make).evaluate(100) scores it (PPO or whatever trained it), and "
+            f"{run}: its environment came from Python; there, with make the function that makes it and policy = "
+            f"taurl.control.load({str(run)!r}), taurl.control.evaluate_policy(policy, make, 100) scores it, and "
             "taurl.control.playing.play(policy, make, ...) shows it"
         )
     return policy, env

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from taurl.runtime.run import Run
-from taurl.runtime.terminal import excerpt
+from taurl.runtime.terminal import duration, excerpt
 
 ANSWERS = 3
 
@@ -20,8 +20,7 @@ def show_summary(run: Run) -> None:
         console.print(scores(evaluations[0], evaluations[-1]))
         if samples := [sample for sample in run.samples() if sample["kind"] == "evaluation"]:
             console.print(answers(samples, evaluations[0]["step"], evaluations[-1]["step"]))
-    seconds = round(run.elapsed())
-    console.print(f"{run.step} steps in {seconds // 60} min {seconds % 60} s", highlight=False)
+    console.print(f"{run.step} steps in {duration(run.elapsed())}", highlight=False)
     console.print(f"run directory  {run.directory}", highlight=False, soft_wrap=True)
     console.print(f"model          {run.directory / 'final'}", highlight=False, soft_wrap=True)
     console.print(f"report         {run.directory / 'report.html'}", highlight=False, soft_wrap=True)

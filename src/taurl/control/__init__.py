@@ -1,4 +1,6 @@
-"""Reinforcement learning in gymnasium environments: `PPO("CartPole-v1").train()`; `load("runs/NAME")` gives a policy.
+"""Reinforcement learning in gymnasium environments: `PPO("CartPole-v1").train()`.
+
+`load("runs/NAME")` gives a policy, `evaluate_policy(policy, "CartPole-v1")` scores one.
 
 Algorithms and their configs are imported when first asked for, so that importing the wing costs nothing.
 """
@@ -15,13 +17,19 @@ ALGORITHMS = {
     "PPO": "ppo",
     "GRPO": "grpo",
 }
+OTHERS = {"load": "saved", "evaluate_policy": "trainer"}
+
+
+def __dir__() -> list[str]:
+    return [*OTHERS, *ALGORITHMS, *(f"{name}Config" for name in ALGORITHMS)]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        return importlib.import_module(f"{__name__}.saved").load
+    if name in OTHERS:
+        return getattr(importlib.import_module(f"{__name__}.{OTHERS[name]}"), name)
     config = name.removesuffix("Config")
     if config not in ALGORITHMS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has load, {', '.join(ALGORITHMS)}")
+        known = ", ".join([*OTHERS, *ALGORITHMS])
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {known}")
     module = ALGORITHMS[config] + ("_config" if name.endswith("Config") else "")
     return getattr(importlib.import_module(f"{__name__}.algorithms.{module}"), name)

@@ -9,6 +9,7 @@ whether it was an action at all.
 import copy
 import json
 import sys
+import traceback
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -150,8 +151,8 @@ class Environments:
     def _failed(self, where: str, error: Exception) -> RunError:
         """What to raise when the environment itself, or gymnasium over what it gave, fails."""
         return RunError(
-            f"{self.name}: {where} failed with {type(error).__name__}: {one_line(error)}; expected what "
-            "gymnasium.utils.env_checker.check_env finds no fault with"
+            f"{self.name}: {where} failed with {type(error).__name__}: {one_line(error)}{_place(error)}; mend the "
+            "environment (gymnasium.utils.env_checker.check_env finds many faults)"
         )
 
     def _own(self, observations: Any) -> Any:
@@ -175,7 +176,7 @@ class Environments:
             with torch.enable_grad():  # as wherever else it runs: it may differentiate something of its own
                 observations, rewards, terminated, truncated, infos = self.vector.step(actions)
         except Exception as error:
-            raise self._failed(f"step {self._steps}", error) from error
+            raise self._failed(f"step {self._steps} of {self.count} copies", error) from error
         if not self._copies:  # a vector class may go on in the same memory
             observations, rewards = self._own(observations), rewards.copy()
             terminated, truncated = terminated.copy(), truncated.copy()
@@ -322,6 +323,13 @@ class SingleEpisodes(Environments):
     def _count(self, rewards: Array, done: Array, only_reset: Array) -> None:
         playing = ~self.finished
         super()._count(rewards * playing, done & playing, only_reset | self.finished)
+
+
+def _place(error: Exception) -> str:
+    """Where in somebody's own code an error was raised, in words."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename != __file__ and "site-packages" not in frame.filename]
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
 
 
 def batched(observation: object) -> object:

@@ -29,13 +29,16 @@ def evaluation_seed(seed: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=EVALUATION_KEY).generate_state(1)[0])
 
 
-def with_limit(environment: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of an environment, with a limit to its episodes if it is named by an id and has none."""
+def with_limit(environment: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The arguments of an environment, with a limit to its episodes if it is named by an id and has none; and whether
+    it got one."""
     if not isinstance(environment, str) or (name := registered(environment)) not in gymnasium.registry:
-        return arguments
+        return arguments, False
     spec = gymnasium.spec(name)
     limited = spec.max_episode_steps is not None or spec.vector_entry_point is not None or is_atari(name)
-    return arguments if limited else {"max_episode_steps": LONGEST, **arguments}
+    if limited or "max_episode_steps" in arguments:
+        return arguments, False
+    return {"max_episode_steps": LONGEST, **arguments}, True
 
 
 class Acting(Protocol):
@@ -48,16 +51,25 @@ class Acting(Protocol):
 
 
 class Evaluation(NamedTuple):
-    """Undiscounted returns and lengths of the episodes."""
+    """Undiscounted returns and lengths of the episodes; and how many of them the evaluation itself has cut."""
 
     returns: list[float]
     lengths: list[int]
+    cut: int = 0
 
     def metrics(self) -> dict[str, float]:
         """Mean, standard deviation and percentiles of the return, and the mean length, by `eval/…` names."""
         found = {"eval/mean_reward": float(np.mean(self.returns)), "eval/std_reward": float(np.std(self.returns))}
         found |= {f"eval/reward_p{p}": float(np.percentile(self.returns, p)) for p in PERCENTILES}
         return found | {"eval/mean_ep_length": float(np.mean(self.lengths))}
+
+
+def cut_short(found: Evaluation) -> str:
+    """What to say where an evaluation has cut episodes."""
+    return (
+        f"{found.cut} of the evaluation's {len(found.lengths)} episodes were cut after {max(found.lengths):,} steps: "
+        "the environment sets no limit (max_episode_steps)"
+    )
 
 
 def require_episodes(episodes: int) -> None:

@@ -8,9 +8,11 @@ import importlib
 import inspect
 import multiprocessing.util
 import os
+import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -96,7 +98,8 @@ def named(environment: str) -> Iterator[None]:
         raise
     except Exception as error:  # each environment has its own for arguments that it does not take
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        hint = _hint(environment.rpartition(":")[2])
+        if hint := _hint(environment.rpartition(":")[2]):  # gymnasium's own has no version in it
+            text = re.sub(r"\.? ?Did you mean: `[^`]*`\?", "", text)
         raise InputError(f"env is {environment!r}: cannot be made: {text}{hint}") from error
 
 
@@ -181,6 +184,8 @@ def synchronous(makers: list[Callable[[], gymnasium.Env[Any, Any]]]) -> VectorEn
 
 
 def asynchronous(makers: list[Callable[[], gymnasium.Env[Any, Any]]]) -> VectorEnv[Any, Any, Any]:
+    # What fails in a process is raised here; gymnasium would print its traceback beside.
+    warnings.filterwarnings("ignore", r"(?s).*(Received the following error from Worker|Raising the last exception)")
     copied = [functools.partial(_made_copied, maker) for maker in makers]
     return InProcesses(copied, autoreset_mode=AutoresetMode.SAME_STEP)
 

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -11,10 +12,12 @@ import torch
 
 from taurl.control.environments import Environments
 from taurl.control.evaluation import (
+    LONGEST,
     LONGEST_OF_OTHERS,
     Acting,
     Evaluation,
     copies_for,
+    cut_short,
     evaluate,
     evaluation_seed,
     require_episodes,
@@ -29,7 +32,7 @@ from taurl.control.updates import FlatAdam
 from taurl.runtime.config import read_config
 from taurl.runtime.directory import require_algorithm, write_folder
 from taurl.runtime.errors import InputError, one_line
-from taurl.runtime.given import own_config, require_given_again, with_changes
+from taurl.runtime.given import own_callbacks, own_config, require_given_again, with_changes
 from taurl.runtime.machine import peak_memory_gb, set_threads
 from taurl.runtime.run import GIVEN, Callback, Record, Run, Stateful, Step
 from taurl.runtime.seeding import seed_everything
@@ -119,7 +122,7 @@ class Trainer(ABC):
 
     def _begin(self, run: Run, env: EnvironmentLike | None, callbacks: Sequence[Callback]) -> None:
         assert isinstance(run.config, self.config_class)
-        self.run, self.config, run.callbacks = run, run.config, callbacks
+        self.run, self.config, run.callbacks = run, run.config, own_callbacks(callbacks)
         environment = env if env is not None else self.config.env
         if environment is None:
             raise InputError("no environment given: name one with env (for example CartPole-v1)")
@@ -164,12 +167,22 @@ class Trainer(ABC):
         try:
             for _ in self.steps():
                 pass
+        except BaseException:
+            self._leave_policy()
+            raise
         finally:
             self.environments.close()
         write_folder(self.run.directory / "final", self.save)
         if self.config.video:
             self._record()
         return self
+
+    def _leave_policy(self) -> None:
+        """Where a run was interrupted or has failed: its policy as it stands, to be evaluated and watched."""
+        if self.run.step:
+            with suppress(Exception):  # what ended the run is what to tell
+                write_folder(self.run.directory / "final", self.save)
+                self.run.view.note(f"the policy so far is in {self.run.directory / 'final'}")
 
     def _record(self) -> None:
         """Leave a GIF of the policy for the report, where the environment can draw; a failure is only said."""
@@ -199,14 +212,16 @@ class Trainer(ABC):
                 "its episodes begin anew after such a checkpoint, and what it keeps between them is lost on resume"
             )
 
-    def iterations(self, steps: int) -> int:
-        """How many iterations of so many environment steps go into one record."""
-        return max(1, -(-self.config.record_every // steps))
+    def records(self, size: int) -> Iterator[tuple[Step, int]]:
+        """The records still to come, and of how many iterations of `size` environment steps each is made."""
+        width = size * max(1, -(-self.config.record_every // size))
+        for step in self.run.steps(width, unit=size):
+            yield step, (step.number - self.run.step) // size
 
     def evaluate(self, episodes: int | None = None, *, deterministic: bool = True) -> Evaluation:
         """Play whole episodes in environments of their own."""
         try:
-            return evaluate_policy(
+            found = evaluate_policy(
                 self.policy,
                 self.environment,
                 self.config.eval_episodes if episodes is None else episodes,
@@ -215,6 +230,9 @@ class Trainer(ABC):
                 vectorization=self.config.vectorization,
                 deterministic=deterministic,
             )
+            if found.cut:
+                self.run.view.note(cut_short(found))
+            return found
         finally:
             if isinstance(self.environment, gymnasium.Env):  # the only one there is: evaluation has moved it on
                 self.environments.begin_anew()
@@ -286,17 +304,28 @@ class Trainer(ABC):
 def evaluate_policy(
     policy: Acting,
     environment: EnvironmentLike,
-    episodes: int,
+    episodes: int = 100,
     *,
-    seed: int,
-    arguments: dict[str, Any],
+    seed: int = 0,
+    arguments: dict[str, Any] | None = None,
     vectorization: str = "auto",
     deterministic: bool = True,
 ) -> Evaluation:
-    """Play whole episodes in new environments, several at once, and close them; in the one object, if one was given."""
+    """Play whole episodes in new environments, several at once, and close them; in the one object, if one was given.
+
+    Args:
+        policy: what `load` gives, or anything with its `act`.
+        environment: an id, a function that makes one, or an environment.
+        seed: of the environments.
+        arguments: of an id.
+        vectorization: see `EnvironmentSettings`.
+        deterministic: the most likely actions; False draws them.
+    Returns: returns and lengths of the episodes, and of how many the end was a bound set here: 10,000 steps where an id
+        has none of its own, 100,000 where the environment came otherwise. `metrics()` has their means.
+    """
     require_episodes(episodes)
     copies = 1 if isinstance(environment, gymnasium.Env) else copies_for(episodes)
-    arguments = with_limit(environment, arguments)
+    arguments, limited = with_limit(environment, arguments or {})
     environments = Environments(
         environment,
         copies,
@@ -308,6 +337,8 @@ def evaluate_policy(
     )
     try:
         longest = None if isinstance(environment, str) else LONGEST_OF_OTHERS
-        return evaluate(policy, environments, episodes, deterministic=deterministic, longest=longest)
+        found = evaluate(policy, environments, episodes, deterministic=deterministic, longest=longest)
+        bound = LONGEST if limited else longest
+        return found if bound is None else found._replace(cut=sum(length >= bound for length in found.lengths))
     finally:
         environments.close()

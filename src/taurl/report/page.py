@@ -14,6 +14,7 @@ from taurl.report.charts import MAXIMUM_POINTS, Section, sections
 from taurl.report.read import RunRecord, read_run
 from taurl.runtime.errors import RunError
 from taurl.runtime.metrics import finite
+from taurl.runtime.terminal import duration
 
 PAIRS_SHOWN = 3  # answers before and after that are open from the start
 NAME = "report.html"
@@ -197,10 +198,7 @@ def _wall_time(run: RunRecord) -> Tile | None:
     points = run.points("seconds")
     if not points:
         return None
-    seconds = round(max(value for _, value in points))
-    hours, minutes = seconds // 3600, seconds // 60 % 60
-    parts = [f"{hours} h"] * (hours > 0) + [f"{minutes} min"] * (seconds >= 60) + [f"{seconds % 60} s"] * (hours == 0)
-    return Tile("Wall time", " ".join(parts), "all parts of the run")
+    return Tile("Wall time", duration(max(value for _, value in points)), "all parts of the run")
 
 
 def _peak_memory(run: RunRecord) -> Tile | None:

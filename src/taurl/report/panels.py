@@ -39,6 +39,7 @@ OPTIMISATION = (
     Panel("Optimisation", "Learning rate", ("learning_rate",)),
     Panel("Optimisation", "Gradient norm", ("grad_norm",), "Before clipping."),
     Panel("Optimisation", "Loss", ("loss",)),
+    Panel("Optimisation", "Updates not taken", ("updates_skipped",), "Their gradient was not finite."),
 )
 NO_VARIANCE = "got the same reward: nothing is learned from them."
 

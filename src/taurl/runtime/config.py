@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.config import JsonDict
 
 from taurl.runtime.errors import InputError, reason
@@ -21,6 +21,14 @@ class Settings(BaseModel):
     """A group of settings: unknown names are refused, and a field's docstring is its help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _are_known(cls, values: Any) -> Any:
+        for name in values if isinstance(values, dict) else ():
+            if name not in cls.model_fields:
+                raise ValueError(f"unknown setting {name}{did_you_mean(str(name), cls.model_fields)}")
+        return values
 
 
 class ThreadSettings(Settings):
@@ -76,7 +84,7 @@ class RunConfig(ThreadSettings):
     @property
     def spread_over_steps(self) -> str | None:
         """What depends on the number of steps from the first one on, so that it cannot be changed; None: nothing."""
-        return None if self.schedule == "constant" else f"the {self.schedule} schedule"
+        return None if self.schedule == "constant" else f"schedule {self.schedule}"
 
     def to_yaml(self) -> str:
         """The settings as YAML that `read_yaml` and `validated` take back."""

@@ -51,8 +51,9 @@ def refuse_other_past(directory: Path, stored: RunConfig, config: RunConfig) -> 
         raise InputError(f"{directory}: a resumed run stays where it is, but out is {config.out}; leave it out")
     if config.steps != stored.steps and (spread := config.spread_over_steps):
         raise InputError(
-            f"{directory}: steps was {stored.steps} and cannot become {config.steps}: {spread} spreads over all steps, "
-            "so those already taken would have been others; start a new run"
+            f"{directory}: steps was {stored.steps} and cannot become {config.steps}: what spreads over all steps "
+            f"({spread}) would have made those already taken others; start a new run (one without it can be given more "
+            "steps later)"
         )
 
 

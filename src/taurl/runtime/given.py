@@ -1,6 +1,6 @@
 """What a run was given from Python: configs, changed settings, and objects, which are asked for again on resume."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from taurl.runtime.config import RunConfig, validated
@@ -16,6 +16,13 @@ def own_config(config: object, kind: type[Config]) -> Config:
         found, expected = (f"{one.__module__}.{one.__qualname__}" for one in (type(config), kind))
         raise InputError(f"config is a {found}, expected a {expected}")
     return config
+
+
+def own_callbacks(callbacks: object) -> Any:
+    """The functions to call with each record. Raises: InputError for one that is no list of them."""
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise InputError(f"callbacks is {callbacks!r}, expected a list of functions of a record")
+    return callbacks
 
 
 def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -238,19 +238,21 @@ class Run:
         """Note that the state is the one after `self.step` steps."""
         self._whole = random_states(), self._changes()
 
-    def steps(self, width: int = 1) -> "Iterator[Step]":
+    def steps(self, width: int = 1, unit: int = 1) -> "Iterator[Step]":
         """The steps still to do. SIGINT and SIGTERM let the step finish, save, and raise Interrupted.
 
         Args:
             width: what one counts: 1 for optimisation steps; where `config.steps` are environment steps, as many as
-                are taken before the next record. The last one may end past `config.steps`.
+                are taken before the next record.
+            unit: environment steps of an iteration; the last step ends with the first one at or past `config.steps`.
         """
         self.__enter__()
         try:
             while self.step < self.config.steps:
                 self._stop_if_interrupted()
                 self._mark()
-                yield Step(self, self.step + width)
+                left = -(-(self.config.steps - self.step) // unit) * unit
+                yield Step(self, self.step + min(width, left))
             self._stop_if_interrupted()
         finally:
             self.close()

@@ -37,6 +37,14 @@ def minutes(seconds: float) -> str:
     return f"{whole // 60}:{whole % 60:02d}"
 
 
+def duration(seconds: float) -> str:
+    """A wall time in words: 45 s, 12 min 4 s, 3 h 20 min."""
+    whole = round(seconds)
+    hours, spare = divmod(whole // 60, 60)
+    parts = [f"{hours} h"] * (hours > 0) + [f"{spare} min"] * (whole >= 60) + [f"{whole % 60} s"] * (hours == 0)
+    return " ".join(parts)
+
+
 def excerpt(text: str) -> str:
     """The start and the end of a text, in a few lines, with nothing in it that a terminal would obey."""
     text = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text.strip())
@@ -133,7 +141,7 @@ class View:
         held_out = "  ".join(f"{key} {number(record[key])}" for key in record if is_score(key))
         parts = [f"step {step:,}/{self.total:,}", figures, held_out]
         if step > self.first_step:
-            left = (time.monotonic() - self.started) / (step - self.first_step) * (self.total - step)
+            left = (time.monotonic() - self.started) / (step - self.first_step) * max(0, self.total - step)
             parts.append(f"left {minutes(left)}")
         return "  ".join(part for part in parts if part)
 

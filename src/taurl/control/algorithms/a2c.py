@@ -39,9 +39,8 @@ class A2C(Trainer):
     def steps(self) -> Iterator[Record]:
         config = self.config
         steps = config.rollout_steps * config.environments
-        iterations = self.iterations(steps)
         with self.begin():
-            for step in self.run.steps(width=steps * iterations):
+            for step, iterations in self.records(steps):
                 found: list[dict[str, Tensor]] = []
                 norms: list[float] = []
                 for iteration in range(1, iterations + 1):

@@ -58,9 +58,8 @@ class DQN(Trainer):
 
     def steps(self) -> Iterator[Record]:
         config = self.config
-        iterations = self.iterations(config.train_every)
         with self.begin():
-            for step in self.run.steps(width=config.train_every * iterations):
+            for step, iterations in self.records(config.train_every):
                 figures: list[Record] = []
                 for iteration in range(iterations):
                     taken = self.run.step + iteration * config.train_every

@@ -63,8 +63,8 @@ class GRPO(Trainer):
         config = self.config
         with self.begin():
             for step in self.run.steps():
-                taken = 0
-                while taken < config.record_every:
+                taken, wanted = 0, min(config.record_every, config.steps - self.run.step)
+                while taken < wanted:
                     with step.phase("rollout", "acting"):
                         rollout = self._play(self.run.step + taken)
                     # Those count too that a copy is stepped on with while it waits for the longest episode.

@@ -59,7 +59,8 @@ class PPOConfig(NetworkSettings, ControlConfig):
 
     @property
     def spread_over_steps(self) -> str | None:
-        return super().spread_over_steps or ("anneal_clip" if self.anneal_clip else None)
+        spread = [super().spread_over_steps, "anneal_clip" if self.anneal_clip else None]
+        return " and ".join(filter(None, spread)) or None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

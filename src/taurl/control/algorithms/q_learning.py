@@ -50,9 +50,8 @@ class QLearning(Trainer):
 
     def steps(self) -> Iterator[Record]:
         config, count = self.config, self.environments.count
-        iterations = self.iterations(count)
         with self.begin():
-            for step in self.run.steps(width=count * iterations):
+            for step, iterations in self.records(count):
                 errors = torch.zeros(iterations, dtype=torch.float64)
                 with step.phase("learning", "acting and learning"):
                     self._take_up()

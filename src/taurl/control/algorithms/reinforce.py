@@ -86,8 +86,8 @@ class REINFORCE(Trainer):
         config = self.config
         with self.begin():
             for step in self.run.steps():
-                taken = 0
-                while taken < config.record_every:
+                taken, wanted = 0, min(config.record_every, config.steps - self.run.step)
+                while taken < wanted:
                     with step.phase("rollout", "acting"):
                         rollout = self.collector.collect_episodes(
                             self.policy.actor, self.critic, longest=config.max_episode_steps

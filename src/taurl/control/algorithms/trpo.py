@@ -71,9 +71,8 @@ class TRPO(Trainer):
     def steps(self) -> Iterator[Record]:
         config = self.config
         steps = config.rollout_steps * config.environments
-        iterations = self.iterations(steps)
         with self.begin():
-            for step in self.run.steps(width=steps * iterations):
+            for step, iterations in self.records(steps):
                 for iteration in range(1, iterations + 1):
                     with step.phase("rollout", "acting"):
                         rollout = self.collector.collect(self.policy.actor, self.critic, config.rollout_steps)

@@ -24,7 +24,7 @@ from taurl.llm.scoring.likelihood import shares_prompts
 from taurl.runtime.config import TrainingConfig, read_config
 from taurl.runtime.directory import require_algorithm, write_folder
 from taurl.runtime.errors import InputError
-from taurl.runtime.given import own_config, require_given_again, with_changes
+from taurl.runtime.given import own_callbacks, own_config, require_given_again, with_changes
 from taurl.runtime.machine import out_of_memory_names, peak_memory_gb
 from taurl.runtime.optimization import Optimizer
 from taurl.runtime.run import GIVEN, Callback, Record, Run, Stateful, Step
@@ -102,7 +102,7 @@ class Trainer(ABC):
         return trainer
 
     def _begin(self, run: Run, objects: dict[str, Any], callbacks: Sequence[Callback]) -> None:
-        self.run, self.config, run.callbacks, self._objects = run, run.config, callbacks, objects
+        self.run, self.config, run.callbacks, self._objects = run, run.config, own_callbacks(callbacks), objects
         self.latest: Record = {}
         model = self.given("model")
         if model is None:
