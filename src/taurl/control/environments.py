@@ -9,10 +9,12 @@ whether it was an action at all.
 import copy
 import json
 import sys
+import sysconfig
 import traceback
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -136,7 +138,8 @@ class Environments:
         if seeds is None and self._steps:
             given = int(np.random.SeedSequence([self.seed, self._steps]).generate_state(1)[0])
         try:
-            observations, infos = self.vector.reset(seed=given)
+            with torch.enable_grad():
+                observations, infos = self.vector.reset(seed=given)
         except Exception as error:
             raise self._failed("reset", error) from error
         self._observations = self._own(observations)
@@ -326,9 +329,14 @@ class SingleEpisodes(Environments):
 
 
 def _place(error: Exception) -> str:
-    """Where in somebody's own code an error was raised, in words."""
+    """Where in somebody's own code an error was raised, in words; nothing where none of it is known."""
+    others = (
+        *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")),
+        str(Path(__file__).parents[1]),
+        "<",
+    )
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename != __file__ and "site-packages" not in frame.filename]
+    own = [frame for frame in frames if not frame.filename.startswith(others)]
     return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
 
 

@@ -12,7 +12,6 @@ import re
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -184,8 +183,6 @@ def synchronous(makers: list[Callable[[], gymnasium.Env[Any, Any]]]) -> VectorEn
 
 
 def asynchronous(makers: list[Callable[[], gymnasium.Env[Any, Any]]]) -> VectorEnv[Any, Any, Any]:
-    # What fails in a process is raised here; gymnasium would print its traceback beside.
-    warnings.filterwarnings("ignore", r"(?s).*(Received the following error from Worker|Raising the last exception)")
     copied = [functools.partial(_made_copied, maker) for maker in makers]
     return InProcesses(copied, autoreset_mode=AutoresetMode.SAME_STEP)
 

@@ -57,7 +57,7 @@ class ControlConfig(RunConfig, EnvironmentSettings):
     """CPU threads. Networks this small lose more by waiting for a second one than it does for them."""
     steps: int = Field(100_000, ge=1, json_schema_extra=FREE)
     """Environment steps in all, over all copies; the run ends with the first iteration at or past them. A finished run
-    may be resumed with more unless its schedule, or its clip (anneal_clip), falls over all steps."""
+    may be resumed with more unless its schedule spreads over all of them."""
     save_every: int = Field(0, ge=0, json_schema_extra=FREE)
     """Environment steps between checkpoints; 0 saves at the end and when interrupted."""
     record_every: int = Field(2048, ge=1)

@@ -29,7 +29,7 @@ from taurl.control.saved import load
 from taurl.control.settings import ControlConfig
 from taurl.control.spaces import has_images
 from taurl.control.updates import FlatAdam
-from taurl.runtime.config import read_config
+from taurl.runtime.config import did_you_mean, read_config
 from taurl.runtime.directory import require_algorithm, write_folder
 from taurl.runtime.errors import InputError, one_line
 from taurl.runtime.given import own_callbacks, own_config, require_given_again, with_changes
@@ -102,8 +102,9 @@ class Trainer(ABC):
             changes: settings that change, by name (`steps=200_000`).
         Raises: InputError for a change that would alter steps already taken.
         """
-        if unknown := changes.keys() - cls.config_class.model_fields:
-            raise TypeError(f"resume() got {', '.join(map(repr, sorted(unknown)))}, expected env or settings")
+        if unknown := sorted(changes.keys() - cls.config_class.model_fields):
+            near = did_you_mean(unknown[0], cls.config_class.model_fields)
+            raise TypeError(f"resume() got {', '.join(map(repr, unknown))}, expected env or settings{near}")
         require_algorithm(Path(directory), cls.algorithm)
         config = own_config(config or read_config(Path(directory), cls.config_class), cls.config_class)
         config = cls._with_copies(with_changes(config, changes), env)
@@ -164,11 +165,13 @@ class Trainer(ABC):
 
     def train(self) -> Self:
         """Run all steps that are left, and write the policy to `final/`."""
+        before = self.run.step
         try:
             for _ in self.steps():
                 pass
         except BaseException:
-            self._leave_policy()
+            if self.run.step > before:
+                self._leave_policy()
             raise
         finally:
             self.environments.close()
@@ -179,10 +182,9 @@ class Trainer(ABC):
 
     def _leave_policy(self) -> None:
         """Where a run was interrupted or has failed: its policy as it stands, to be evaluated and watched."""
-        if self.run.step:
-            with suppress(Exception):  # what ended the run is what to tell
-                write_folder(self.run.directory / "final", self.save)
-                self.run.view.note(f"the policy so far is in {self.run.directory / 'final'}")
+        with suppress(Exception):  # what ended the run is what to tell
+            write_folder(self.run.directory / "final", self.save)
+            self.run.view.note(f"the policy so far is in {self.run.directory / 'final'}")
 
     def _record(self) -> None:
         """Leave a GIF of the policy for the report, where the environment can draw; a failure is only said."""
@@ -306,7 +308,7 @@ def evaluate_policy(
     environment: EnvironmentLike,
     episodes: int = 100,
     *,
-    seed: int = 0,
+    seed: int = 10_000,
     arguments: dict[str, Any] | None = None,
     vectorization: str = "auto",
     deterministic: bool = True,
@@ -316,7 +318,7 @@ def evaluate_policy(
     Args:
         policy: what `load` gives, or anything with its `act`.
         environment: an id, a function that makes one, or an environment.
-        seed: of the environments.
+        seed: of the environments; by default that of `taurl control evaluate`, far from those that runs train with.
         arguments: of an id.
         vectorization: see `EnvironmentSettings`.
         deterministic: the most likely actions; False draws them.
