@@ -325,7 +325,9 @@ def test_settings_that_leave_the_past_alone_may_change(tmp_path):
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_more_steps_under_a_schedule_that_spreads_over_them(tmp_path, schedule):
     new(tmp_path / "run", steps=2, schedule=schedule).train()
-    with pytest.raises(InputError, match=f"steps was 2 and cannot become 3: the {schedule} schedule spreads"):
+    with pytest.raises(
+        InputError, match=rf"steps was 2 and cannot become 3: what spreads over all steps \(schedule {schedule}\)"
+    ):
         resumed(tmp_path / "run", steps=3)
 
 

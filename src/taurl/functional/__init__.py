@@ -1,4 +1,4 @@
-"""The mathematics: pure functions of tensors (`slopes`: of arrays), torch only, no state, no input or output.
+"""The mathematics: pure functions of tensors (`slopes`: of arrays too), torch only, no state, no input or output.
 
 One subject a file:
 

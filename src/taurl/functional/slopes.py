@@ -1,18 +1,15 @@
 """Slopes of losses, for those who go down them without automatic differentiation.
 
 For a few dozen numbers a row, recording what is done and going back through it costs several times what is done, and an
-operator of torch several times one of numpy: these are functions of arrays. The tests hold each slope against automatic
-differentiation of the loss it belongs to.
+operator of torch several times one of numpy: these are functions of tensors or of numpy's arrays, alike. The tests hold
+each slope against automatic differentiation of the loss it belongs to.
 """
 
 from typing import Any
 
-import numpy as np
-
 from taurl.functional._inputs import require_same_shape
-from taurl.functional.importance import LARGEST_LOG_RATIO
 
-Array = np.ndarray[Any, Any]
+Array = Any  # a tensor, or an array of numpy
 
 
 def huber_value_slope(values: Array, targets: Array, *, threshold: float = 1.0) -> Array:
@@ -28,8 +25,7 @@ def huber_value_slope(values: Array, targets: Array, *, threshold: float = 1.0) 
     require_same_shape(values=values, targets=targets)
     if not threshold > 0:
         raise ValueError(f"threshold is {threshold}, expected a positive number")
-    slopes: Array = np.minimum(np.maximum(values - targets, -threshold), threshold)
-    return slopes
+    return (values - targets).clip(-threshold, threshold)
 
 
 def clipped_value_slope(values: Array, old_values: Array, targets: Array, *, clip: float) -> Array:
@@ -44,21 +40,16 @@ def clipped_value_slope(values: Array, old_values: Array, targets: Array, *, cli
     if not clip >= 0:
         raise ValueError(f"clip is {clip}, expected at least 0")
     require_same_shape(values=values, old_values=old_values, targets=targets)
-    near = np.minimum(np.maximum(values, old_values - clip), old_values + clip)
-    errors = values - targets
-    slopes: Array = errors * (np.abs(errors) >= np.abs(near - targets))
-    return slopes
+    near = values.clip(old_values - clip, old_values + clip)
+    slopes = values - targets
+    return slopes * (abs(slopes) >= abs(near - targets))
 
 
-def clipped_surrogate_slope(
-    logprobs: Array, old_logprobs: Array, advantages: Array, *, clip_low: float, clip_high: float
-) -> Array:
+def clipped_surrogate_slope(ratios: Array, advantages: Array, *, clip_low: float, clip_high: float) -> Array:
     """The derivative of `surrogates.clipped_surrogate` with respect to log π: −ρ·A, or 0 where the clip is active.
 
     Args:
-        logprobs, old_logprobs: float, log π and log π_old of the same actions: ρ = π / π_old. As in
-            `importance.token_ratios` log ρ stops at LARGEST_LOG_RATIO; the slope goes on.
-        advantages: float, of the same shape.
+        ratios, advantages: float, of one shape.
         clip_low, clip_high: ε_low and ε_high, ≥ 0.
     Returns: slope, the same shape.
     Raises: ValueError if shapes differ or a bound is negative.
@@ -66,8 +57,6 @@ def clipped_surrogate_slope(
     """
     if not (clip_low >= 0 and clip_high >= 0):
         raise ValueError(f"clip_low is {clip_low} and clip_high {clip_high}, expected at least 0")
-    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    ratios = np.exp(np.minimum(logprobs - old_logprobs, LARGEST_LOG_RATIO))
+    require_same_shape(ratios=ratios, advantages=advantages)
     gains = ratios * advantages
-    slopes: Array = -gains * (gains <= np.minimum(np.maximum(ratios, 1 - clip_low), 1 + clip_high) * advantages)
-    return slopes
+    return -gains * (gains <= ratios.clip(1 - clip_low, 1 + clip_high) * advantages)

@@ -24,7 +24,7 @@ from taurl.control.rollouts import Collector, Rollout
 from taurl.control.trainer import Trainer
 from taurl.control.updates import Figures, FlatAdam
 from taurl.functional.aggregation import row_weights, weighted_sum
-from taurl.functional.importance import token_ratios
+from taurl.functional.importance import LARGEST_LOG_RATIO, token_ratios
 from taurl.functional.kl import k3
 from taurl.functional.slopes import clipped_surrogate_slope, clipped_value_slope
 from taurl.functional.surrogates import clipped_surrogate, kl_penalized
@@ -166,9 +166,8 @@ class PPO(Trainer):
         if batch.action_masks is not None:  # what is forbidden gets a slope of 0
             parameters = np.where(batch.action_masks.numpy(), parameters, parameters.dtype.type(FORBIDDEN))
         logprobs, to_parameters = distribution.with_pullback(parameters, batch.actions.numpy())
-        slopes = clipped_surrogate_slope(
-            logprobs, batch.logprobs.numpy(), batch.advantages.numpy(), clip_low=clips.ratio, clip_high=clips.ratio
-        )
+        ratios = np.exp(np.minimum(logprobs - batch.logprobs.numpy(), LARGEST_LOG_RATIO))
+        slopes = clipped_surrogate_slope(ratios, batch.advantages.numpy(), clip_low=clips.ratio, clip_high=clips.ratio)
         entropy_slopes = weights * -config.entropy_coefficient if config.entropy_coefficient else None
         gradient = to_parameters(slopes * weights, entropy_slopes)
         if self.penalty:
