@@ -72,13 +72,10 @@ def whiten_rows(values: Tensor, mask: Tensor, *, epsilon: float = 1e-4) -> Tenso
     Returns: whitened values [M, N], 0 where masked, detached; float32, or float64 for float64.
     Raises: ValueError as `whiten` does, or if the values are not [M, N].
     """
-    require_positive(epsilon=epsilon)
     if values.dim() != 2:
         raise ValueError(f"values are {list(values.shape)}, expected [M, N]")
     counts = _mask_for(values, mask)
-    mean, std = _row_statistics(values.detach(), counts)
-    whitened = (values.detach().double() - mean) / (std + epsilon)
-    return with_precision_of(values, torch.where(counts, whitened, 0.0))
+    return whiten(values, counts, statistics=_row_statistics(values.detach(), counts), epsilon=epsilon)
 
 
 def whiten_groups(values: Tensor, mask: Tensor, *, group_size: int, epsilon: float = 1e-4) -> Tensor:
