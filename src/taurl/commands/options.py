@@ -100,7 +100,7 @@ def parse(
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise InputError(f"{one_line(stop, config, errors.getvalue())}; see {prog} --help") from stop
+        raise InputError(f"{one_line(stop, errors.getvalue())}; see {prog} --help") from stop
 
 
 @contextlib.contextmanager
@@ -116,12 +116,12 @@ def wide_unless_help(words: Sequence[str]) -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-def one_line(stop: BaseException, config: type[BaseModel], box: str) -> str:
+def one_line(stop: BaseException, box: str) -> str:
     """What a rejection says: the validation error behind it, or else the text of tyro's box without its frame."""
     cause: BaseException | None = stop
     while cause is not None:
         if isinstance(cause, ValidationError):
-            return describe(cause, config)
+            return describe(cause)
         cause = cause.__context__
     kept = []
     # The first line is the title. The frame is of lines, or of blanks and dashes where the output is not UTF-8.

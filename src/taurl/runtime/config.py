@@ -139,7 +139,7 @@ def validated(config: type[Config], values: dict[str, Any], *, source: str) -> C
     try:
         return config(**values)
     except ValidationError as error:
-        raise InputError(f"{source}: {describe(error, config)}") from error
+        raise InputError(f"{source}: {describe(error)}") from error
 
 
 def read_config(directory: Path, config: type[Config]) -> Config:
@@ -158,12 +158,10 @@ def free_on_resume(config: type[BaseModel], name: str) -> bool:
     return isinstance(extra, dict) and bool(extra.get("free_on_resume"))
 
 
-def describe(error: ValidationError, config: type[BaseModel]) -> str:
+def describe(error: ValidationError) -> str:
     """The first problem of a validation error, in one line."""
     problem = error.errors(include_url=False)[0]
     name, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        return f"unknown setting {name}{did_you_mean(name, config.model_fields)}"
     # Settings that do not fit together, or one that is missing: the input is then all of them.
     if isinstance(problem["input"], dict) and (not name or problem["type"] == "missing"):
         return f"{name}: {message}" if name else message

@@ -33,7 +33,7 @@ class RewardNote(ConversationSettings):
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             return cls(**values)
         except ValidationError as error:
-            raise InputError(f"{path}: {describe(error, cls)}") from error
+            raise InputError(f"{path}: {describe(error)}") from error
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path}: cannot be read ({reason(error)})") from error
 
