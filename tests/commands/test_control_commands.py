@@ -67,8 +67,9 @@ def test_evaluating_prints_the_spread(run, capsys, folder):
         rf"least, most    {number}, {number}",
         rf"length         {number}",
         r"episodes       12",
+        r"policy         after 32 steps",
     ]
-    assert len(lines) == 5
+    assert len(lines) == 6
     for line, pattern in zip(lines, expected, strict=True):
         assert re.fullmatch(pattern, line)
 

@@ -96,6 +96,7 @@ def test_a_run_that_fails_leaves_its_policy_and_says_where_the_environment_faile
     assert f"the policy so far is in {tmp_path / 'run' / 'final'}" in capsys.readouterr().err.replace("\n", "")
     ours, left = trainer.policy.actor.state_dict(), load(tmp_path / "run").actor.state_dict()
     assert all(ours[name].equal(left[name]) for name in ours)
+    assert load(tmp_path / "run").facts["steps"] == 192
 
 
 def test_an_evaluation_says_how_many_episodes_it_has_cut(tmp_path, monkeypatch, capsys):

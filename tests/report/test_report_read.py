@@ -67,6 +67,17 @@ def test_pairs_that_are_given_are_no_samples(make_run: MakeRun, rewards: str, gi
     assert sum("samples.jsonl is missing" in notice for notice in run.notices) == missed
 
 
+def test_a_run_that_ended_early_says_why_and_is_not_finished(make_run: MakeRun):
+    """Though its last step is there, and a result: its last callback had failed."""
+    reason = "ZeroDivisionError: division by zero"
+    run = make_run(environment_json=json.dumps({"algorithm": "ppo", "ended": reason}))
+    (run / "final").mkdir(exist_ok=True)
+    found = read_run(run)
+    assert not found.finished
+    assert found.notices == [f"The run ended early: {reason}"]
+    assert found.environment == {"algorithm": "ppo"}
+
+
 @pytest.mark.parametrize(("patience", "finished"), [(0, False), (2, True), (3, False)])
 def test_a_run_out_of_patience_is_finished(make_run: MakeRun, patience: int, finished: bool):
     """The lowest loss after the first step is that of step 2."""

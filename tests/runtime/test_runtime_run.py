@@ -14,6 +14,7 @@ from counting_algorithm import CountingConfig, new, resumed, without_times
 
 from taurl.runtime.checkpoints import checkpoint_steps, load_checkpoint
 from taurl.runtime.config import validated
+from taurl.runtime.directory import read_environment
 from taurl.runtime.errors import InputError, Interrupted, RunError
 from taurl.runtime.metrics import read_lines
 from taurl.runtime.run import Run
@@ -150,7 +151,9 @@ def test_a_callback_that_fails_loses_nothing_finished(tmp_path):
     with pytest.raises(Broken):
         trainer.train()
     assert checkpoint_steps(tmp_path / "run" / "checkpoints") == [3]
+    assert read_environment(tmp_path / "run")["ended"] == "Broken"
     resumed(tmp_path / "run").train()
+    assert "ended" not in read_environment(tmp_path / "run")
     assert_same_end(tmp_path / "run", tmp_path / "whole", 5)
 
 
@@ -205,6 +208,7 @@ def test_a_loop_that_is_left_can_be_taken_up_again(tmp_path):
     for record in trainer.steps():
         if record["step"] == 2:
             break
+    assert "ended" not in read_environment(tmp_path / "run")
     trainer.train()
     assert_same_end(tmp_path / "run", tmp_path / "whole", 5)
 
@@ -214,8 +218,10 @@ def test_a_run_that_was_interrupted_is_taken_up_again_from_python(tmp_path):
     trainer.run.callbacks = [lambda record: record["step"] == 2 and os.kill(os.getpid(), signal.SIGTERM)]
     with pytest.raises(Interrupted):
         trainer.train()
+    assert read_environment(tmp_path / "run")["ended"].startswith("SIGTERM: stopped after step 2 of 4")
     trainer.train()
     assert trainer.run.step == 4
+    assert "ended" not in read_environment(tmp_path / "run")
 
 
 @pytest.mark.parametrize("save_every", [0, 1, 2])

@@ -39,6 +39,8 @@ def evaluate(words: Sequence[str]) -> int:
         deterministic=not config.sampled,
     )
     show_evaluation(found.returns, found.lengths)
+    if (steps := policy.facts.get("steps")) is not None:  # fewer than asked where the run was interrupted
+        Console().print(f"{'policy':<14} after {steps:,} steps", highlight=False)
     if found.cut:
         from taurl.control.evaluation import cut_short
 

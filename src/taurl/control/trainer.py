@@ -150,6 +150,7 @@ class Trainer(ABC):
         self.best = max((record.get("eval/mean_reward", -math.inf) for record in before), default=-math.inf)
         self.set_up()
         self.restore()
+        self.policy.facts["steps"] = run.step
 
     def restore(self) -> None:
         """Put back what the checkpoint of a resumed run holds: what acts now is what was trained."""
@@ -258,6 +259,7 @@ class Trainer(ABC):
 
     def finish(self, step: Step, figures: Record) -> Record:
         """Close a record: episodes, speed, and an evaluation where one is due."""
+        self.policy.facts["steps"] = step.number
         self.environments.take_episodes()
         if recent := self.environments.recent:
             figures["rollout/ep_rew_mean"] = sum(episode.reward for episode in recent) / len(recent)

@@ -94,7 +94,10 @@ def read_run(run_directory: Path) -> RunRecord:
     # A run that was given more steps still has the `final/` of the fewer ones.
     steps, last = run.config.get("steps"), max(run.metrics, default=0)
     done = not isinstance(steps, int) or last >= steps or _reached(run) or _out_of_patience(run)
-    run.finished = (run_directory / "final").is_dir() and done
+    ended = run.environment.pop("ended", None)
+    if ended is not None:
+        run.notices.append(f"The run ended early: {ended}")
+    run.finished = (run_directory / "final").is_dir() and done and ended is None
     run.samples = read_samples(run_directory / "samples.jsonl", run.notices)
     run.pictures = _read_pictures(run_directory / "artifacts", run.notices)
     return run

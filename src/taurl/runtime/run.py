@@ -22,7 +22,7 @@ from taurl.runtime.checkpoints import (
 )
 from taurl.runtime.config import RunConfig, read_config
 from taurl.runtime.directory import describe_environment, read_environment, refuse_other_past, refuse_taken, unused
-from taurl.runtime.errors import InputError, Interrupted, RunError, reason
+from taurl.runtime.errors import InputError, Interrupted, RunError, one_line, reason
 from taurl.runtime.files import write_whole, writing
 from taurl.runtime.machine import give_back_free_memory
 from taurl.runtime.seeding import random_states, restore_random_states
@@ -30,6 +30,7 @@ from taurl.runtime.signals import StopSignals
 from taurl.runtime.terminal import View
 
 GIVEN = "given_from_python"  # in environment.json: the names of what came as objects
+ENDED = "ended"  # there too: the interruption or failure that ended the run early
 
 Record = dict[str, Any]
 
@@ -169,14 +170,18 @@ class Run:
         last = self.step or -1  # without a checkpoint everything is done again, the evaluation of step 0 too
         for name in ("metrics.jsonl", "samples.jsonl"):
             metrics.cut_after(self.directory / name, last)
+        self.environment.pop(ENDED, None)
         self.environment = describe_environment({**self.environment, **self.chosen})
-        facts = json.dumps(self.environment, indent=1, ensure_ascii=False)
-        write_whole(self.directory / "environment.json", facts.encode(errors="backslashreplace"))
+        self._write_environment()
         # Last of those that resuming needs, since it is what makes the directory a run's.
         write_whole(self.directory / "config.yaml", self.config.to_yaml().encode())
         purge_from = last + 1 if self._owned else None
         self._board = metrics.TensorBoard(self.directory / "tensorboard", purge_from=purge_from)
         self._owned = True
+
+    def _write_environment(self) -> None:
+        facts = json.dumps(self.environment, indent=1, ensure_ascii=False)
+        write_whole(self.directory / "environment.json", facts.encode(errors="backslashreplace"))
 
     def __enter__(self) -> Self:
         if not self._open:
@@ -192,6 +197,10 @@ class Run:
         try:
             if isinstance(error, Exception):
                 self._rescue()
+            if error is not None and not isinstance(error, GeneratorExit):  # a loop over `steps` may be left
+                self.environment[ENDED] = one_line(error)
+                with suppress(RunError):  # what ended the run is what to tell
+                    self._write_environment()
         finally:
             self.close()
 
