@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DATA ?= ../shared/data/gsm8k
 
 .PHONY: install demo test slow lint docs bench bench-long scores clean
 
@@ -37,23 +38,24 @@ docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict
 
 # The short set, under half an hour: where the minutes end before five updates are measured, the table says how many.
+# GSM8K's files lie in DATA (docs/performance.md): make bench DATA=folder.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/functional_agreement.py --write
 	$(BIN)/python benchmarks/record.py "Sampling" sampling.py --rows 32x64 stops --rounds 5
-	$(BIN)/python benchmarks/sft.py --steps 5 --minutes 4 --write
-	$(BIN)/python benchmarks/grpo_step.py --steps 5 --minutes 7 --write
-	$(BIN)/python benchmarks/preference.py --steps 5 --minutes 7 --write
+	$(BIN)/python benchmarks/sft.py --data $(DATA) --steps 5 --minutes 4 --write
+	$(BIN)/python benchmarks/grpo_step.py --data $(DATA) --steps 5 --minutes 7 --write
+	$(BIN)/python benchmarks/preference.py --data $(DATA) --steps 5 --minutes 7 --write
 	$(BIN)/python benchmarks/record.py "Control: steps a second, one round" control_speed.py --rounds 1
 
 # What takes hours: PPO beside GRPO, the demo's task on both sides, and the control wing's medians of five.
 bench-long: $(INSTALLED)
 	$(BIN)/python benchmarks/record.py "Sampling, 64 prompts" sampling.py --rows 64x64
 	$(BIN)/python benchmarks/record.py "Sampling: how cost grows, one round" sampling_growth.py --rounds 1
-	$(BIN)/python benchmarks/ppo.py --steps 5 --write
+	$(BIN)/python benchmarks/ppo.py --data $(DATA) --steps 5 --write
 	$(BIN)/python benchmarks/demo_task.py --minutes 180 --write
 	$(BIN)/python benchmarks/record.py "Control: steps a second" control_speed.py
 
-# Every preset of the control wing, three seeds each: more than an hour.
+# The presets of the control wing that have a bound, three seeds each: more than an hour.
 scores: $(INSTALLED)
 	$(BIN)/python benchmarks/control_scores.py
 

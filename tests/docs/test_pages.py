@@ -13,6 +13,7 @@ from taurl.functional.kl import KL_GRADIENTS
 from taurl.functional.loss_types import LOSS_TYPES
 from taurl.llm.algorithms.grpo_config import GRPOConfig
 from taurl.llm.inference_config import EvaluateConfig, GenerateConfig, InspectConfig, ScoreConfig
+from taurl.llm.rewards import SHIPPED
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -74,10 +75,41 @@ def test_every_setting_named_in_the_pages_exists():
     configs += [getattr(llm, name) for name in llm.__all__ if name.endswith("Config")]
     configs += [EvaluateConfig, GenerateConfig, InspectConfig, ScoreConfig]
     settings = {name for config in configs for name in config.model_fields}
-    known = {*settings, "config", "resume", "no_preset", "video", "sampled"}
+    known = {*settings, "config", "resume", "no_preset", "video", "sampled", "data"}  # the last of benchmarks
     for page in DOCS.glob("*.md"):
         for option in re.findall(r"`--([a-z0-9-]+)", page.read_text()):
             assert option.replace("-", "_") in known, f"{page.name}: --{option}"
+
+
+def test_the_page_of_rewards_has_all_that_are_shipped():
+    page = (DOCS / "rewards.md").read_text()
+    for name in set(SHIPPED) - {"reward_model"}:  # which is written model:FOLDER
+        assert re.search(rf"^\| `{name}[`(]", page, re.MULTILINE), name
+
+
+def test_every_page_is_in_the_navigation():
+    listed = re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md"))
+
+
+def test_every_example_is_in_its_list():
+    examples = ROOT / "examples"
+    listed = re.findall(r"^\| `([\w/]+\.\w+)` \|", (examples / "README.md").read_text(), re.MULTILINE)
+    found = {file.relative_to(examples).as_posix() for file in examples.rglob("*") if file.suffix in (".py", ".yaml")}
+    assert set(listed) == found
+
+
+def test_both_readmes_have_the_same_code_figures_and_links():
+    """But for comments, which are translated."""
+
+    def code(text: str) -> list[str]:
+        lines = re.findall(r"^    .*$", text, re.MULTILINE) + re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        return [re.sub(r" *# .*", "", line) for line in lines]
+
+    english, chinese = ((ROOT / name).read_text() for name in ("README.md", "README.zh-CN.md"))
+    assert code(english) == code(chinese)
+    for what in (r"\b\d+\.\d+\b", r"\]\(((?!README)[^)]*)\)"):
+        assert sorted(re.findall(what, english)) == sorted(re.findall(what, chinese))
 
 
 def test_every_docstring_says_what_goes_in():
