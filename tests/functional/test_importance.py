@@ -375,6 +375,8 @@ def test_shapes_do_not_broadcast():
         token_ratios(torch.zeros(2, 3), torch.zeros(2, 1))
     with pytest.raises(ValueError, match="boolean mask"):
         sequence_ratios(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"mask \[N, L\]"):
+        sequence_ratios(torch.zeros(3), torch.zeros(3), torch.ones(3).bool())
     mask = torch.ones(2, 3).bool()
     for function in (sequence_token_ratios, trajectory_log_weights, per_decision_log_weights):
         with pytest.raises(ValueError, match="expected one shape"):

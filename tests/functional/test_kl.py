@@ -205,6 +205,19 @@ def test_far_policies_and_huge_ratios_stay_finite(estimator, level):
         assert kl_penalty(logprobs, reference, mask, estimator=estimator, level=level).isfinite().all()
 
 
+def test_beyond_its_bound_k3_is_constant():
+    """With its slope, of what is left there: it would push a policy away from a reference that is far above it."""
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    logprobs = torch.tensor([[-61.0, -500.0, -59.0]], dtype=torch.float64, requires_grad=True)
+    for ratios in (None, torch.exp(logprobs - logprobs.detach())):  # π / π.detach() carries the gradient of k3's value
+        loss = kl_loss(logprobs, torch.zeros_like(mask.double()), mask, estimator="k3", level="token", ratios=ratios)
+        (slopes,) = torch.autograd.grad(loss.sum(), logprobs)
+        assert slopes[0, :2].tolist() == [0.0, 0.0]
+        assert loss[0].tolist() == pytest.approx([loss[0, 0].item()] * 2 + [math.exp(59) - 60], rel=1e-12)
+        if ratios is None:
+            assert slopes[0, 2].item() == pytest.approx(1 - math.exp(59), rel=1e-12)
+
+
 def test_half_precision_is_widened_before_anything_is_subtracted():
     logprobs, reference = torch.tensor([[-7.03125]]).bfloat16(), torch.tensor([[-0.0078125]]).bfloat16()
     mask = torch.ones(1, 1, dtype=torch.bool)

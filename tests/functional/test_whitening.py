@@ -129,15 +129,31 @@ def test_bad_values_to_whiten_are_named():
 # --- within groups
 
 
-def test_groups_are_whitened_by_the_means_of_their_rows():
+def test_groups_are_whitened_with_each_row_counting_once():
     values = double([[1, 3, NAN], [5, 8, 2], [4, 4, 4], [NAN, 7, INF], [1, NAN, NAN], [2, 2, 2]])
     mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1], [0, 1, 0], [0, 0, 0], [1, 1, 0]], dtype=torch.bool)
     found = whiten_groups(values, mask, group_size=2, epsilon=1e-4)
-    first, second = math.sqrt(4.5) + 1e-4, math.sqrt(4.5) + 1e-4  # means 2, 5 and 4, 7
+    # Means 2, 5 and 4, 7; mean squares of what is off their middles 3.5 and 5.5.
+    first, second = math.sqrt((2.5**2 + 0.5**2) / 2 + (1.5**2 + 4.5**2 + 1.5**2) / 3) + 1e-4, math.sqrt(4.5) + 1e-4
     close(found[0], [-2.5 / first, -0.5 / first, 0])
     close(found[1], [1.5 / first, 4.5 / first, -1.5 / first])
     close(found[2:4], [[-1.5 / second] * 3, [0, 1.5 / second, 0]])
     assert not found[4:].any()  # nothing to compare with
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_tokens_that_differ_within_a_row_are_not_blown_up(masked):
+    """Where only one row of a group is left, or all rows have one mean, ε alone would divide them."""
+    values = double([[1.0, 1.1, 0.9], [1.0, 1.0, 1.0]])
+    mask = torch.tensor([[True] * 3, [not masked] * 3])
+    found = whiten_groups(values, mask, group_size=2)
+    spread = math.sqrt(0.02 / 3) + 1e-4
+    close(found, [[0] * 3] * 2 if masked else [[0, 0.1 / spread, -0.1 / spread], [0] * 3])
+
+
+def test_groups_of_values_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="1 of 3 values are NaN or infinite"):
+        whiten_groups(double([[1.0, NAN], [2.0, INF]]), torch.tensor([[True, True], [True, False]]), group_size=2)
 
 
 @given(st.integers(0, 2**32), st.integers(2, 5))

@@ -65,8 +65,8 @@ def group_relative(rewards: Tensor, *, scale: AdvantageScale = "group", epsilon:
     and (1 − P)^k is the chance that k answers fail, its expected gradient is that of the first G − 1 terms.
 
     A reward of NaN (none applies) counts in no mean and no std, and its advantage is 0. A group of one, or whose
-    rewards are all equal, has advantage 0. The result is finite. `rewards` is the whole optimizer batch: "batch"
-    cannot be computed from a part of it.
+    rewards are all equal, has advantage 0. Differences of rewards must fit their dtype. `rewards` is the whole
+    optimizer batch: "batch" cannot be computed from a part of it.
 
     Args:
         rewards: float [P, G], P prompts with G completions each.

@@ -233,8 +233,8 @@ def effective_sample_size(weights: Tensor, mask: Tensor | None = None) -> Tensor
 
 
 def _mean_log_ratios(logprobs: Tensor, other: Tensor, mask: Tensor) -> Tensor:
-    count = mask.sum(1, keepdim=True).clamp(min=1)
-    return masked_log_ratio(logprobs, other, mask).sum(1, keepdim=True) / count
+    log_ratios = masked_log_ratio(logprobs, other, mask)
+    return log_ratios.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def _weighted_means(values: Tensor, log_weights: Tensor, normalized: bool) -> Tensor:

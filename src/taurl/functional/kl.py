@@ -102,7 +102,7 @@ def k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """π_ref/π − 1 − log(π_ref/π): never negative, unbiased. Args, returns and errors as `k1`.
 
-    The exponent stops at LARGEST_LOG_RATIO, so that the value stays finite.
+    A log-ratio below −LARGEST_LOG_RATIO counts as that, without gradient, so that the value stays finite.
     """
     return _estimate("k3", log_ratio(logprobs, reference_logprobs))
 
@@ -166,14 +166,17 @@ def kl_loss(
     `KL_GRADIENTS` says what each descends: "loss" without ratios, for samples of π only; "weighted_loss" with them.
     Without them only k2 of the sequence gives ∇KL(π‖π_ref), and k1 of what another sampler drew moves π away from that
     sampler: it descends −KL(π_sampler‖π). Both levels are made for sums over the tokens of a sequence: `token_weights`
-    "constant", or "token", which scales the whole batch by one factor. With "sequence", which divides each row by its
-    length, no divergence is descended.
+    "sum", or "constant", which scales it by one factor. "token" divides by the tokens that happened to be sampled,
+    which is such a factor only for large batches; with "sequence", which divides each row by its length, no divergence
+    is descended.
 
     Ratios ρ = π / π_sampler correct for another sampler, and keep their gradient where the theory wants it: with k1 and
     k3, whose expectation is the divergence for every π, so that the gradient of the weighted estimate is right; with
     k2, whose gradient is right and whose value is not, they are detached. Weighted alike, by the sequence's ratio or by
-    each token's own, k3 and k2 then have the same gradient on every sample: ρ · x · ∇log π. On-policy pass a ratio of
-    value 1 that carries the gradient, π / π.detach(): this repairs k1 and k3. Which ratio belongs to which level:
+    each token's own, k3 and k2 then have the same gradient on every sample, ρ · x · ∇log π (of k3 the difference of two
+    terms of size ρ · e^(−x), which float32 loses below x = −15; on-policy that has a probability of e^(−15)).
+    On-policy pass a ratio of value 1 that carries the gradient, π / π.detach(): this repairs k1 and k3. Which ratio
+    belongs to which level:
 
         "sequence"  Π_t π(o_t|o_<t) / π_sampler(o_t|o_<t), not its |o|-th root, at every position of the row: exp of
                     `trajectory_log_weights`
@@ -191,7 +194,7 @@ def kl_loss(
         mask: bool [N, L], the tokens that count; the others may hold anything.
         ratios: float [N, L], ≥ 0.
     Returns: loss [N, L], 0 and without gradient where masked; float32, or float64 for float64. Weighted values stop
-        at exp(LARGEST_LOG_RATIO), with gradient 0 above it.
+        at exp(LARGEST_LOG_RATIO − 1), with gradient 0 above it.
     Raises: ValueError if shapes differ, the mask is not boolean, or estimator or level is unknown.
     Source: Liu et al. 2025, arXiv:2510.01555; k3 with ratios: arXiv:2512.02556.
     """
@@ -203,8 +206,9 @@ def kl_loss(
     if ratios is not None:
         require_same_shape(ratios=ratios, mask=mask)
         weights = torch.where(mask, at_least_float32(ratios.detach() if estimator == "k2" else ratios), 0.0)
-        # A ratio and an e^(−x), each at its bound, would overflow float32 together.
-        loss = (weights * loss).clamp(max=math.exp(LARGEST_LOG_RATIO))
+        # A ratio and an e^(−x), each at its bound, would overflow float32 together. Below k3's own bound, so that what
+        # is there has no gradient by its weight either.
+        loss = (weights * loss).clamp(max=math.exp(LARGEST_LOG_RATIO - 1))
     return torch.where(mask, loss, 0.0)
 
 
@@ -285,8 +289,10 @@ def _estimate(estimator: Estimator, log_ratios: Tensor) -> Tensor:
         case "k2":
             return 0.5 * log_ratios.square()
         case "k3":
-            # expm1: near 0 the terms cancel down to x²/2, which exp(−x) − 1 would lose to rounding.
-            return torch.expm1((-log_ratios).clamp(max=LARGEST_LOG_RATIO)) + log_ratios
+            # expm1: near 0 the terms cancel down to x²/2, which exp(−x) − 1 would lose to rounding. The whole x is
+            # bounded: with the exponent alone bounded, what is left beyond it would have a slope of the wrong sign.
+            bounded = log_ratios.clamp(min=-LARGEST_LOG_RATIO)
+            return torch.expm1(-bounded) + bounded
         case _:
             raise ValueError(f"estimator is {estimator!r}, expected 'k1', 'k2' or 'k3'")
 

@@ -16,13 +16,13 @@ def kl_baseline(logprobs: Tensor, reference_logprobs: Tensor) -> float:
 
     Args:
         logprobs, reference_logprobs: float [N], of the mismatched answers.
-    Returns: z₀ in nats (without β), a number; 0 for an empty batch.
+    Returns: z₀ in nats (without β), a number; 0 for an empty batch, NaN if a log-probability is.
     Raises: ValueError if shapes differ.
     Source: Ethayarajh et al. 2024, arXiv:2402.01306.
     """
     require_rows(logprobs=logprobs, reference_logprobs=reference_logprobs)
     log_ratios = logprobs.detach().double() - reference_logprobs.detach().double()
-    return max(0.0, log_ratios.mean().item()) if len(log_ratios) else 0.0
+    return log_ratios.mean().clamp(min=0.0).item() if len(log_ratios) else 0.0
 
 
 def kto_loss(

@@ -10,7 +10,7 @@ from taurl.functional._inputs import at_least_float32, require_mask, require_pos
 
 Divergence = Literal["reverse_kl", "js_divergence", "forward_kl", "alpha_divergence"]
 
-# A score's square, which IPO takes, and the sum over a batch of squares stay finite: 2e17 in float32, 6e138 in float64.
+# A score's square, which IPO takes, and the sum over a batch of squares stay finite: 2e17 in float32, 5e138 in float64.
 LARGEST_SCORE_EXPONENT = 0.45  # of the dtype's largest number
 
 
@@ -92,7 +92,7 @@ def divergence_scores(log_ratios: Tensor, divergence: Divergence, *, alpha: floa
         log_ratios: float [N], x.
         alpha: α in [0, 1], for "alpha_divergence" only.
     Returns: scores, [N], 0 where x is; float32, or float64 for float64. Where π is so unlikely that a power of u would
-        take its score below −2e17 (float64: −6e138), the score stops there and the gradient is 0.
+        take its score below −2e17 (float64: −5e138), the score stops there and the gradient is 0.
     Raises: ValueError if log_ratios are not float [N], the divergence is unknown or alpha is outside [0, 1].
     Source: Wang et al. 2023, arXiv:2309.16240.
     """

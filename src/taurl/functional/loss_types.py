@@ -56,7 +56,7 @@ LOSS_TYPES: dict[LossType, LossDefinition] = {
     "dr_grpo": LossDefinition(
         "clip", "constant", "token", "PPO's clip, divided by the most tokens allowed: no preference for a length"
     ),
-    # Yu et al. 2025, arXiv:2503.14476, eq. 8.
+    # Yu et al. 2025, arXiv:2503.14476, eq. 8, there within one group.
     "dapo": LossDefinition("clip", "token", "token", "PPO's clip, every token of the batch counts the same"),
     # A name of TRL's.
     "bnpo": LossDefinition("clip", "token", "token", "the same as dapo, which here is the same for any micro-batch"),

@@ -22,9 +22,9 @@ def per_decision_advantages(
 
         A_t = Σ_{k≥t} γ^{k−t} · w_k · r_k − w_t · b_t,   w_k = Π_{t' ≤ k} π(a_t'|s_t') / μ(a_t'|s_t')
 
-    E_μ[ Σ_t A_t · ∇log π(a_t|s_t) ] is the policy gradient of π: w_t brings state and action to π, and the factors
-    after it what follows. It does not depend on b, which may depend on s_t but not on a_t. With all w = 1 it is
-    `discounted_returns` minus b.
+    E_μ[ Σ_t A_t · ∇log π(a_t|s_t) ] is the policy gradient of π, for γ < 1 without the factor γ^t of step t, as is
+    usual: w_t brings state and action to π, and the factors after it what follows. It does not depend on b, which may
+    depend on s_t but not on a_t. With all w = 1 it is `discounted_returns` minus b.
 
     Each column is one episode from its beginning; what stands after its end is for the caller to mask.
 

@@ -22,12 +22,14 @@ def n_step_sums(rewards: Tensor, steps: Tensor, *, discount: float) -> tuple[Ten
         steps: int64 [N], m of each row, from 1 to n: fewer than n where the episode, or what is known of it, ends.
         discount: γ in [0, 1].
     Returns: R and γ^m, [N] both.
-    Raises: ValueError if shapes do not fit or γ is outside [0, 1].
+    Raises: ValueError if shapes do not fit, or m or γ is outside its range.
     Source: Sutton and Barto 2018, "Reinforcement Learning", section 7.1; with Q: Hessel et al. 2018, arXiv:1710.02298.
     """
     require_same_shape(rewards_of_one_step=rewards[0], steps=steps)
     if not 0 <= discount <= 1:
         raise ValueError(f"discount is {discount}, expected a number in [0, 1]")
+    if len(steps) and not (steps.min() >= 1 and steps.max() <= len(rewards)):
+        raise ValueError(f"steps are from {steps.min()} to {steps.max()}, expected 1 to {len(rewards)}")
     rewards = at_least_float32(rewards)
     places = torch.arange(len(rewards), device=rewards.device)[:, None]
     counted = torch.where(places < steps, rewards, 0.0)

@@ -79,12 +79,13 @@ def whiten_rows(values: Tensor, mask: Tensor, *, epsilon: float = 1e-4) -> Tenso
 
 
 def whiten_groups(values: Tensor, mask: Tensor, *, group_size: int, epsilon: float = 1e-4) -> Tensor:
-    """Values of tokens, centred and scaled by what the other rows of their group have, each row counting once.
+    """Values of tokens, centred and scaled within their group, each row counting once, however long it is.
 
-        m_i = mean_t x_it,   y_it = (x_it − mean_i m_i) / (std_i m_i + ε),   i over the rows of the group
+        y_it = (x_it − m) / (s + ε),   m = mean_i mean_t x_it,   s² = Σ_i mean_t (x_it − m)² / (n − 1)
 
-    Where all tokens of a row have one value, as with a reward at the end, γ = λ = 1 and no critic, this is
-    `advantages.group_relative` of those values.
+    i over the n rows of the group that have tokens. Where all tokens of a row have one value, as with a reward at the
+    end, γ = λ = 1 and no critic, s is the unbiased standard deviation of those values, and this is
+    `advantages.group_relative` of them. A row that is left alone has nothing to be compared with: it gets 0.
 
     Args:
         values: float [N, L], group after group; anything where masked.
@@ -97,14 +98,19 @@ def whiten_groups(values: Tensor, mask: Tensor, *, group_size: int, epsilon: flo
     if values.dim() != 2 or group_size < 1 or len(values) % group_size:
         raise ValueError(f"values are {list(values.shape)} and group_size {group_size}: expected [N, L], N a multiple")
     counts = _mask_for(values, mask)
-    whitened = values.detach().new_zeros(values.shape, dtype=torch.promote_types(values.dtype, torch.float32))
-    for start in range(0, len(values), group_size):
-        rows = [row for row in range(start, start + group_size) if counts[row].any()]
-        if rows:
-            means = torch.stack([whitening_statistics(values[row], counts[row])[0] for row in rows])
-            statistics = whitening_statistics(means)
-            whitened[rows] = whiten(values[rows], counts[rows], statistics=statistics, epsilon=epsilon)
-    return whitened
+    require_positive(epsilon=epsilon)
+    values = values.detach()
+    alive = counts.any(1).view(-1, group_size)
+    rows = alive.sum(1, keepdim=True)
+
+    def mean_of_rows(means: Tensor, number: Tensor) -> Tensor:  # [N, 1] → one of each group, at each of its rows
+        means = means.view(alive.shape).where(alive, 0.0).sum(1, keepdim=True) / number.clamp(min=1)
+        return means.expand(alive.shape).reshape(-1, 1)
+
+    centred = values.double() - mean_of_rows(_row_statistics(values, counts)[0], rows)
+    spread = mean_of_rows(_row_statistics(centred.square().where(counts, 0.0), counts)[0], rows - 1).sqrt()
+    compared = counts & (rows > 1).expand(alive.shape).reshape(-1, 1)
+    return with_precision_of(values, torch.where(compared, centred / (spread + epsilon), 0.0))
 
 
 def _row_statistics(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,8 +44,9 @@ class GRPOConfig(OnlineConfig):
     from the advantages: k1 gives ∇KL; k2 and k3 hardly pull near the reference. As a loss: k1 gives 0, noise; k2 of
     the sequence gives ∇KL, and per token ∇KL but for what a token does to later ones; k3 of the sequence gives
     ∇KL(π_ref‖π), and per token a biased approximation of ∇KL (GRPO's own, the default). As a loss weighted by the
-    importance ratio: all give ∇KL, but for k2 per token. Exactly so on a step's first update, with loss_type dr_grpo
-    (dapo: up to a factor), ratio_level token and scale_rewards none: others divide by lengths, deviations or means.
+    importance ratio: all give ∇KL, but for k2 per token. Exactly so, up to a factor, on a step's first update, with
+    loss_type dr_grpo, ratio_level token and scale_rewards none: others divide by lengths, deviations or means (dapo by
+    the step's tokens, which for large steps is nearly a factor too).
     Table and proofs: taurl.functional.kl."""
     kl_level: Literal["token", "sequence"] = "token"
     """One estimate a token (in the reward with what follows it), or one of the whole sequence's log-ratio."""
