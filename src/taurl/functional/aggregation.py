@@ -52,7 +52,8 @@ def token_weights(
         sum to 1.
     Raises: ValueError if the mask is not boolean, `how` is unknown, the dtype would round the weights, or `length` is
         missing, below 1 or without use.
-    Source: arXiv:2503.14476, eq. 8 (there within one group); arXiv:2402.03300, eq. 3; arXiv:2602.05261; arXiv:2503.20783, section 3.2.
+    Source: arXiv:2503.14476, eq. 8 (there within one group); arXiv:2402.03300, eq. 3; arXiv:2602.05261;
+        arXiv:2503.20783, section 3.2.
     """
     require_mask(mask)
     _require_precise(dtype)
