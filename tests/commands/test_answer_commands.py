@@ -110,7 +110,8 @@ def test_generate_completes_every_row_and_keeps_its_columns(here, capsys):
     assert main(generate("--out", "answers.jsonl")) == 0
     assert capsys.readouterr().out == ""
     rows, answers = lines(here / "rows.jsonl"), lines(here / "answers.jsonl")
-    assert [{k: v for k, v in a.items() if k != "completion"} for a in answers] == rows
+    assert [{k: v for k, v in a.items() if k not in ("completion", "finish")} for a in answers] == rows
+    assert {answer["finish"] for answer in answers} == {"length"}  # none has ended in six tokens
     assert answers[3]["completion"] == greedy([{"role": "user", "content": rows[3]["prompt"]}])
 
 
@@ -119,7 +120,8 @@ def test_generate_writes_to_standard_output_in_the_form_of_the_prompts(here, cap
     (here / "talk.jsonl").write_text(json.dumps({"prompt": prompt, "id": 7}) + "\n")
     assert main(["llm", "generate", *SETTINGS, "--prompts", "talk.jsonl"]) == 0
     (answer,) = map(json.loads, capsys.readouterr().out.splitlines())
-    assert answer == {"prompt": prompt, "id": 7, "completion": [{"role": "assistant", "content": greedy(prompt)}]}
+    said = [{"role": "assistant", "content": greedy(prompt)}]
+    assert answer == {"prompt": prompt, "id": 7, "completion": said, "finish": "length"}
 
 
 def test_generate_makes_several_and_draws_anew_in_every_batch(here, monkeypatch):

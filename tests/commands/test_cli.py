@@ -17,7 +17,7 @@ from taurl.runtime.errors import InputError
 OPTIONS = """
     --rewards last_number my_file.py:my_reward --reward-weights 1 0.5 --importance-cap None --mask-truncated
     --dataset reasoning-gym:chain_sum --dataset-args min_terms=2 max_terms=2 --columns question=prompt
-    --lora-targets q_proj v_proj --stop </answer> --chat-template-kwargs enable_thinking=False
+    --lora-rank 4 --lora-targets q_proj v_proj --stop </answer> --chat-template-kwargs enable_thinking=False
     --prompts-per-step 4 --adam-betas 0.9 0.95 --out runs/x
 """
 
@@ -90,6 +90,19 @@ def test_options_are_the_fields_of_the_config():
     assert grpo() == GRPOConfig()
 
 
+def test_flags_may_have_a_value():
+    assert grpo("--mask-truncated", "True").mask_truncated is True
+    assert grpo("--mask_truncated", "false", "--steps", "3").mask_truncated is False
+    assert grpo("--no-mask-truncated").mask_truncated is False
+
+
+def test_one_word_may_stand_where_several_may(tmp_path):
+    (tmp_path / "one.yaml").write_text("rewards: last_number\nstop: '</answer>'\n")
+    config = grpo("--config", str(tmp_path / "one.yaml"))
+    assert (config.rewards, config.stop) == (("last_number",), ("</answer>",))
+    assert GRPOConfig(rewards="last_number") == GRPOConfig(rewards=("last_number",))
+
+
 def test_a_config_file_is_overridden_by_options_and_written_back_the_same(tmp_path):
     file = tmp_path / "grpo.yaml"
     file.write_text("model: m\ndataset_args: {min_terms: 2}\nrewards: [last_number]\nlearning_rate: 1e-5\n")
@@ -119,6 +132,9 @@ def test_a_config_file_is_overridden_by_options_and_written_back_the_same(tmp_pa
         (["--minibatches", "17"], "minibatches 17 exceed prompts_per_step 16"),
         (["--rewards", "last_number", "--reward-weights", "1", "2"], "2 reward_weights for 1 rewards"),
         (["--reward-process"], "reward_process needs a reward_timeout"),
+        (["--lora-alpha", "8"], "lora_alpha is 8, but without a lora_rank there is no adapter: leave it out"),
+        (["--num-generations", "8"], "unknown option --num-generations; did you mean --group-size?"),
+        (["--max-completion-length=8"], "unknown option --max-completion-length=8; did you mean --max-tokens?"),
         (["--config"], "--config needs a value"),
         (["--config", "--steps", "3"], "--config needs a value"),
         (["--config", "absent.yaml"], "absent.yaml: cannot read the settings: No such file or directory"),
@@ -144,6 +160,8 @@ def test_options_that_do_not_fit_are_one_line(failing, monkeypatch, words, messa
         ("learning_rte: 1e-5", "grpo.yaml: unknown setting learning_rte; did you mean learning_rate?"),
         ("steps: many", "grpo.yaml: steps is 'many': "),
         ("steps: [", "grpo.yaml: not valid YAML: "),
+        ("steps: 3\nstop: [a]\nsteps: 4", "grpo.yaml: not valid YAML: steps is there twice"),
+        ("beta: 0.1", "grpo.yaml: unknown setting beta; did you mean kl_coefficient?"),
         ("- steps", "grpo.yaml: expected `setting: value` lines, found list"),
     ],
 )

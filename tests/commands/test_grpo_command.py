@@ -85,7 +85,7 @@ def test_resuming_a_finished_run_writes_what_is_missing(here, words, capsys):
         ({"dataset": "absent.jsonl"}, "no such data file: 'absent.jsonl'"),
         ({"dataset": "reasoning-gym:chainsum"}, "reasoning-gym has no task 'chainsum'; closest: chain_sum"),
         ({"columns": "question=prompt"}, "rows.jsonl: no column 'question' to rename to 'prompt'"),
-        ({"columns": "prompt=question"}, "rows.jsonl: no column 'prompt'; the data has question, answer"),
+        ({"columns": "prompt=words"}, "rows.jsonl: no column 'prompt'; the data has words, answer"),
         ({"columns": "answer=solution", "rewards": "rewards.py:right"}, "'right' needs the column 'answer'"),
         ({"eval_rows": 12}, "eval_rows is 12: cannot hold out 12 of 12 rows"),
         (

@@ -95,7 +95,7 @@ def test_targets_are_bright_and_special_tokens_have_a_colour_of_their_own():
         (["llm", "inspect", "--model", "model", "--dataset", "absent.jsonl"], "no such data file: 'absent.jsonl'"),
         (
             ["llm", "inspect", "--model", "model", "--dataset", "bad.jsonl"],
-            "bad.jsonl: row 1 of the data: the prompt is",
+            "bad.jsonl: row 1 of the data: its columns are answer; expected input_ids, messages,",
         ),
         (["llm", "inspect", "--mix", "a=0"], "the weight of a is 0"),
     ],

@@ -14,6 +14,7 @@ from taurl.functional.loss_types import LOSS_TYPES
 from taurl.llm.algorithms.grpo_config import GRPOConfig
 from taurl.llm.inference_config import EvaluateConfig, GenerateConfig, InspectConfig, ScoreConfig
 from taurl.llm.rewards import SHIPPED
+from taurl.runtime.other_names import OTHER_NAMES
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -85,6 +86,16 @@ def test_the_page_of_rewards_has_all_that_are_shipped():
     page = (DOCS / "rewards.md").read_text()
     for name in set(SHIPPED) - {"reward_model"}:  # which is written model:FOLDER
         assert re.search(rf"^\| `{name}[`(]", page, re.MULTILINE), name
+
+
+def test_the_table_of_other_names_is_that_of_the_code():
+    rows = re.findall(r"^\| `(\w+)` \| (`[\w` or]+`) \|$", (DOCS / "coming_from.md").read_text(), re.MULTILINE)
+    assert {there: tuple(re.findall(r"\w+(?=`)", here)) for there, here in rows} == OTHER_NAMES
+    configs = [getattr(control, f"{algorithm}Config") for algorithm in control.ALGORITHMS]
+    configs += [getattr(llm, name) for name in llm.__all__ if name.endswith("Config")]
+    for there, here in OTHER_NAMES.items():
+        for name in here:
+            assert any(name in config.model_fields and there not in config.model_fields for config in configs), there
 
 
 def test_every_page_is_in_the_navigation():

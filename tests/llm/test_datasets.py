@@ -217,6 +217,13 @@ def test_renaming_mistakes_name_the_columns_there_are():
     refuses(lambda: prepare_rows(rows, columns={"question": "x", "answer": "x"}), "'x'")
 
 
+def test_a_question_is_a_prompt_where_there_is_none():
+    assert prepare_rows([{"question": "q", "answer": "a"}]) == [{"prompt": "q", "question": "q", "answer": "a"}]
+    for other in ("prompt", "text", "messages"):
+        rows = [{"question": "q", other: "p"}]
+        assert prepare_rows(rows) == rows
+
+
 def test_the_answer_after_its_marker():
     def answer(text):
         return prepare_rows([{"answer": text}], answer_after="####")[0]["answer"]

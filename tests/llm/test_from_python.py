@@ -5,6 +5,7 @@ import re
 import pytest
 from tiny_policy import save_tiny_policy
 
+import taurl.llm
 from taurl import control
 from taurl.llm import DPO, GRPO, SFT, DPOConfig, SFTConfig
 from taurl.runtime.errors import InputError
@@ -37,6 +38,10 @@ def test_the_config_of_the_other_half_of_the_library_is_named(tmp_path):
         GRPO("no-model", PAIRS, config=control.GRPOConfig(env="CartPole-v1"))
     with pytest.raises(InputError, match=r"config is a taurl\.llm\S*\.DPOConfig"):
         GRPO.resume(tmp_path, DPOConfig())
+
+
+def test_the_names_of_the_wing_are_listed():
+    assert {"GRPO", "GRPOConfig", "SFT", "Reward"} <= set(dir(taurl.llm))
 
 
 def test_a_path_is_a_name(folder, settings, tmp_path):

@@ -431,7 +431,7 @@ def test_rewards_that_apply_to_nothing_train_nothing(config, folder):
     ("rows", "changes", "message"),
     [
         ([], {}, "the data set is empty"),
-        ([{"question": "1"}], {}, "no column 'prompt'; the data has question"),
+        ([{"words": "1"}], {}, "no column 'prompt'; the data has words"),
         (ROWS[:2], {}, "eval_rows is 2: cannot hold out 2 of 2 rows"),
         (
             [*ROWS, {"prompt": "1" * 200}],
@@ -448,6 +448,35 @@ def test_bad_data_and_settings_are_named_before_anything_is_written(config, fold
         GRPO(str(folder), rows, letter_a, config(**changes))
     assert "\n" not in str(caught.value)
     assert not config().out.exists()
+
+
+def test_something_that_is_no_model_is_named(config):
+    with pytest.raises(InputError, match="model is 3, expected a name, a folder or a model object"):
+        GRPO(3, ROWS, letter_a, config())
+
+
+def test_rewards_that_teach_nothing_are_said(config, folder, capfd):
+    def nothing(completions, **columns):
+        return [None] * len(completions)
+
+    GRPO(str(folder), ROWS, nothing, config(steps=1, eval_rows=0)).train()
+    assert "step 1: no reward function applies to any completion" in capfd.readouterr().err
+
+    def same(completions, **columns):
+        return [2.0] * len(completions)
+
+    GRPO(str(folder), ROWS, same, config(steps=7, eval_rows=0, out=config().out / "same")).train()
+    said = capfd.readouterr().err
+    assert said.count("for 5 steps every completion has earned 2, so that nothing is learned") == 1
+    assert "step 5: for 5 steps" in said
+
+
+def test_a_reward_that_ends_the_program_is_named(config, folder):
+    def leaves(completions, **columns):
+        raise SystemExit(3)
+
+    with pytest.raises(InputError, match=r"reward function 'leaves' raised SystemExit: 3 at .*test_grpo_run.py"):
+        GRPO(str(folder), ROWS, leaves, config(eval_rows=0)).train()
 
 
 def test_a_held_out_set_of_its_own_takes_its_prompts_out_of_training(config, folder, capfd):

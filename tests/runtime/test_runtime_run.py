@@ -255,7 +255,10 @@ def test_a_finished_run_resumed_says_so_and_stays_as_it_is(tmp_path, capsys):
     before = {name: (out / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl", "config.yaml")}
     capsys.readouterr()
     assert [*resumed(out).steps()] == []
-    assert capsys.readouterr().err == f"{out}: all 3 steps are taken already; raise steps to go on\n"
+    assert (
+        capsys.readouterr().err
+        == f"{out}: all 3 steps are taken already, its result is written again; raise steps to go on\n"
+    )
     assert before == {name: (out / name).read_bytes() for name in before}
     assert checkpoint_steps(out / "checkpoints") == [3]
 

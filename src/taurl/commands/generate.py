@@ -23,12 +23,17 @@ def main(words: Sequence[str]) -> int:
 
     model = Model(config)
     prompts = PromptReader.of(config, model.tokenizer, model.model).read(config.prompts)
-    if any("completion" in row for row in prompts.rows):
-        raise InputError("the data has a column completion already: keep it as --columns completion=another_name")
+    for name in ("completion", "finish"):
+        if any(name in row for row in prompts.rows):
+            raise InputError(f"the data has a column {name} already: keep it as --columns {name}=another_name")
     rows = iter(prompts.rows)
     for groups in answers(model, prompts.ids, config.count):
         records = [
-            {**row, "completion": as_completion(row["prompt"], decode(model.tokenizer, completion.tokens))}
+            {
+                **row,
+                "completion": as_completion(row["prompt"], decode(model.tokenizer, completion.tokens)),
+                "finish": completion.finish,
+            }
             for group, row in zip(groups, rows, strict=False)
             for completion in group
         ]

@@ -54,20 +54,19 @@ def main(words: Sequence[str]) -> int:
 def versions(reader: RowReader, row: Row, number: int, counts: Counter[str]) -> Iterator[tuple[str, TokenRow]]:
     """What a row is trained as, with a title for each: one token row, several, or none if it is dropped."""
     from taurl.llm.data.completion_ids import Conversations
-    from taurl.llm.data.preference_rows import with_prompt, with_question_as_prompt
+    from taurl.llm.data.preference_rows import with_prompt
     from taurl.llm.data.token_rows import TokenRow
 
     def has(name: str) -> bool:
         return row.get(name) is not None
 
     if has("chosen") and has("rejected"):
-        (pair,) = with_question_as_prompt([row])
-        pair = with_prompt(pair, number)
+        pair = with_prompt(row, number)
         for side in ("chosen", "rejected"):
             judged = {name: pair.get(name) for name in ("prompt", "tools", "chat_template_kwargs")}
             for shown in reader.encode({**judged, "completion": pair[side]}, number, counts):
                 yield f", {side}", shown
-    elif any(map(has, ("input_ids", "messages", "conversations", "completion", "text"))):
+    elif any(map(has, ("input_ids", "messages", "conversations", "completion", "text"))) or not has("prompt"):
         parts = reader.encode(row, number, counts)
         for place, shown in enumerate(parts, start=1):
             yield f", part {place} of {len(parts)}" if len(parts) > 1 else "", shown
@@ -75,7 +74,7 @@ def versions(reader: RowReader, row: Row, number: int, counts: Counter[str]) -> 
         where = f"row {number} of the data"
         with located(where):
             conversations = Conversations.of(reader.settings, reader.tokenizer).of_row(row)
-        ids = conversations.prompt(row.get("prompt"), where)  # type: ignore[arg-type]  # what is wrong is said there
+        ids = conversations.prompt(row["prompt"], where)
         yield ", prompt alone", TokenRow(ids, [False] * len(ids))
 
 

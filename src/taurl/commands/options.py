@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from taurl.runtime.config import describe, read_yaml, validated
 from taurl.runtime.errors import InputError
+from taurl.runtime.other_names import OTHER_NAMES
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -77,6 +78,8 @@ def parse(
     Raises: InputError in one line for options that do not fit; SystemExit(0) after --help.
     """
     refuse_bare(words, config)
+    refuse_other_names(words, config)
+    words = with_flags(words, config)
     file, words = take_option(words, "--config")
     if file is not None:
         below = default.model_dump() if default is not None else {}
@@ -141,6 +144,29 @@ def plainer(text: str) -> str:
     if neither:
         text = f"{text[: neither.start()]}{neither[2]!r} is neither None nor of type {neither[1]}"
     return text
+
+
+def refuse_other_names(words: Sequence[str], config: type[BaseModel]) -> None:
+    """Raises: InputError for what another library calls one of the settings, naming it."""
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name not in config.model_fields:
+            for here in set(OTHER_NAMES.get(name, ())) & set(config.model_fields):
+                raise InputError(f"unknown option {word}; did you mean --{here.replace('_', '-')}?")
+
+
+def with_flags(words: Sequence[str], config: type[BaseModel]) -> list[str]:
+    """The words with `--flag True` and `--flag False` as what tyro has for them, `--flag` and `--no-flag`."""
+    flags = (name for name, field in config.model_fields.items() if field.annotation is bool)
+    switches = {"--" + name.replace("_", "-") for name in flags}
+    found: list[str] = []
+    for word in words:
+        before = found[-1].replace("_", "-") if found else ""
+        if before in switches and word.lower() in ("true", "false"):
+            found[-1] = before if word.lower() == "true" else before.replace("--", "--no-", 1)
+        else:
+            found.append(word)
+    return found
 
 
 def refuse_bare(words: Sequence[str], config: type[BaseModel]) -> None:

@@ -66,9 +66,8 @@ def readable(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[st
     """Rows with prompts, and the columns that hold their completions. Raises: InputError by row and column."""
     from taurl.llm.data.chat import prompt_problem
     from taurl.llm.data.datasets import check_prompts, columns_of
-    from taurl.llm.data.preference_rows import with_prompt, with_question_as_prompt
+    from taurl.llm.data.preference_rows import with_prompt
 
-    rows = with_question_as_prompt(rows)
     available = columns_of(rows)
     columns = next((form for form in FORMS if set(form) <= set(available)), None)
     if columns is None:

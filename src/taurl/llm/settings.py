@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from taurl.runtime.config import FREE, Settings
+from taurl.runtime.config import FREE, Settings, refuse_unread
 
 
 class ModelSettings(Settings):
@@ -111,6 +111,12 @@ class RowSettings(PromptSettings):
             raise ValueError("separate_turns makes a row of each answer, but mask all trains on whole conversations")
         return self
 
+    @model_validator(mode="after")
+    def _a_window_is_of_a_stream(self) -> Self:
+        if not self.streaming:
+            refuse_unread(self, ("shuffle_window",), "data in memory is shuffled whole (see streaming)")
+        return self
+
     @field_validator("mix")
     @classmethod
     def _weights_are_positive(cls, mix: dict[str, float]) -> dict[str, float]:
@@ -186,6 +192,8 @@ class LoraSettings(Settings):
         for name in ("use_dora", "load_in_4bit", "merge_adapter"):
             if getattr(self, name) and not self.lora_rank:
                 raise ValueError(f"{name} needs an adapter: give lora_rank (16, for example)")
+        if not self.lora_rank:
+            refuse_unread(self, ("lora_alpha", "lora_targets"), "without a lora_rank there is no adapter")
         return self
 
 

@@ -188,4 +188,5 @@ NOT_DRAWN = (
     "eval/reward_p*",
     "eval/reward_std",
     "eval/rewards/*/std",
+    "eval/rewards/*/seconds",
 )

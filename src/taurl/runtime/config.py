@@ -1,14 +1,25 @@
 """Configurations: pydantic models that YAML files, command lines and Python share. Imports no torch."""
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.config import JsonDict
 
 from taurl.runtime.errors import InputError, reason
+from taurl.runtime.other_names import OTHER_NAMES
 
 # Marks a setting that may change when a run is resumed: it alters nothing that the run has already computed.
 FREE: JsonDict = {"free_on_resume": True}
@@ -29,6 +40,14 @@ class Settings(BaseModel):
             if name not in cls.model_fields:
                 raise ValueError(f"unknown setting {name}{did_you_mean(str(name), cls.model_fields)}")
         return values
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _one_is_enough(cls, value: Any, info: ValidationInfo) -> Any:
+        """One word where several may stand, as YAML and Python have it."""
+        kind = cls.model_fields[info.field_name or ""].annotation
+        several = get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
+        return (value,) if several and isinstance(value, str) else value
 
 
 class ThreadSettings(Settings):
@@ -119,10 +138,21 @@ class TrainingConfig(OptimizerSettings, RunConfig, MachineSettings):
     """AdamW's moving averages: float32 (8 bytes a weight), or eight_bit (2 bytes, by bitsandbytes; slower on a CPU)."""
 
 
+class SettingsLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a setting which is there twice, of which the last one would win unseen."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1 and name != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings of a YAML file; InputError in one line if it is missing, not YAML, or no mapping."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), SettingsLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read the settings: {reason(error)}") from error
     except yaml.YAMLError as error:
@@ -168,7 +198,17 @@ def describe(error: ValidationError) -> str:
     return f"{name} is {problem['input']!r}: {message}"
 
 
+def refuse_unread(config: BaseModel, names: Iterable[str], why: str) -> None:
+    """Raises: ValueError for the first of these settings that is not at its default, since nothing would read it."""
+    for name in names:
+        if (value := getattr(config, name)) != type(config).model_fields[name].get_default(call_default_factory=True):
+            raise ValueError(f"{name} is {value!r}, but {why}: leave it out")
+
+
 def did_you_mean(name: str, known: Any) -> str:
-    """`; did you mean X?`, or the known names when none is close."""
+    """`; did you mean X?`: what another library calls so, or a close name; else the known names."""
+    for here in OTHER_NAMES.get(name, ()):
+        if here in known:
+            return f"; did you mean {here}?"
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"

@@ -109,7 +109,7 @@ class Run:
             raise InputError(f"{directory}: steps is {config.steps}, but {run.step} are taken already")
         if run.step >= config.steps:
             advice = "" if config.spread_over_steps else "; raise steps to go on"
-            run.view.note(f"{directory}: all {run.step} steps are taken already{advice}")
+            run.view.note(f"{directory}: all {run.step} steps are taken already, its result is written again{advice}")
         return run
 
     def _find_checkpoint(self) -> None:
@@ -195,7 +195,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if isinstance(error, Exception):
+            if isinstance(error, Exception) and not isinstance(error, Interrupted):  # which has saved, and says how
                 self._rescue()
             if error is not None and not isinstance(error, GeneratorExit):  # a loop over `steps` may be left
                 self.environment[ENDED] = one_line(error)
@@ -220,6 +220,8 @@ class Run:
         """After a failure: save the finished steps that no checkpoint has, if the state is still theirs."""
         random, changes = self._whole
         if self.step == self._saved:
+            if self.step:
+                self.view.note(f"the steps up to {self.step} are saved; go on with {self._way_on()}")
             return
         if self._changes() != changes:
             self.view.note(

@@ -98,6 +98,15 @@ def test_what_is_not_found_is_named(spec, words):
         assert word in message, message
 
 
+def test_settings_that_a_factory_has_not_are_named():
+    with pytest.raises(InputError, match="has no setting normalise; did you mean normalize"):
+        load(parse("model:runs/rm/final(normalise=True)"))
+    with pytest.raises(InputError, match="has no setting size; known: ngram_size"):
+        load(parse("repetition_penalty(size=3)"))
+    with pytest.raises(InputError, match=r"not understood: .*settings in parentheses"):
+        parse("model:runs/rm/final(normalize=True")
+
+
 def test_something_that_is_no_function_is_refused():
     assert "is a int, expected a function" in refusal(3)
 

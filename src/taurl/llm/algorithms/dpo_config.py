@@ -1,9 +1,9 @@
 """Settings of DPO and its family. Imports no torch, so that the command line answers at once."""
 
 import math
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from taurl.llm.algorithms.online_config import SampledConfig
 from taurl.llm.settings import EpochSettings, PreferenceSettings
@@ -102,11 +102,6 @@ class DPOConfig(EpochSettings, PreferenceSettings, SampledConfig):
 
     samples_per_step: int = Field(4, ge=0, json_schema_extra=FREE)
     """Sampled answers of each step that are kept in samples.jsonl, with `rewards`."""
-
-    @field_validator("loss_type", mode="before")
-    @classmethod
-    def _one_is_enough(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

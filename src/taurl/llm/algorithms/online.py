@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ HEADLINE = {
     "length": "completions/mean_length",
     "tokens/s": "tokens_per_second",
 }
+STEPS_ALIKE = 5  # without any difference, after which it is said
 
 
 @dataclass
@@ -73,6 +75,7 @@ class OnlineTrainer(Trainer):
     memory_settings = "tokens_per_part or slots (or kv_memory_gb, max_tokens, group_size, prompts_per_step)"
     config: SampledConfig
     rewards: RewardSet
+    steps_alike = 0  # in a row, whose completions have all earned the same
 
     def load_policy(self, dtype: torch.dtype | None, *, keep_reference: bool, samples: bool = True) -> None:
         """Make the policy, its optimiser and, where anything is sampled, its generator."""
@@ -116,8 +119,20 @@ class OnlineTrainer(Trainer):
             rollout = self.sample(prompts.ids, size, step.number)
         with step.phase("reward", "scoring"):
             scores = self.score(rows, rollout.completions, step.number)
+        self.say_what_teaches_nothing(scores, step.number)
         origins = [index for index in indices for _ in range(size)]
         return Samples(rollout, rows, origins, scores, self.rewards.names, size)
+
+    def say_what_teaches_nothing(self, scores: Scores, step: int) -> None:
+        """Say it where no reward applies to anything, and where all completions have earned the same for a while."""
+        if np.isnan(scores.total).all():
+            self.run.view.note(f"step {step}: no reward function applies to any completion (they all gave None)")
+        self.steps_alike = self.steps_alike + 1 if len(set(scores.total.tolist())) == 1 else 0
+        if self.steps_alike == STEPS_ALIKE:
+            self.run.view.note(
+                f"step {step}: for {STEPS_ALIKE} steps every completion has earned {scores.total[0]:g}, so that "
+                "nothing is learned from the rewards; look at samples.jsonl"
+            )
 
     def sample(self, prompts: list[list[int]], group_size: int, step: int) -> Rollout:
         """Completions of prompts given as token ids, `group_size` of each."""

@@ -81,7 +81,7 @@ class PPO(RatioTrainer):
     config_class = PPOConfig
     headline: ClassVar[Mapping[str, str]] = {
         **HEADLINE,
-        "kl": "kl_per_completion",
+        "kl/completion": "kl_per_completion",
         "explained": "value/explained_variance",
     }
     takes = ("model", "dataset", "rewards", "eval_dataset", "tokenizer", "critic", "reference", "environment")

@@ -13,7 +13,7 @@ from taurl.llm.settings import (
     PreferenceSettings,
     PromptSettings,
 )
-from taurl.runtime.config import TrainingConfig
+from taurl.runtime.config import TrainingConfig, refuse_unread
 
 
 class RewardConfig(
@@ -52,10 +52,8 @@ class RewardConfig(
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.centering and self.loss != "bradley_terry":
-            raise ValueError(f"centering is {self.centering}, but {self.loss} compares no pairs: leave it out")
-        if self.huber_threshold != type(self).model_fields["huber_threshold"].default and self.loss != "huber":
-            raise ValueError(
-                f"huber_threshold is {self.huber_threshold:g}, but {self.loss} does not read it: leave it out"
-            )
+        if self.loss != "bradley_terry":
+            refuse_unread(self, ("centering",), f"{self.loss} compares no pairs")
+        if self.loss != "huber":
+            refuse_unread(self, ("huber_threshold",), f"{self.loss} does not read it")
         return self

@@ -107,6 +107,8 @@ class Trainer(ABC):
         model = self.given("model")
         if model is None:
             raise InputError("no model given: name one with model (for example smollm2-135m-instruct)")
+        if not isinstance(model, str) and not hasattr(model, "config"):
+            raise InputError(f"model is {model!r}, expected a name, a folder or a model object of transformers")
         self.device, dtype = choose_machine(run, keep_dtype=not isinstance(model, str))
         seed_everything(self.config.seed)
         self.set_up(dtype)

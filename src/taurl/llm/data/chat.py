@@ -98,7 +98,10 @@ def encode_prompt(
             )
         return encode_text(cast(str, prompt), tokenizer)
     if not tokenizer.chat_template:
-        raise InputError(f"{where}: messages need a chat template, and this tokenizer has none; give strings instead")
+        raise InputError(
+            f"{where}: messages need a chat template, and this tokenizer has none; give strings instead, or a model "
+            "that taurl llm sft has trained on messages, which then has one"
+        )
     options = dict(chat_template_kwargs or {})
     require_tools_read(tokenizer.get_chat_template(tools=options.get("tools")), messages, options, f"{where}: ")
     continued = messages[-1]["role"] == "assistant"

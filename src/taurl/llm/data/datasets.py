@@ -94,7 +94,7 @@ def prepare_rows(
     Args:
         first: number of the first row, for error messages.
     """
-    ready = rename_columns(as_rows(rows), columns or {})
+    ready = with_question_as_prompt(rename_columns(as_rows(rows), columns or {}))
     return ready if answer_after is None else extract_answers(ready, answer_after, first=first)
 
 
@@ -167,6 +167,14 @@ def rename_columns(rows: Rows, columns: Mapping[str, str]) -> Rows:
                 f"two columns would be named '{new}'; the data has {', '.join(available)}; rename the other one as well"
             )
     return [{columns.get(name, name): value for name, value in row.items()} for row in rows]
+
+
+def with_question_as_prompt(rows: Rows) -> Rows:
+    """Rows with a `question`, and neither a prompt nor a text or conversation of their own: it is their prompt too."""
+    available = set(columns_of(rows))
+    if "question" not in available or available & {"prompt", "messages", "conversations", "text", "input_ids"}:
+        return rows
+    return [{"prompt": row["question"], **row} for row in rows]
 
 
 def extract_answers(rows: Rows, marker: str, *, first: int = 1) -> Rows:

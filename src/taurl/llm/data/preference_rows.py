@@ -150,7 +150,6 @@ class PreferenceReader:
 
     def _explicit(self, rows: Rows) -> Rows:
         """Rows that have the form's columns, and a prompt of their own."""
-        rows = with_question_as_prompt(rows)
         available = columns_of(rows)
         unpaired = self.form in ("label", "score") and "completion" in available
         needed = COLUMNS[self.form] if unpaired or self.form not in ("label", "score") else COLUMNS["pairs"]
@@ -251,14 +250,6 @@ def train_and_held_out_preferences(
     if too_long := train.too_long + (0 if eval_dataset is None else held_out.too_long):
         note(f"{too_long} rows left out: longer than max_length or than the model's context")
     return train, held_out
-
-
-def with_question_as_prompt(rows: Rows) -> Rows:
-    """Rows of `question`, chosen, rejected as those of `prompt`, chosen, rejected, where none has a prompt."""
-    available = columns_of(rows)
-    if "prompt" in available or "question" not in available:
-        return rows
-    return [{"prompt" if name == "question" else name: value for name, value in row.items()} for row in rows]
 
 
 def with_prompt(row: Row, number: int) -> Row:

@@ -82,7 +82,7 @@ def evaluate(function: Callable[..., Any], offered: Mapping[str, Any], count: in
         returned = _listed(function(**recorder.arguments(function, offered)))
     except RewardFailure:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise failure_of(error, function) from error
     return recorder.result(returned)
 
@@ -94,7 +94,7 @@ async def evaluate_async(function: Callable[..., Any], offered: Mapping[str, Any
         returned = _listed(await function(**recorder.arguments(function, offered)))
     except RewardFailure:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise failure_of(error, function) from error
     return recorder.result(returned)
 
@@ -130,7 +130,7 @@ def checked_values(returned: Any, count: int) -> list[float]:
     return [_checked_value(value, row) for row, value in enumerate(returned)]
 
 
-def failure_of(error: Exception, function: Callable[..., Any]) -> RewardFailure:
+def failure_of(error: BaseException, function: Callable[..., Any]) -> RewardFailure:
     """What an exception inside a function becomes: its type, message and the function's own line."""
     code = getattr(inspect.unwrap(function), "__code__", None) or getattr(type(function).__call__, "__code__", None)
     line = line_in(error, code.co_filename) if code else None

@@ -21,8 +21,11 @@ def as_factory(spec: str) -> str:
     match = re.fullmatch(
         r"(?P<name>.+?)(?:\((?P<settings>\s*|\s*\w+\s*=.*)\))?", spec.strip().removeprefix(PREFIX), re.DOTALL
     )
-    if match is None:
-        raise InputError(f"reward {spec!r} not understood: expected {PREFIX}runs/NAME/final, or a hub name after it")
+    if match is None or match["name"].count("(") > match["name"].count(")"):
+        raise InputError(
+            f"reward {spec!r} not understood: expected {PREFIX}runs/NAME/final, or a hub name after it, and settings "
+            "in parentheses, as in (normalize=True)"
+        )
     settings = f", {match['settings']}" if (match["settings"] or "").strip() else ""
     return f"{FACTORY}(model={json.dumps(match['name'].strip(), ensure_ascii=False)}{settings})"
 

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from taurl.llm.rewards.model import PREFIX, as_factory
+from taurl.runtime.config import did_you_mean
 from taurl.runtime.errors import InputError, one_line
 
 SHIPPED_MODULE = "taurl.llm.rewards"
@@ -72,6 +73,11 @@ def load(spec: Spec | Callable[..., Any]) -> Callable[..., Any]:
     label = f"reward function {spec.name!r} in {spec.where}"
     if spec.settings is None:
         return _checked(found, spec.name, label)
+    known = inspect.signature(found).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        for name in spec.settings:
+            if name not in known:
+                raise InputError(f"{label} has no setting {name}{did_you_mean(name, known)}")
     try:
         made = found(**spec.settings)
     except InputError:
