@@ -120,7 +120,7 @@ def test_a_question_is_a_prompt_where_there_is_none():
 
 
 def test_all_rows_of_held_out_prompts_are_held_out_and_not_trained_on():
-    rows = [{**PAIR, "prompt": f"{i % 5}+1?", "rejected": str(i)} for i in range(20)]
+    rows = [{**PAIR, "prompt": f"{i % 5}+1?", "rejected": str(i + 3)} for i in range(20)]
     notes = []
     train, held_out = train_and_held_out_preferences(reader(), rows, None, 2, 0, notes.append)
     assert (len(train), len(held_out)) == (12, 8)
@@ -132,6 +132,13 @@ def test_all_rows_of_held_out_prompts_are_held_out_and_not_trained_on():
     assert train.fingerprint() != held_out.fingerprint()
     train, held_out = train_and_held_out_preferences(reader(), rows, rows[:1], 5, 0, notes.append)
     assert (len(train), len(held_out), notes[0][:2]) == (16, 1, "4 ")
+
+
+def test_pairs_of_equal_answers_are_counted():
+    rows = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no" if i else "yes"} for i in range(4)]
+    notes = []
+    train_and_held_out_preferences(reader(), rows, None, 0, 0, notes.append)
+    assert notes == ["1 of 4 training rows compare two equal completions, which teaches nothing"]
 
 
 def test_a_file_with_renamed_columns(tmp_path):

@@ -69,12 +69,17 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert trainer.run.elapsed() >= seconds[-1]
 
 
-def test_a_directory_of_its_own_name(tmp_path, monkeypatch):
+def test_a_directory_of_its_own_name_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = Run.start(CountingConfig(), algorithm="counting", headline={})
     assert run.directory.parts[0] == "runs"
     assert run.directory.name.startswith("counting-20")
     assert run.config.out == run.directory
+    run.begin()
+    run.close()
+    assert f"run directory: {run.directory}" in capsys.readouterr().err
+    new(tmp_path / "named", steps=1).train()
+    assert "run directory" not in capsys.readouterr().err
 
 
 def test_a_directory_that_exists_is_refused(tmp_path):

@@ -73,6 +73,7 @@ class Run:
         self._random: Record = {}  # random states of the checkpoint
         self.callbacks: Sequence[Callback] = ()
         self._owned = False  # whether what is in the directory is this run's
+        self._unnamed = False  # whether nobody has named the directory, so that it is to be told
         self._saved = 0  # the newest step that has, or was refused, a checkpoint
         self._whole: tuple[Record, int] = {}, 0  # random states, and count of changes, where self.step ended
         self._started: float | None = None
@@ -87,8 +88,10 @@ class Run:
         """A new run; InputError when its directory exists and is not empty."""
         directory = config.out or unused(Path("runs") / f"{algorithm}-{time.strftime('%Y%m%d-%H%M%S')}")
         refuse_taken(directory)
-        config = config.model_copy(update={"out": directory})
-        return cls(directory, config, headline=headline, environment={"algorithm": algorithm})
+        unnamed, config = config.out is None, config.model_copy(update={"out": directory})
+        run = cls(directory, config, headline=headline, environment={"algorithm": algorithm})
+        run._unnamed = unnamed
+        return run
 
     @classmethod
     def resume(cls, directory: Path, config: RunConfig, *, headline: Mapping[str, str]) -> Self:
@@ -175,6 +178,9 @@ class Run:
         self._write_environment()
         # Last of those that resuming needs, since it is what makes the directory a run's.
         write_whole(self.directory / "config.yaml", self.config.to_yaml().encode())
+        if self._unnamed:
+            self.view.note(f"run directory: {self.directory}")
+            self._unnamed = False
         purge_from = last + 1 if self._owned else None
         self._board = metrics.TensorBoard(self.directory / "tensorboard", purge_from=purge_from)
         self._owned = True

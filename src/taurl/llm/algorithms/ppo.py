@@ -125,6 +125,10 @@ class PPO(RatioTrainer):
         make = load_callable(environment, "environment") if isinstance(environment, str) else environment
         if reference is not None and config.kl_coefficient == 0:
             raise InputError("a reference is given, but kl_coefficient is 0: raise it, or leave the reference out")
+        if config.value_warmup_steps >= config.steps:
+            self.run.view.note(
+                f"the policy will not learn: value_warmup_steps ({config.value_warmup_steps}) are all of its steps"
+            )
         self.has_reference, self.said = config.kl_coefficient > 0, False
         self.load_policy(dtype, keep_reference=self.has_reference and reference is None)
         with loading_model():

@@ -240,7 +240,7 @@ def train_and_held_out_preferences(
 
     Args:
         eval_rows: how many prompts are held out.
-        note: told how many rows were left out, and why.
+        note: told how many rows were left out, or teach nothing, and why.
     """
     found = train_and_held_out(cast(Any, reader), dataset, eval_dataset, eval_rows, seed, whole_prompts=True)
     train, held_out, dropped = cast(tuple[Preferences, Preferences, int], found)
@@ -249,6 +249,8 @@ def train_and_held_out_preferences(
     # Taken out of one data set, both know of all its rows.
     if too_long := train.too_long + (0 if eval_dataset is None else held_out.too_long):
         note(f"{too_long} rows left out: longer than max_length or than the model's context")
+    if alike := sum(len(row.completions) > 1 and row.completions[0] == row.completions[1] for row in train.judged):
+        note(f"{alike} of {len(train.judged)} training rows compare two equal completions, which teaches nothing")
     return train, held_out
 
 
