@@ -7,11 +7,13 @@ import sys
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from taurl import __version__
 from taurl.cli import COMMANDS, main
 from taurl.commands.options import pair, parse, take_option
 from taurl.llm.algorithms.grpo_config import GRPOConfig
+from taurl.runtime.config import read_yaml
 from taurl.runtime.errors import InputError
 
 OPTIONS = """
@@ -93,7 +95,13 @@ def test_options_are_the_fields_of_the_config():
 def test_flags_may_have_a_value():
     assert grpo("--mask-truncated", "True").mask_truncated is True
     assert grpo("--mask_truncated", "false", "--steps", "3").mask_truncated is False
+    assert grpo("--mask-truncated=False").mask_truncated is False
     assert grpo("--no-mask-truncated").mask_truncated is False
+    assert grpo("--mask-truncated", "--stop", "true").stop == ("true",)
+    with pytest.raises(InputError, match="--mask-truncated is 'yes', expected True or False"):
+        grpo("--mask-truncated=yes")
+    with pytest.raises(InputError, match="Unrecognized options: false"):
+        grpo("--mask-truncated", "true", "false")
 
 
 def test_one_word_may_stand_where_several_may(tmp_path):
@@ -101,6 +109,16 @@ def test_one_word_may_stand_where_several_may(tmp_path):
     config = grpo("--config", str(tmp_path / "one.yaml"))
     assert (config.rewards, config.stop) == (("last_number",), ("</answer>",))
     assert GRPOConfig(rewards="last_number") == GRPOConfig(rewards=("last_number",))
+    assert GRPOConfig(reward_weights=0.5).reward_weights == (0.5,)
+    assert GRPOConfig(lora_rank=2, lora_targets="all-linear").lora_targets == "all-linear"
+    with pytest.raises(ValidationError, match="rewards"):
+        GRPOConfig(rewards="")
+
+
+def test_yaml_may_merge_what_it_repeats(tmp_path):
+    file = tmp_path / "merged.yaml"
+    file.write_text("chat_template_kwargs: &A {x: 1}\ndataset_args: {<<: *A, x: 2, 1: a, '1': b}\n")
+    assert read_yaml(file)["dataset_args"] == {"x": 2, 1: "a", "1": "b"}
 
 
 def test_a_config_file_is_overridden_by_options_and_written_back_the_same(tmp_path):

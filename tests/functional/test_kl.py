@@ -207,15 +207,27 @@ def test_far_policies_and_huge_ratios_stay_finite(estimator, level):
 
 def test_beyond_its_bound_k3_is_constant():
     """With its slope, of what is left there: it would push a policy away from a reference that is far above it."""
-    mask = torch.ones(1, 3, dtype=torch.bool)
     logprobs = torch.tensor([[-61.0, -500.0, -59.0]], dtype=torch.float64, requires_grad=True)
-    for ratios in (None, torch.exp(logprobs - logprobs.detach())):  # π / π.detach() carries the gradient of k3's value
-        loss = kl_loss(logprobs, torch.zeros_like(mask.double()), mask, estimator="k3", level="token", ratios=ratios)
-        (slopes,) = torch.autograd.grad(loss.sum(), logprobs)
-        assert slopes[0, :2].tolist() == [0.0, 0.0]
-        assert loss[0].tolist() == pytest.approx([loss[0, 0].item()] * 2 + [math.exp(59) - 60], rel=1e-12)
-        if ratios is None:
-            assert slopes[0, 2].item() == pytest.approx(1 - math.exp(59), rel=1e-12)
+    reference, mask = torch.zeros(1, 3, dtype=torch.float64), torch.ones(1, 3, dtype=torch.bool)
+    loss = kl_loss(logprobs, reference, mask, estimator="k3", level="token")
+    (slopes,) = torch.autograd.grad(loss.sum(), logprobs)
+    assert slopes.tolist() == [[0.0, 0.0, pytest.approx(1 - math.exp(59), rel=1e-12)]]
+    assert loss[0].tolist() == pytest.approx([math.exp(60) - 61] * 2 + [math.exp(59) - 60], rel=1e-12)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_nor_has_it_a_gradient_there_by_its_weight(level, weight):
+    """Which carries one, on-policy as π / π.detach(): of the bounded value it would have the wrong sign."""
+    logprobs = torch.tensor([[-33.0, -500.0], [-70.0, -3.0]], dtype=torch.float64, requires_grad=True)
+    reference, mask = torch.zeros(2, 2, dtype=torch.float64), torch.ones(2, 2, dtype=torch.bool)
+    ratios = weight * torch.exp(logprobs - logprobs.detach())
+    loss = kl_loss(logprobs, reference, mask, estimator="k3", level=level, ratios=ratios)
+    (slopes,) = torch.autograd.grad(loss.sum(), logprobs)
+    if level == "sequence":
+        assert not slopes.any()
+    else:
+        assert slopes.tolist() == [[pytest.approx(-33 * weight, abs=1e3), 0.0], [0.0, pytest.approx(-3 * weight)]]
 
 
 def test_half_precision_is_widened_before_anything_is_subtracted():

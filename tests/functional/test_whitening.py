@@ -151,6 +151,12 @@ def test_tokens_that_differ_within_a_row_are_not_blown_up(masked):
     close(found, [[0] * 3] * 2 if masked else [[0, 0.1 / spread, -0.1 / spread], [0] * 3])
 
 
+def test_equal_values_of_a_group_are_whitened_to_exactly_nothing():
+    for value, size in ((0.1, 3), (1e12 / 3, 11)):
+        values = torch.full((size, 2), value, dtype=torch.float64)
+        assert not whiten_groups(values, torch.ones(size, 2, dtype=torch.bool), group_size=size).any()
+
+
 def test_groups_of_values_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="1 of 3 values are NaN or infinite"):
         whiten_groups(double([[1.0, NAN], [2.0, INF]]), torch.tensor([[True, True], [True, False]]), group_size=2)

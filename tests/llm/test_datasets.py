@@ -222,6 +222,8 @@ def test_a_question_is_a_prompt_where_there_is_none():
     for other in ("prompt", "text", "messages"):
         rows = [{"question": "q", other: "p"}]
         assert prepare_rows(rows) == rows
+        assert prepare_rows([{"question": "q", other: None}])[0]["prompt"] == "q"
+    assert prepare_rows([{"question": "q", "text": "t", "chosen": "a", "rejected": "b"}])[0]["prompt"] == "q"
 
 
 def test_the_answer_after_its_marker():

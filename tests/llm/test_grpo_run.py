@@ -459,8 +459,10 @@ def test_rewards_that_teach_nothing_are_said(config, folder, capfd):
     def nothing(completions, **columns):
         return [None] * len(completions)
 
-    GRPO(str(folder), ROWS, nothing, config(steps=1, eval_rows=0)).train()
-    assert "step 1: no reward function applies to any completion" in capfd.readouterr().err
+    GRPO(str(folder), ROWS, nothing, config(steps=6, eval_rows=0)).train()
+    said = capfd.readouterr().err
+    assert said.count("no reward function applies to any completion") == 1
+    assert "every completion has earned" not in said
 
     def same(completions, **columns):
         return [2.0] * len(completions)
@@ -469,6 +471,12 @@ def test_rewards_that_teach_nothing_are_said(config, folder, capfd):
     said = capfd.readouterr().err
     assert said.count("for 5 steps every completion has earned 2, so that nothing is learned") == 1
     assert "step 5: for 5 steps" in said
+
+    def by_step(completions, trainer_state, **columns):
+        return [float(trainer_state.global_step)] * len(completions)
+
+    GRPO(str(folder), ROWS, by_step, config(steps=7, eval_rows=0, out=config().out / "by-step")).train()
+    assert "every completion has earned" not in capfd.readouterr().err
 
 
 def test_a_reward_that_ends_the_program_is_named(config, folder):

@@ -148,7 +148,7 @@ def test_a_step_that_fails_loses_nothing_finished(tmp_path, broken_at):
 def test_a_callback_that_fails_loses_nothing_finished(tmp_path):
     def callback(record):
         if record["step"] == 3:
-            raise Broken
+            raise Broken("at step 3")
 
     new(tmp_path / "whole", steps=5).train()
     trainer = new(tmp_path / "run", steps=5)
@@ -156,10 +156,24 @@ def test_a_callback_that_fails_loses_nothing_finished(tmp_path):
     with pytest.raises(Broken):
         trainer.train()
     assert checkpoint_steps(tmp_path / "run" / "checkpoints") == [3]
-    assert read_environment(tmp_path / "run")["ended"] == "Broken"
+    assert read_environment(tmp_path / "run")["ended"] == "Broken: at step 3"
     resumed(tmp_path / "run").train()
     assert "ended" not in read_environment(tmp_path / "run")
     assert_same_end(tmp_path / "run", tmp_path / "whole", 5)
+
+
+def test_a_checkpoint_that_was_refused_is_not_said_to_be_saved(tmp_path, monkeypatch, capsys):
+    def refused(*_, **__):
+        raise RunError("disk full")
+
+    monkeypatch.setattr("taurl.runtime.run.save_checkpoint", refused)
+    with pytest.raises(RunError, match="disk full"):
+        new(tmp_path / "run", steps=5, save_every=2).train()
+    assert "are saved" not in capsys.readouterr().err
+    monkeypatch.undo()
+    with pytest.raises(Broken):
+        break_at(new(tmp_path / "saved", steps=5, save_every=1), 3).train()
+    assert f"the steps up to 2 are saved; go on with --resume {tmp_path / 'saved'}" in capsys.readouterr().err
 
 
 def test_a_state_in_the_middle_of_a_step_is_not_saved_and_that_is_said(tmp_path, capsys):

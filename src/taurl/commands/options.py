@@ -160,12 +160,17 @@ def with_flags(words: Sequence[str], config: type[BaseModel]) -> list[str]:
     flags = (name for name, field in config.model_fields.items() if field.annotation is bool)
     switches = {"--" + name.replace("_", "-") for name in flags}
     found: list[str] = []
-    for word in words:
-        before = found[-1].replace("_", "-") if found else ""
-        if before in switches and word.lower() in ("true", "false"):
-            found[-1] = before if word.lower() == "true" else before.replace("--", "--no-", 1)
-        else:
-            found.append(word)
+    left = list(words)
+    while left:
+        word, equals, value = left.pop(0).partition("=")
+        if (flag := word.replace("_", "-")) not in switches:
+            found.append(word + equals + value)
+            continue
+        if not equals and left and left[0].lower() in ("true", "false"):
+            value = left.pop(0)
+        found.append(flag.replace("--", "--no-", 1) if value.lower() == "false" else flag)
+        if value.lower() not in ("", "true", "false"):
+            raise InputError(f"{word} is {value!r}, expected True or False")
     return found
 
 

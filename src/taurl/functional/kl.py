@@ -194,7 +194,7 @@ def kl_loss(
         mask: bool [N, L], the tokens that count; the others may hold anything.
         ratios: float [N, L], ≥ 0.
     Returns: loss [N, L], 0 and without gradient where masked; float32, or float64 for float64. Weighted values stop
-        at exp(LARGEST_LOG_RATIO − 1), with gradient 0 above it.
+        at exp(LARGEST_LOG_RATIO), with gradient 0 above it.
     Raises: ValueError if shapes differ, the mask is not boolean, or estimator or level is unknown.
     Source: Liu et al. 2025, arXiv:2510.01555; k3 with ratios: arXiv:2512.02556.
     """
@@ -206,9 +206,11 @@ def kl_loss(
     if ratios is not None:
         require_same_shape(ratios=ratios, mask=mask)
         weights = torch.where(mask, at_least_float32(ratios.detach() if estimator == "k2" else ratios), 0.0)
-        # A ratio and an e^(−x), each at its bound, would overflow float32 together. Below k3's own bound, so that what
-        # is there has no gradient by its weight either.
-        loss = (weights * loss).clamp(max=math.exp(LARGEST_LOG_RATIO - 1))
+        if estimator == "k3":  # where it is bounded it has no gradient, by its weight neither
+            scored = log_ratios if _is_token(level) else log_ratios.sum(1, keepdim=True)
+            weights = torch.where(scored < -LARGEST_LOG_RATIO, weights.detach(), weights)
+        # A ratio and an e^(−x), each at its bound, would overflow float32 together.
+        loss = (weights * loss).clamp(max=math.exp(LARGEST_LOG_RATIO))
     return torch.where(mask, loss, 0.0)
 
 

@@ -103,13 +103,14 @@ def whiten_groups(values: Tensor, mask: Tensor, *, group_size: int, epsilon: flo
     alive = counts.any(1).view(-1, group_size)
     rows = alive.sum(1, keepdim=True)
 
-    def mean_of_rows(means: Tensor, number: Tensor) -> Tensor:  # [N, 1] → one of each group, at each of its rows
-        means = means.view(alive.shape).where(alive, 0.0).sum(1, keepdim=True) / number.clamp(min=1)
-        return means.expand(alive.shape).reshape(-1, 1)
+    def at_each_row(of_groups: Tensor) -> Tensor:  # [M, 1] → [N, 1]
+        return of_groups.expand(alive.shape).reshape(-1, 1)
 
-    centred = values.double() - mean_of_rows(_row_statistics(values, counts)[0], rows)
-    spread = mean_of_rows(_row_statistics(centred.square().where(counts, 0.0), counts)[0], rows - 1).sqrt()
-    compared = counts & (rows > 1).expand(alive.shape).reshape(-1, 1)
+    means = _row_statistics(values, counts)[0].view(alive.shape)
+    centred = values.double() - at_each_row(_row_statistics(means, alive)[0])
+    squares = _row_statistics(centred.square().where(counts, 0.0), counts)[0].view(alive.shape)
+    spread = at_each_row(squares.where(alive, 0.0).sum(1, keepdim=True) / (rows - 1).clamp(min=1)).sqrt()
+    compared = counts & at_each_row(rows > 1)
     return with_precision_of(values, torch.where(compared, centred / (spread + epsilon), 0.0))
 
 

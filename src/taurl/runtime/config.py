@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -44,10 +45,11 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _one_is_enough(cls, value: Any, info: ValidationInfo) -> Any:
-        """One word where several may stand, as YAML and Python have it."""
+        """One word or number where several may stand, as YAML and Python have it."""
         kind = cls.model_fields[info.field_name or ""].annotation
-        several = get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
-        return (value,) if several and isinstance(value, str) else value
+        kinds = [part for part in get_args(kind) if part is not NoneType] if NoneType in get_args(kind) else [kind]
+        several = len(kinds) == 1 and get_args(kinds[0])[-1:] == (Ellipsis,)
+        return (value,) if several and isinstance(value, str | int | float) and value != "" else value
 
 
 class ThreadSettings(Settings):
@@ -141,12 +143,15 @@ class TrainingConfig(OptimizerSettings, RunConfig, MachineSettings):
 class SettingsLoader(yaml.SafeLoader):
     """Safe YAML that refuses a setting which is there twice, of which the last one would win unseen."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1 and name != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    raise yaml.composer.ComposerError(None, None, f"{key.value} is there twice", key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

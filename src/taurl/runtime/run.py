@@ -204,7 +204,8 @@ class Run:
             if isinstance(error, Exception) and not isinstance(error, Interrupted):  # which has saved, and says how
                 self._rescue()
             if error is not None and not isinstance(error, GeneratorExit):  # a loop over `steps` may be left
-                self.environment[ENDED] = one_line(error)
+                own = isinstance(error, InputError | RunError | Interrupted)  # whose words are for a person
+                self.environment[ENDED] = one_line(error if own else f"{type(error).__name__}: {error}")
                 with suppress(RunError):  # what ended the run is what to tell
                     self._write_environment()
         finally:
@@ -226,7 +227,7 @@ class Run:
         """After a failure: save the finished steps that no checkpoint has, if the state is still theirs."""
         random, changes = self._whole
         if self.step == self._saved:
-            if self.step:
+            if self.step in checkpoint_steps(self.directory / "checkpoints"):  # and was not refused one
                 self.view.note(f"the steps up to {self.step} are saved; go on with {self._way_on()}")
             return
         if self._changes() != changes:

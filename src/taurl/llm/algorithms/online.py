@@ -75,7 +75,8 @@ class OnlineTrainer(Trainer):
     memory_settings = "tokens_per_part or slots (or kv_memory_gb, max_tokens, group_size, prompts_per_step)"
     config: SampledConfig
     rewards: RewardSet
-    steps_alike = 0  # in a row, whose completions have all earned the same
+    steps_alike, said_none = 0, False  # steps in a row whose completions have all earned the same
+    earned: set[float] = set()  # what was earned in the last step  # noqa: RUF012
 
     def load_policy(self, dtype: torch.dtype | None, *, keep_reference: bool, samples: bool = True) -> None:
         """Make the policy, its optimiser and, where anything is sampled, its generator."""
@@ -124,14 +125,17 @@ class OnlineTrainer(Trainer):
         return Samples(rollout, rows, origins, scores, self.rewards.names, size)
 
     def say_what_teaches_nothing(self, scores: Scores, step: int) -> None:
-        """Say it where no reward applies to anything, and where all completions have earned the same for a while."""
-        if np.isnan(scores.total).all():
+        """Say it once where no reward applies to anything, and where all has earned the same for some steps."""
+        earned = set(scores.total[~np.isnan(scores.total)].tolist())
+        if not earned and not self.said_none:
+            self.said_none = True
             self.run.view.note(f"step {step}: no reward function applies to any completion (they all gave None)")
-        self.steps_alike = self.steps_alike + 1 if len(set(scores.total.tolist())) == 1 else 0
-        if self.steps_alike == STEPS_ALIKE:
+        self.steps_alike = self.steps_alike + 1 if len(earned) == 1 and earned == self.earned else 1
+        self.earned = earned
+        if self.steps_alike == STEPS_ALIKE and earned:
             self.run.view.note(
-                f"step {step}: for {STEPS_ALIKE} steps every completion has earned {scores.total[0]:g}, so that "
-                "nothing is learned from the rewards; look at samples.jsonl"
+                f"step {step}: for {STEPS_ALIKE} steps every completion has earned {max(earned):g}, so that nothing is "
+                "learned from the rewards; look at samples.jsonl"
             )
 
     def sample(self, prompts: list[list[int]], group_size: int, step: int) -> Rollout:

@@ -23,6 +23,7 @@ from taurl.llm.models.hub import hub_cache_only, hub_problem
 from taurl.runtime.errors import InputError, one_line
 
 Rows = list[Row]
+JUDGED = ("completion", "completions", "chosen", "rejected")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
@@ -90,6 +91,8 @@ def prepare_rows(
     rows: object, *, columns: Mapping[str, str] | None = None, answer_after: str | None = None, first: int = 1
 ) -> Rows:
     """Rows given from Python, or just read, with their columns renamed and the answer cut out as `load_rows` says.
+
+    A `question` is the prompt of rows that have none.
 
     Args:
         first: number of the first row, for error messages.
@@ -170,11 +173,15 @@ def rename_columns(rows: Rows, columns: Mapping[str, str]) -> Rows:
 
 
 def with_question_as_prompt(rows: Rows) -> Rows:
-    """Rows with a `question`, and neither a prompt nor a text or conversation of their own: it is their prompt too."""
-    available = set(columns_of(rows))
-    if "question" not in available or available & {"prompt", "messages", "conversations", "text", "input_ids"}:
+    """Rows with a `question` and no `prompt`: it is their prompt too, unless they are whole texts or conversations."""
+
+    def have(*names: str) -> bool:
+        return any(row.get(name) is not None for row in rows for name in names)
+
+    whole = have("messages", "conversations", "text", "input_ids") and not have(*JUDGED)
+    if not have("question") or have("prompt") or whole:
         return rows
-    return [{"prompt": row["question"], **row} for row in rows]
+    return [{**row, "prompt": row["question"]} for row in rows]
 
 
 def extract_answers(rows: Rows, marker: str, *, first: int = 1) -> Rows:

@@ -249,8 +249,8 @@ def train_and_held_out_preferences(
     # Taken out of one data set, both know of all its rows.
     if too_long := train.too_long + (0 if eval_dataset is None else held_out.too_long):
         note(f"{too_long} rows left out: longer than max_length or than the model's context")
-    if alike := sum(len(row.completions) > 1 and row.completions[0] == row.completions[1] for row in train.judged):
-        note(f"{alike} of {len(train.judged)} training rows compare two equal completions, which teaches nothing")
+    if alike := sum(len(row.completions) > 1 == len(set(map(tuple, row.completions))) for row in train.judged):
+        note(f"{alike} of {len(train.judged)} training rows compare a completion with itself")
     return train, held_out
 
 

@@ -8,7 +8,7 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +73,12 @@ def load(spec: Spec | Callable[..., Any]) -> Callable[..., Any]:
     label = f"reward function {spec.name!r} in {spec.where}"
     if spec.settings is None:
         return _checked(found, spec.name, label)
-    known = inspect.signature(found).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+    known: Mapping[str, inspect.Parameter] | None
+    try:
+        known = inspect.signature(found).parameters
+    except (TypeError, ValueError):  # nothing to call, or of C and silent about it: the call will tell
+        known = None
+    if known and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         for name in spec.settings:
             if name not in known:
                 raise InputError(f"{label} has no setting {name}{did_you_mean(name, known)}")
