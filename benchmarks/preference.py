@@ -4,17 +4,20 @@
 
 Both sides get the same token ids in the same batches, with the same weights (the reward model's head included),
 learning rate and β; losses are compared step by step. With --held-out N both score N held-out pairs at the end; for the
-figures of one epoch, --steps is the number of pairs over 8. The point-wise model, which learns to call chosen solutions
-good and rejected ones bad, each by itself, stands alone: TRL has none.
+figures of one epoch, --steps is the number of pairs over 8, less one to warm up. With --keep FOLDER what the minutes
+cut short is saved, goes on when called again, and is reported when it is done, by its held-out accuracy alone. The
+point-wise model, which learns to call chosen solutions good and rejected ones bad, each by itself, stands alone: TRL
+has none.
 """
 
 import math
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from llm_speed.data import pair_row, read
 from llm_speed.heads import with_scalar_head
-from llm_speed.sides import INSTALLED, OURS, SAME, Found, Job, common_job, in_turn, our_side, parser
+from llm_speed.sides import INSTALLED, OURS, SAME, Found, Job, common_job, in_turn, our_side, parser, sides
 from llm_speed.tables import Target, finish, largest_difference, pass_flops, share_of_peak
 
 from taurl.llm.data.datasets import PromptOrder
@@ -34,6 +37,8 @@ def main() -> None:
     options = parser(__doc__, steps=3)
     options.add_argument("--only", nargs="*", default=list(TITLES), choices=list(TITLES))
     options.add_argument("--held-out", type=int, default=0, help="pairs scored at the end")
+    options.add_argument("--keep", type=Path, help="folder where what was trained stays, to go on from")
+    options.add_argument("--sides", nargs="*", type=int, help="with --keep: 0 taurl, 1 TRL, 2 TRL, same allocator")
     options = options.parse_args()
     tokenizer = load_tokenizer(options.model)
     job = common_job(options, resolve_model(options.model))
@@ -41,15 +46,32 @@ def main() -> None:
     pairs = [pair_row(tokenizer, row) for row in read(options.data, "preferences-train.jsonl", count)]
     held_out = [pair_row(tokenizer, row) for row in read(options.data, "preferences-test.jsonl", options.held_out)]
     order = PromptOrder(len(pairs), 0).take(0, count)
-    job |= {"rows_per_step": PAIRS, "rows_per_part": PAIRS, "tokens_per_part": 2048, "beta": 0.1}
+    job |= {"schedule": "linear", "rows_per_step": PAIRS, "rows_per_part": PAIRS, "tokens_per_part": 2048, "beta": 0.1}
     job |= {"rows": pairs, "held_out": held_out, "order": order}
     options.minutes /= len(options.only)
     for kind in options.only:
         with TemporaryDirectory() as folder:
-            model = job["model"] if kind == "dpo" else with_scalar_head(job["model"], tokenizer, Path(folder))
+            begin = (options.keep or Path(folder)) / "start"
+            model = job["model"] if kind == "dpo" else with_scalar_head(job["model"], tokenizer, begin.resolve())
             asked = job | {"kind": kind, "model": model, "learning_rate": RATES[kind]}
-            found = in_turn(options, asked, [our_side()] if kind == "pointwise" else None)
+            among = [our_side()] if kind == "pointwise" else sides(options)
+            if options.keep and options.sides is not None:
+                among = [among[place] for place in options.sides]
+            for side in among if options.keep else ():
+                folder_of_side = options.keep / re.sub(r"\W+", "-", f"{kind} {side.name}")
+                folder_of_side.mkdir(parents=True, exist_ok=True)
+                side.own["keep"] = str(folder_of_side.resolve())
+            found = in_turn(options, asked, among)
+            if options.keep:
+                print(*(progress(name, runs[0], asked) for name, runs in found.items()), sep="\n")
+                continue
             finish(options, TITLES[kind], asked, found, TARGETS[kind], *notes(kind, asked, found))
+
+
+def progress(name: str, run: Found, job: Job) -> str:
+    """How far a side is, and where it is done what its model is worth."""
+    done = f"{name}: {len(run['losses'])} of {job['steps']} steps"
+    return done if run["accuracy"] is None else f"{done}, {interval(run['accuracy'], len(job['held_out']))} held out"
 
 
 def notes(kind: str, job: Job, found: dict[str, list[Found]]) -> list[str]:

@@ -119,8 +119,15 @@ def held_out_nll(model: torch.nn.Module, rows: Iterable[dict[str, list[int]]]) -
 
 
 @torch.no_grad()
-def pair_accuracy(score: Callable[[list[int], list[int]], float], pairs: list[dict[str, list[int]]]) -> float:
-    """The share of pairs whose chosen answer scores higher; `score` is of prompt and answer, as token ids."""
+def pair_accuracy(score: Callable[[list[int], list[int]], float], job: dict[str, Any], steps: int) -> float | None:
+    """The share of held-out pairs whose chosen answer scores higher, once all steps are done.
+
+    Args:
+        score: of prompt and answer, as token ids.
+    """
+    if steps < job["steps"]:
+        return None
+    pairs = job["held_out"]
     scores = [[score(pair["prompt_ids"], pair[name]) for name in ("chosen_ids", "rejected_ids")] for pair in pairs]
     return sum(chosen > rejected for chosen, rejected in scores) / max(1, len(scores))
 

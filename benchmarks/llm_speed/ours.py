@@ -34,7 +34,7 @@ def settings(job: dict[str, Any]) -> dict[str, Any]:
     """Settings that all of its trainers have; its weights are in the job's precision, its masters in float32."""
     return {
         "model": job["model"],
-        "out": Path(job["folder"]) / "run",
+        "out": Path(job.get("keep") or job["folder"]) / "run",
         "device": job["device"],
         "precision": job["precision"],
         "threads": job["threads"],
@@ -115,11 +115,11 @@ def dpo(job: dict[str, Any], laps: Laps) -> None:
     config = llm.DPOConfig(
         **settings(job), prompts_per_step=job["rows_per_step"], beta=job["beta"], cache_reference=False
     )
-    trainer = llm.DPO(None, [words(row) for row in job["rows"]], config=config)
+    trainer = made(llm.DPO, config, [words(row) for row in job["rows"]])
     records = run(job, trainer, laps)
     model, peak = trainer.policy.model, peak_memory_gb(job["device"])
     reference = load_model(job["model"], dtype=model.dtype, device=job["device"])
-    score = pair_accuracy(implicit_reward_of(model, reference), job["held_out"])
+    score = pair_accuracy(implicit_reward_of(model, reference), job, len(records))
     report(job, laps, peak_gb=peak, losses=losses(records), accuracy=score, **parameters(model))
 
 
@@ -133,11 +133,18 @@ def pointwise(job: dict[str, Any], laps: Laps) -> None:
 
 def reward_model(job: dict[str, Any], laps: Laps, loss: str) -> None:
     config = llm.RewardConfig(**settings(job), rows_per_step=job["rows_per_step"], loss=loss)
-    trainer = llm.Reward(None, [words(row) for row in job["rows"]], config=config)
+    trainer = made(llm.Reward, config, [words(row) for row in job["rows"]])
     records = run(job, trainer, laps)
     model, peak = trainer.policy.model, peak_memory_gb(job["device"])
-    score = pair_accuracy(reward_of(model), job["held_out"])
+    score = pair_accuracy(reward_of(model), job, len(records))
     report(job, laps, peak_gb=peak, losses=losses(records), accuracy=score, **parameters(model))
+
+
+def made(trainer_class: Any, config: Any, rows: list[dict[str, Any]]) -> Any:
+    """A new run, or the one that an earlier call has left in its directory."""
+    if (config.out / "config.yaml").exists():
+        return trainer_class.resume(config.out, dataset=rows)
+    return trainer_class(None, rows, config=config)
 
 
 def run(job: dict[str, Any], trainer: Any, laps: Laps, curve: Curve | None = None) -> list[dict[str, Any]]:
@@ -152,6 +159,9 @@ def run(job: dict[str, Any], trainer: Any, laps: Laps, curve: Curve | None = Non
             records.append(record)
             if (curve and curve.reached()) or laps.over:
                 break
+    if job.get("keep"):
+        trainer.run.save()
+        records = trainer.run.records()
     if profile:
         job["operators"] = shares(profile)
     return records

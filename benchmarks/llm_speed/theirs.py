@@ -25,6 +25,9 @@ from measure import (
 )
 from rewards import REWARDS
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+SAVE_EVERY = 10  # updates, where what was trained is kept
 
 
 class Clock(TrainerCallback):
@@ -37,6 +40,7 @@ class Clock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.laps()
         control.should_training_stop |= self.laps.over
+        control.should_save |= self.laps.over and args.save_strategy != "no"
 
 
 class Until(TrainerCallback):
@@ -55,7 +59,7 @@ class Until(TrainerCallback):
 def arguments(job: dict[str, Any]) -> dict[str, Any]:
     """Settings that all of its trainers have."""
     return {
-        "output_dir": job["folder"],
+        "output_dir": job.get("keep") or job["folder"],
         "use_cpu": job["device"] == "cpu",
         "bf16": job["precision"] == "bfloat16",
         "gradient_checkpointing": False,
@@ -70,7 +74,9 @@ def arguments(job: dict[str, Any]) -> dict[str, Any]:
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
         "report_to": "none",
-        "save_strategy": "no",
+        "save_strategy": "steps" if job.get("keep") else "no",
+        "save_steps": SAVE_EVERY,
+        "save_total_limit": 1,
         "disable_tqdm": True,
         "seed": job.get("seed", 0),
     }
@@ -84,6 +90,11 @@ def load(job: dict[str, Any]) -> tuple[Any, Any]:
 def in_order(job: dict[str, Any], columns: Callable[[Row], Row] = dict) -> Dataset:
     """The rows in the order in which taurl takes them."""
     return Dataset.from_list([columns(job["rows"][index]) for index in job["order"]])
+
+
+def train(trainer: Any, job: dict[str, Any]) -> None:
+    """All updates, or those that an earlier run has left; until the minutes are over."""
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(job["keep"]) if job.get("keep") else None)
 
 
 def losses(trainer: Any) -> list[float]:
@@ -168,9 +179,9 @@ def dpo(job: dict[str, Any], laps: Laps) -> None:
     config = DPOConfig(**arguments(job), max_length=None, beta=job["beta"])
     given = {"train_dataset": in_order(job, pair_ids), "processing_class": tokenizer, "callbacks": [Clock(laps)]}
     trainer = Tokenized(model, args=config, **given)
-    trainer.train()
+    train(trainer, job)
     peak = peak_memory_gb(job["device"])
-    accuracy = pair_accuracy(implicit_reward_of(trainer.model, load(job)[0]), job["held_out"])
+    accuracy = pair_accuracy(implicit_reward_of(trainer.model, load(job)[0]), job, len(losses(trainer)))
     report(job, laps, peak_gb=peak, losses=losses(trainer), accuracy=accuracy)
 
 
@@ -181,9 +192,9 @@ def reward(job: dict[str, Any], laps: Laps) -> None:
     config = RewardConfig(**arguments(job), max_length=None)
     given = {"train_dataset": in_order(job, whole_ids), "callbacks": [Clock(laps)]}
     trainer = RewardTrainer(model, config, processing_class=AutoTokenizer.from_pretrained(job["model"]), **given)
-    trainer.train()
+    train(trainer, job)
     peak = peak_memory_gb(job["device"])
-    accuracy = pair_accuracy(reward_of(trainer.model), job["held_out"])
+    accuracy = pair_accuracy(reward_of(trainer.model), job, len(losses(trainer)))
     report(job, laps, peak_gb=peak, losses=losses(trainer), accuracy=accuracy)
 
 
