@@ -111,12 +111,6 @@ class RowSettings(PromptSettings):
             raise ValueError("separate_turns makes a row of each answer, but mask all trains on whole conversations")
         return self
 
-    @model_validator(mode="after")
-    def _a_window_is_of_a_stream(self) -> Self:
-        if not self.streaming:
-            refuse_unread(self, ("shuffle_window",), "data in memory is shuffled whole (see streaming)")
-        return self
-
     @field_validator("mix")
     @classmethod
     def _weights_are_positive(cls, mix: dict[str, float]) -> dict[str, float]:

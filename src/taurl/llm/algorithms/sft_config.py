@@ -14,7 +14,7 @@ from taurl.llm.settings import (
     RowSettings,
     SamplerSettings,
 )
-from taurl.runtime.config import FREE, TrainingConfig
+from taurl.runtime.config import FREE, TrainingConfig, refuse_unread
 
 REWARDS_SCORE_ANSWERS = "rewards score answers to held-out rows: give generate_rows"
 
@@ -74,6 +74,8 @@ class SFTConfig(
             raise ValueError(f"generate_rows {self.generate_rows} exceed eval_rows {self.eval_rows}")
         if self.generate_rows and self.mask == "all":
             raise ValueError("generate_rows asks what stands before an answer; with mask all nothing does: give auto")
+        if not self.streaming:
+            refuse_unread(self, ("shuffle_window",), "data in memory is shuffled whole (see streaming)")
         if self.train_rows and self.streaming:
             raise ValueError("train_rows is for data in memory: steps says how much of a stream is trained on")
         if self.train_rows and self.mix:
