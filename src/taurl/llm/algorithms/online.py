@@ -76,7 +76,7 @@ class OnlineTrainer(Trainer):
     config: SampledConfig
     rewards: RewardSet
     steps_alike, said_none = 0, False  # steps in a row whose completions have all earned the same
-    earned: set[float] = set()  # what was earned in the last step  # noqa: RUF012
+    earned: frozenset[float] = frozenset()  # what was earned in the last step
 
     def load_policy(self, dtype: torch.dtype | None, *, keep_reference: bool, samples: bool = True) -> None:
         """Make the policy, its optimiser and, where anything is sampled, its generator."""
@@ -126,7 +126,7 @@ class OnlineTrainer(Trainer):
 
     def say_what_teaches_nothing(self, scores: Scores, step: int) -> None:
         """Say it once where no reward applies to anything, and where all has earned the same for some steps."""
-        earned = set(scores.total[~np.isnan(scores.total)].tolist())
+        earned = frozenset(scores.total[~np.isnan(scores.total)].tolist())
         if not earned and not self.said_none:
             self.said_none = True
             self.run.view.note(f"step {step}: no reward function applies to any completion (they all gave None)")
