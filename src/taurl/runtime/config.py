@@ -204,10 +204,10 @@ def describe(error: ValidationError) -> str:
 
 
 def refuse_unread(config: BaseModel, names: Iterable[str], why: str) -> None:
-    """Raises: ValueError for the first of these settings that is not at its default, since nothing would read it."""
+    """Raises: InputError for the first of these settings that is not at its default, since nothing would read it."""
     for name in names:
         if (value := getattr(config, name)) != type(config).model_fields[name].get_default(call_default_factory=True):
-            raise ValueError(f"{name} is {value!r}, but {why}: leave it out")
+            raise InputError(f"{name} is {value!r}, but {why}: leave it out")
 
 
 def did_you_mean(name: str, known: Any) -> str:

@@ -27,6 +27,7 @@ from taurl.llm.data.given_answers import GivenAnswers
 from taurl.llm.data.preference_rows import Form, PreferenceReader, train_and_held_out_preferences
 from taurl.llm.evaluation import Evaluation
 from taurl.llm.scoring.answer_batches import AnswerBatch, AnswerPart, batch_logprobs, part_logprobs
+from taurl.runtime.config import refuse_unread
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import out_of_memory_names
 from taurl.runtime.optimization import learning_rate
@@ -151,9 +152,7 @@ class DPO(OnlineTrainer):
         """Refuse settings of the other way of running, online or not."""
         sampled = "answers that are sampled and judged (rewards)"
         why = f"is not for {sampled}" if self.online else f"is for {sampled}, and none are given"
-        for setting in OFFLINE_ONLY if self.online else ONLINE_ONLY:
-            if (value := getattr(self.config, setting)) != DPOConfig.model_fields[setting].default:
-                raise InputError(f"{setting} is {value!r}, but it {why}: leave it out")
+        refuse_unread(self.config, OFFLINE_ONLY if self.online else ONLINE_ONLY, f"it {why}")
 
     def restore(self) -> None:
         """Put back what the checkpoint holds. The starting weights are asked before, if they are the reference."""

@@ -21,6 +21,7 @@ from taurl.functional.dpo import (
 from taurl.functional.kto import kto_loss
 from taurl.functional.reference_free import cpo_loss, orpo_loss, simpo_loss
 from taurl.llm.algorithms.dpo_config import UNPAIRED_LOSSES, DPOConfig, PreferenceLoss
+from taurl.runtime.config import refuse_unread
 from taurl.runtime.errors import InputError
 
 # Settings that some losses read; another value than the default is refused where none of the run's does.
@@ -43,9 +44,8 @@ def check_losses(config: DPOConfig) -> None:
     """Refuse settings that no loss of the run reads, or that are out of its range. Raises: InputError."""
     names = set(config.loss_type)
     for setting, readers in READERS.items():
-        value = getattr(config, setting)
-        if value != DPOConfig.model_fields[setting].default and not names & readers:
-            raise InputError(f"{setting} is {value!r}, but {', '.join(config.loss_type)} does not read it")
+        if not names & readers:
+            refuse_unread(config, [setting], f"{', '.join(config.loss_type)} does not read it")
     if config.divergence != "reverse_kl" and (others := sorted(names - DIVERGENCE_LOSSES - {"sft"})):
         raise InputError(f"divergence is {config.divergence}, but {', '.join(others)} is defined for reverse_kl only")
     if config.divergence_alpha != DEFAULT_ALPHA and config.divergence != "alpha_divergence":
