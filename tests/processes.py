@@ -26,19 +26,29 @@ class Child:
         self.process = CONTEXT.Process(target=_child, args=(writes, function, arguments), daemon=True)
         self.process.start()
         writes.close()
+        self.heard = b""
 
     def signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
 
-    def wait(self, timeout: float = 30) -> tuple[int, str]:
+    def wait_for(self, text: str, timeout: float = 60) -> None:
+        """Wait until it has printed this."""
+        self._listen(timeout, lambda: text.encode() in self.heard)
+        assert text.encode() in self.heard, f"it ended without {text!r}: {self.heard.decode()}"
+
+    def wait(self, timeout: float = 60) -> tuple[int, str]:
+        """Wait for its end. Returns: exit code and all that it has printed."""
+        self._listen(timeout, lambda: False)  # until the process ends: one that waits for a full pipe would not
+        self.process.join()
+        return self.process.exitcode, self.heard.decode()
+
+    def _listen(self, timeout: float, enough: Callable[[], bool]) -> None:
         late = threading.Timer(timeout, self.process.kill)
         late.start()
-        with open(self.said.fileno(), "rb", closefd=False) as file:
-            said = file.read().decode()  # until the process ends: one that waits for a full pipe would not
-        self.process.join()
+        while not enough() and (more := os.read(self.said.fileno(), 65536)):
+            self.heard += more
         assert late.is_alive(), f"still running after {timeout} s"
         late.cancel()
-        return self.process.exitcode, said
 
 
 def _child(writes: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -55,10 +55,15 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def here(tiny, tmp_path, monkeypatch):
     """A working folder of its own that sees model, rows.jsonl and rewards.py under these names."""
-    for path in tiny.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
+    linked(tiny, tmp_path, monkeypatch)
     return tmp_path
+
+
+def linked(tiny, folder, monkeypatch):
+    """Work in this folder, which gets links to model, rows.jsonl and rewards.py."""
+    for path in tiny.iterdir():
+        (folder / path.name).symlink_to(path)
+    monkeypatch.chdir(folder)
 
 
 def grpo_words(**changes):
@@ -85,6 +90,24 @@ def grpo_words(**changes):
 @pytest.fixture
 def words():
     return grpo_words
+
+
+@pytest.fixture(scope="session")
+def finished_folder(tiny, tmp_path_factory):
+    """Where a run of one step lies, for tests that change nothing in it."""
+    from taurl.cli import main
+
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        linked(tiny, folder, patch)
+        assert main(grpo_words(steps=1)) == 0
+    return folder
+
+
+@pytest.fixture
+def finished(finished_folder, monkeypatch):
+    """Works in that folder."""
+    monkeypatch.chdir(finished_folder)
 
 
 @pytest.fixture

@@ -8,11 +8,13 @@ import pytest
 import torch
 from tiny_policy import tiny_tokenizer
 
+from taurl import llm
 from taurl.cli import main
 from taurl.commands import chat
 from taurl.llm import inference
 from taurl.llm.generation import Sampling, SlotSampler
 from taurl.llm.models.loading import load_model
+from taurl.runtime.errors import InputError
 
 SETTINGS = ["--model", "model", "--threads", "1", "--precision", "float32", "--max-tokens", "6"]
 
@@ -122,6 +124,25 @@ def test_generate_writes_to_standard_output_in_the_form_of_the_prompts(here, cap
     (answer,) = map(json.loads, capsys.readouterr().out.splitlines())
     said = [{"role": "assistant", "content": greedy(prompt)}]
     assert answer == {"prompt": prompt, "id": 7, "completion": said, "finish": "length"}
+
+
+def test_generate_from_python_gives_what_the_command_writes(here):
+    sampled = ["--count", "2", "--temperature", "1", "--seed", "3"]
+    assert main(generate(*sampled, "--out", "answers.jsonl")) == 0
+    config = llm.GenerateConfig(
+        model="model", threads=1, precision="float32", max_tokens=6, count=2, temperature=1.0, seed=3
+    )
+    rows = lines(here / "rows.jsonl")
+    assert list(llm.generate(rows, config)) == lines(here / "answers.jsonl")
+    assert list(llm.generate("rows.jsonl", config)) == lines(here / "answers.jsonl")
+
+
+def test_generate_from_python_refuses_rows_before_it_answers(here):
+    config = llm.GenerateConfig(model="model", threads=1, max_tokens=6)
+    with pytest.raises(InputError, match=r"row 2.*empty string"):
+        llm.generate([{"prompt": "1+2?"}, {"prompt": " "}], config)
+    with pytest.raises(InputError, match="a column finish already"):
+        llm.generate([{"prompt": "1+2?", "finish": "line"}], config)
 
 
 def test_generate_makes_several_and_draws_anew_in_every_batch(here, monkeypatch):

@@ -45,7 +45,7 @@ def test_figures_have_the_decimals_that_their_size_needs():
 
 
 def test_training_ends_with_the_return_and_the_places(run, capsys):
-    words = "q-learning --env FrozenLake-v1 --no-preset --steps 100 --eval-episodes 3 --out"
+    words = "q-learning --env FrozenLake-v1 --no-preset --no-video --steps 100 --eval-episodes 3 --out"
     assert control(words, run.parent / "lake") == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"return         \d\.\d{3} ± \d\.\d{3} over 3 episodes", lines[0])
@@ -237,7 +237,9 @@ def test_of_a_run_from_python_it_is_said_how_python_goes_on_with_it(tmp_path, mo
     def make():
         return gymnasium.make("CartPole-v1", render_mode="rgb_array")
 
-    PPO(make, PPOConfig(out=Path("run"), steps=32, rollout_steps=16, environments=2, eval_episodes=0)).train()
+    PPO(
+        make, PPOConfig(out=Path("run"), steps=32, rollout_steps=16, environments=2, eval_episodes=0, video=False)
+    ).train()
     for command in ("evaluate run", "play run --video out.gif"):
         said = failing(["control", *command.split()], 2)
         assert "run: its environment came from Python; " in said

@@ -1,12 +1,13 @@
 """`taurl llm grpo` on a tiny model: what it leaves, and what it says when something is wrong."""
 
 import json
+import os
 import resource
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
+from processes import Child
 from safetensors.torch import load_file
 
 from taurl.cli import main
@@ -159,9 +160,7 @@ def test_a_run_directory_that_exists_is_refused(here, words, failing):
         ("stop", "a"),
     ],
 )
-def test_a_change_that_would_alter_the_past_is_refused_by_name(here, words, failing, name, value):
-    if not (here / "run").exists():
-        assert main(words(steps=1)) == 0
+def test_a_change_that_would_alter_the_past_is_refused_by_name(finished, failing, name, value):
     option = f"--{name.replace('_', '-')}"
     line = failing(["llm", "grpo", "--resume", "run", "--steps", "2", option, str(value)], 2)
     assert f"run: {name} was " in line
@@ -226,35 +225,30 @@ def test_weights_that_have_diverged_stop_the_run_by_name(here, words, failing):
     assert "its weights have diverged" in line
 
 
-LIMITED = """
-import os, resource, sys
-import torch, transformers, taurl.llm.algorithms.grpo  # load first, then limit
-kind, limit = sys.argv[1:3]
-grown = int(open("/proc/self/statm").read().split()[0]) * 4096 if kind == "RLIMIT_AS" else 0
-resource.setrlimit(getattr(resource, kind), (grown + int(limit),) * 2)
-from taurl.cli import main
-os._exit(main(sys.argv[3:]))  # what torch does at exit needs memory, too
-"""
+def main_with(kind, limit, folder, words):
+    """`main` where the files, or the memory beyond what is in use, may grow to this many bytes."""
+    os.chdir(folder)
+    grown = int(Path("/proc/self/statm").read_text().split()[0]) * 4096 if kind == resource.RLIMIT_AS else 0
+    resource.setrlimit(kind, (grown + limit,) * 2)
+    raise SystemExit(main(words))
 
 
-def limited(kind, limit, words):
-    return subprocess.run(
-        [sys.executable, "-c", LIMITED, kind, str(limit), *words], capture_output=True, text=True, timeout=120
-    )
+def last_line_of_failed(kind, limit, folder, words):
+    code, said = Child(main_with, kind, limit, folder, words).wait(timeout=120)
+    assert (code, "Traceback" in said) == (1, False), said
+    return said.strip().splitlines()[-1]
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(here, words):
     """Files may not grow beyond 200 kB: the tiny model's optimiser state (3 × 52 kB) fits, that of 4 × the size not."""
     assert main(words(steps=2, save_every=1)) == 0
     size = (here / "run/checkpoints/step-000002/optimizer.safetensors").stat().st_size
-    result = limited("RLIMIT_FSIZE", size - 1000, ["llm", "grpo", "--resume", "run", "--steps", "4"])
-    assert result.returncode == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    error = result.stderr.strip().splitlines()[-1]
+    more = ["llm", "grpo", "--resume", "run", "--steps", "4"]
+    error = last_line_of_failed(resource.RLIMIT_FSIZE, size - 1000, here, more)
     assert error.startswith("taurl: run/checkpoints/step-000003: the checkpoint could not be saved (")
     assert "step-000002" in error
     assert sorted(path.name for path in (here / "run/checkpoints").iterdir()) == ["step-000001", "step-000002"]
-    assert main(["llm", "grpo", "--resume", "run", "--steps", "4"]) == 0
+    assert main(more) == 0
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="no limit on address space here")
@@ -268,7 +262,5 @@ def test_out_of_memory_names_the_settings_to_lower(here, words):
         slots=4096,
         tokens_per_part=10**7,
     )
-    result = limited("RLIMIT_AS", 300 * 2**20, many)
-    assert result.returncode == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith("taurl: out of memory: lower tokens_per_part or slots")
+    error = last_line_of_failed(resource.RLIMIT_AS, 300 * 2**20, here, many)
+    assert error.startswith("taurl: out of memory: lower tokens_per_part or slots")

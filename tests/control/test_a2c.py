@@ -18,7 +18,7 @@ from small_environments import (
 from taurl.control.algorithms.a2c import A2C
 from taurl.control.algorithms.a2c_config import A2CConfig
 
-SMALL = {"environments": 4, "rollout_steps": 16, "record_every": 128, "eval_episodes": 0}
+SMALL = {"environments": 4, "rollout_steps": 16, "record_every": 128, "eval_episodes": 0, "video": False}
 
 
 def trainer_of(folder, env="CartPole-v1", **settings):

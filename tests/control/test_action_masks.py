@@ -18,7 +18,7 @@ from taurl.control.networks import both_with_pullback
 from taurl.control.playing import play
 from taurl.runtime.errors import InputError, RunError
 
-SMALL = {"environments": 3, "rollout_steps": 32, "minibatch_size": 48, "epochs": 3, "record_every": 96}
+SMALL = {"environments": 3, "rollout_steps": 32, "minibatch_size": 48, "epochs": 3, "record_every": 96, "video": False}
 QUIET = {**SMALL, "eval_episodes": 0, "mask_actions": True}
 
 

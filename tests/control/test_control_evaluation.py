@@ -20,7 +20,14 @@ from taurl.control.trainer import PICTURE
 from taurl.report import write_report
 from taurl.runtime.errors import InputError
 
-SMALL = {"environments": 1, "rollout_steps": 16, "minibatch_size": 16, "record_every": 16, "eval_episodes": 3}
+SMALL = {
+    "environments": 1,
+    "rollout_steps": 16,
+    "minibatch_size": 16,
+    "record_every": 16,
+    "eval_episodes": 3,
+    "video": False,
+}
 
 
 class Zeros:
@@ -135,7 +142,7 @@ class Closing(Counting):
 
 def test_an_environment_that_was_given_is_left_open_and_one_that_was_made_is_closed(tmp_path):
     given = Closing()
-    trainer = PPO(given, PPOConfig(out=tmp_path / "given", steps=32, **SMALL)).train()
+    trainer = PPO(given, PPOConfig(out=tmp_path / "given", steps=32, **{**SMALL, "video": True})).train()
     play(trainer.policy, given, {}, video=tmp_path / "out.gif", episodes=1, seed=0, sampled=False)
     assert len(trainer.evaluate(4).returns) == 4
     assert (tmp_path / "given" / "artifacts" / PICTURE).exists()

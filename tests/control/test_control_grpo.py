@@ -13,7 +13,7 @@ from small_environments import same_records, same_weights, unbroken_and_resumed
 from taurl.control.algorithms.grpo import GRPO
 from taurl.control.algorithms.grpo_config import GRPOConfig
 
-SMALL = {"environments": 8, "group_size": 4, "record_every": 1, "eval_episodes": 0}
+SMALL = {"environments": 8, "group_size": 4, "record_every": 1, "eval_episodes": 0, "video": False}
 
 
 class Echo(gymnasium.Env):

@@ -24,7 +24,14 @@ from taurl.control.tables import Table
 from taurl.control.updates import FlatAdam
 from taurl.runtime.errors import InputError, RunError
 
-SMALL = {"environments": 4, "rollout_steps": 16, "minibatch_size": 64, "record_every": 64, "eval_episodes": 4}
+SMALL = {
+    "environments": 4,
+    "rollout_steps": 16,
+    "minibatch_size": 64,
+    "record_every": 64,
+    "eval_episodes": 4,
+    "video": False,
+}
 
 # Each takes 64 steps in an iteration, and then one update.
 ONE_UPDATE = {
@@ -165,7 +172,9 @@ def test_the_best_evaluation_is_known_again_on_resume_and_none_of_what_is_done_a
 
 
 def test_settings_may_change_by_name_on_resume(tmp_path):
-    config = PPOConfig(env="CartPole-v1", out=tmp_path / "run", steps=128, environments=2, rollout_steps=32)
+    config = PPOConfig(
+        env="CartPole-v1", out=tmp_path / "run", steps=128, environments=2, rollout_steps=32, video=False
+    )
     PPO(config=config.model_copy(update={"eval_episodes": 0})).train()
     assert PPO.resume(tmp_path / "run", steps=256).train().run.step >= 256
     with pytest.raises(InputError, match=r"discount was .* and cannot become"):

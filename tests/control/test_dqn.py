@@ -19,6 +19,7 @@ from taurl.control.saved import load
 from taurl.runtime.errors import InputError
 
 SMALL = {
+    "video": False,
     "hidden": (32,),
     "environments": 4,
     "train_every": 4,

@@ -11,7 +11,14 @@ from taurl.control.normalization import BOUND, Normalizer
 from taurl.control.policies import Policy
 
 SCALES = {"normalize_observations": True, "normalize_rewards": True}
-SMALL = {"environments": 4, "rollout_steps": 16, "minibatch_size": 32, "record_every": 64, "eval_episodes": 0}
+SMALL = {
+    "environments": 4,
+    "rollout_steps": 16,
+    "minibatch_size": 32,
+    "record_every": 64,
+    "eval_episodes": 0,
+    "video": False,
+}
 
 
 def test_observations_are_those_of_numpy():

@@ -14,7 +14,7 @@ from taurl.control.networks import both_with_pullback
 from taurl.control.penalties import KLPenalty
 from taurl.functional.aggregation import row_weights
 
-SMALL = {"environments": 4, "rollout_steps": 64, "minibatch_size": 64, "epochs": 4, "record_every": 256}
+SMALL = {"environments": 4, "rollout_steps": 64, "minibatch_size": 64, "epochs": 4, "record_every": 256, "video": False}
 PRICED = {**SMALL, "kl_penalty_target": 0.01, "learning_rate": 1e-3}
 
 

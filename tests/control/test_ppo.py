@@ -22,7 +22,7 @@ from taurl.control.networks import both_with_pullback
 from taurl.control.rollouts import Collector
 from taurl.runtime.errors import InputError
 
-SMALL = {"environments": 4, "rollout_steps": 16, "minibatch_size": 32, "epochs": 2, "record_every": 64}
+SMALL = {"environments": 4, "rollout_steps": 16, "minibatch_size": 32, "epochs": 2, "record_every": 64, "video": False}
 QUIET = {**SMALL, "eval_episodes": 0}
 
 

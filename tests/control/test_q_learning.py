@@ -50,10 +50,8 @@ class Corridor(gymnasium.Env):
 
 
 def learner(tmp_path, env, name="run", **settings):
-    settings = {"environments": 1, "discount": 0.9, "learning_rate": 0.5, "eval_episodes": 0, **settings}
-    if isinstance(env, str):
-        return QLearning(env, QLearningConfig(out=tmp_path / name, **settings))
-    return QLearning(env, QLearningConfig(out=tmp_path / name, **settings))
+    given = {"environments": 1, "discount": 0.9, "learning_rate": 0.5, "eval_episodes": 0, "video": False, **settings}
+    return QLearning(env, QLearningConfig(out=tmp_path / name, **given))
 
 
 def one_step(trainer):
@@ -263,7 +261,7 @@ def test_a_seed_gives_one_table_and_another_seed_another(tmp_path):
     assert not torch.equal(one, other)
 
 
-SAVING = {"steps": 3000, "record_every": 200, "save_every": 800, "environments": 4, "eval_every": 1000}
+SAVING = {"video": False, "steps": 3000, "record_every": 200, "save_every": 800, "environments": 4, "eval_every": 1000}
 
 
 def same_tables(one, other):
@@ -274,7 +272,7 @@ def same_tables(one, other):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("env", ["CliffWalking-v1", Hidden])
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path, rule, env):
-    settings = {**SAVING, "rule": rule, "eval_episodes": 0, "video": False}
+    settings = {**SAVING, "rule": rule, "eval_episodes": 0}
     whole, resumed = unbroken_and_resumed(
         QLearning, QLearningConfig, tmp_path, stop_after=1200, env=env, epsilon_end=0.5, **settings
     )
@@ -353,7 +351,7 @@ def test_every_observation_has_a_row_of_its_own(space):
 
 
 def test_a_policy_of_tuples_is_saved_and_loaded(tmp_path):
-    trainer = learner(tmp_path, "Blackjack-v1", environments=8, steps=4000).train()
+    trainer = learner(tmp_path, "Blackjack-v1", environments=8, steps=800).train()
     policy = load(tmp_path / "run")
     assert isinstance(policy, TablePolicy)
     assert torch.equal(policy.values, trainer.policy.values)

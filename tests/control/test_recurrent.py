@@ -22,7 +22,15 @@ from taurl.control.playing import episode
 from taurl.control.policies import Policy
 from taurl.control.recurrent import RecurrentCritic, Sequences
 
-SMALL = {"environments": 4, "rollout_steps": 16, "minibatch_size": 32, "epochs": 2, "record_every": 64, "memory": 8}
+SMALL = {
+    "environments": 4,
+    "rollout_steps": 16,
+    "minibatch_size": 32,
+    "epochs": 2,
+    "record_every": 64,
+    "memory": 8,
+    "video": False,
+}
 QUIET = {**SMALL, "eval_episodes": 0}
 
 

@@ -14,7 +14,7 @@ from taurl.control.algorithms.reinforce import REINFORCE
 from taurl.control.algorithms.reinforce_config import REINFORCEConfig
 from taurl.control.rollouts import Rollout
 
-SMALL = {"environments": 4, "record_every": 64, "eval_episodes": 0}
+SMALL = {"environments": 4, "record_every": 64, "eval_episodes": 0, "video": False}
 STEPS, DISCOUNT = 3, 0.9
 
 

@@ -13,7 +13,14 @@ from taurl.control.algorithms.trpo import TRPO, Batch
 from taurl.control.algorithms.trpo_config import TRPOConfig
 from taurl.functional.whitening import whiten
 
-SMALL = {"environments": 4, "rollout_steps": 64, "critic_epochs": 2, "record_every": 1, "eval_episodes": 0}
+SMALL = {
+    "environments": 4,
+    "rollout_steps": 64,
+    "critic_epochs": 2,
+    "record_every": 1,
+    "eval_episodes": 0,
+    "video": False,
+}
 
 
 class Echo(gymnasium.Env):

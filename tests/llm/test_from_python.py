@@ -7,7 +7,7 @@ from tiny_policy import save_tiny_policy
 
 import taurl.llm
 from taurl import control
-from taurl.llm import DPO, GRPO, SFT, DPOConfig, SFTConfig
+from taurl.llm import DPO, GRPO, SFT, DPOConfig, GRPOConfig, SFTConfig
 from taurl.runtime.errors import InputError
 
 PAIRS = [{"prompt": f"{i}?", "chosen": f"{i}", "rejected": f"no {i}"} for i in range(4)]
@@ -38,6 +38,12 @@ def test_the_config_of_the_other_half_of_the_library_is_named(tmp_path):
         GRPO("no-model", PAIRS, config=control.GRPOConfig(env="CartPole-v1"))
     with pytest.raises(InputError, match=r"config is a taurl\.llm\S*\.DPOConfig"):
         GRPO.resume(tmp_path, DPOConfig())
+
+
+def test_rewards_of_the_config_are_taken_where_none_are_given(folder, settings):
+    config = GRPOConfig(**settings, max_tokens=4, group_size=2, rewards=("last_number",))
+    trainer = GRPO(folder, [{"prompt": "1?", "answer": "1"}] * 4, None, config)
+    assert trainer.rewards.names == ["last_number"]
 
 
 def test_the_names_of_the_wing_are_listed():

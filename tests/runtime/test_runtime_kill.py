@@ -71,7 +71,7 @@ def test_a_second_signal_is_obeyed_at_once(tmp_path, number, code):
     wait_for_lines(out / "metrics.jsonl", 1)
     time.sleep(0.2)  # into the first step
     child.signal(number)
-    time.sleep(3)  # two at once would be one: the first is to be seen before the second comes
+    child.wait_for("finishing the step")  # two at once would be one
     child.signal(number)
     assert child.wait(timeout=120)[0] == code  # long before the step would have ended
     assert not (out / "checkpoints").exists()

@@ -19,7 +19,9 @@ def main(words: Sequence[str]) -> int:
     config = parse(ChatConfig, words, prog="taurl llm chat")
 
     from taurl.llm.inference import Model
+    from taurl.runtime.machine import keep_freed_memory
 
+    keep_freed_memory()
     model = Model(config)
     if not model.tokenizer.chat_template:
         raise InputError(f"model {config.model!r} has no chat template; use `taurl llm generate` for raw text")

@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.console import Console
 
-from taurl.commands.answers import require_new
 from taurl.commands.options import parse
 from taurl.control.play_config import EvaluateConfig, PlayConfig
 from taurl.runtime.errors import InputError
+from taurl.runtime.files import require_new
 
 
 def take_run(words: Sequence[str], command: str) -> tuple[Path, list[str]]:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from taurl.commands.answers import answers, require_new
 from taurl.commands.options import parse
 from taurl.llm.inference_config import EvaluateConfig
 from taurl.runtime.errors import InputError
+from taurl.runtime.files import require_new
 
 
 def main(words: Sequence[str]) -> int:
@@ -27,14 +27,16 @@ def main(words: Sequence[str]) -> int:
     from taurl.llm.generation import Completion
     from taurl.llm.inference import Model
     from taurl.runtime.files import write_whole
+    from taurl.runtime.machine import keep_freed_memory
     from taurl.runtime.metrics import append_lines, json_line
 
+    keep_freed_memory()
     model = Model(config)
     prompts = PromptReader.of(config, model.tokenizer, model.model).read(config.dataset, limit=config.rows)
     rewards.check_columns(reward_columns(prompts.rows))
     start = time.monotonic()
     completions: list[Completion] = []
-    for groups in answers(model, prompts.ids):
+    for groups in model.complete(prompts.ids):
         rows = prompts.rows[len(completions) :]
         completions += [group[0] for group in groups]
         if config.out is not None:  # without rewards until all are there, so that a reward that fails costs no answer

@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Sequence
 
-from taurl.commands.answers import answers, require_new
 from taurl.commands.options import parse
 from taurl.llm.inference_config import GenerateConfig
 from taurl.runtime.errors import InputError
+from taurl.runtime.files import require_new
 
 
 def main(words: Sequence[str]) -> int:
@@ -15,32 +15,18 @@ def main(words: Sequence[str]) -> int:
         raise InputError("no prompts given: name a .jsonl, .json, .csv or .parquet file with --prompts")
     require_new(config.out)
 
-    from taurl.llm.data.chat import as_completion
-    from taurl.llm.data.tasks import PromptReader
-    from taurl.llm.evaluation import decode
-    from taurl.llm.inference import Model
+    from taurl.llm.inference import generate
+    from taurl.runtime.machine import keep_freed_memory
     from taurl.runtime.metrics import append_lines, print_lines
 
-    model = Model(config)
-    prompts = PromptReader.of(config, model.tokenizer, model.model).read(config.prompts)
-    for name in ("completion", "finish"):
-        if any(name in row for row in prompts.rows):
-            raise InputError(f"the data has a column {name} already: keep it as --columns {name}=another_name")
-    rows = iter(prompts.rows)
-    for groups in answers(model, prompts.ids, config.count):
-        records = [
-            {
-                **row,
-                "completion": as_completion(row["prompt"], decode(model.tokenizer, completion.tokens)),
-                "finish": completion.finish,
-            }
-            for group, row in zip(groups, rows, strict=False)
-            for completion in group
-        ]
+    keep_freed_memory()
+    written = 0
+    for row in generate(config.prompts, config):
         if config.out is not None:
-            append_lines(config.out, records)
+            append_lines(config.out, [row])
         else:
-            print_lines(records)
+            print_lines([row])
+        written += 1
     if config.out is not None:
-        print(f"{len(prompts) * config.count} completions in {config.out}", file=sys.stderr)
+        print(f"{written} completions in {config.out}", file=sys.stderr)
     return 0

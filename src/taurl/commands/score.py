@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from taurl.commands.answers import require_new
 from taurl.commands.options import parse
 from taurl.llm.inference_config import ScoreConfig
 from taurl.runtime.errors import InputError
+from taurl.runtime.files import require_new
 
 ROWS_AT_ONCE = 256  # between two writes
 FORMS = (("completion",), ("chosen", "rejected"), ("completions",))

@@ -1,6 +1,6 @@
 """Post-training of language models.
 
-from taurl.llm import GRPO, GRPOConfig
+from taurl.llm import GRPO, GRPOConfig, generate
 """
 
 import importlib
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from taurl.llm.algorithms.reward_config import RewardConfig
     from taurl.llm.algorithms.sft import SFT
     from taurl.llm.algorithms.sft_config import SFTConfig
+    from taurl.llm.inference import generate
+    from taurl.llm.inference_config import GenerateConfig
 
 __all__ = [
     "DPO",
@@ -25,10 +27,12 @@ __all__ = [
     "SFT",
     "DPOConfig",
     "GRPOConfig",
+    "GenerateConfig",
     "PPOConfig",
     "Reward",
     "RewardConfig",
     "SFTConfig",
+    "generate",
 ]
 
 # Imported when first asked for: a config needs no torch.
@@ -37,12 +41,14 @@ LAZY = {
     "DPOConfig": "taurl.llm.algorithms.dpo_config",
     "GRPO": "taurl.llm.algorithms.grpo",
     "GRPOConfig": "taurl.llm.algorithms.grpo_config",
+    "GenerateConfig": "taurl.llm.inference_config",
     "PPO": "taurl.llm.algorithms.ppo",
     "PPOConfig": "taurl.llm.algorithms.ppo_config",
     "Reward": "taurl.llm.algorithms.reward",
     "RewardConfig": "taurl.llm.algorithms.reward_config",
     "SFT": "taurl.llm.algorithms.sft",
     "SFTConfig": "taurl.llm.algorithms.sft_config",
+    "generate": "taurl.llm.inference",
 }
 
 

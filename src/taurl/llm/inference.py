@@ -1,15 +1,22 @@
 """A model ready to answer: loaded, with its tokenizer and a generator."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+from rich.console import Console
+from rich.progress import Progress
+
+from taurl.llm.data.chat import as_completion
+from taurl.llm.data.tasks import PromptReader, Prompts
+from taurl.llm.evaluation import decode
 from taurl.llm.generation import Completion, Sampling
-from taurl.llm.inference_config import InferenceConfig
+from taurl.llm.inference_config import GenerateConfig, InferenceConfig
 from taurl.llm.models.loading import load_model, load_tokenizer
 from taurl.llm.models.policies import make_generator
+from taurl.runtime.errors import InputError
 from taurl.runtime.machine import (
     choose_device,
     choose_precision,
-    keep_freed_memory,
     make_current,
     out_of_memory_names,
     set_threads,
@@ -23,7 +30,6 @@ class Model:
 
     def __init__(self, config: InferenceConfig):
         self.config = config
-        keep_freed_memory()
         set_threads(config.threads)
         device = choose_device(config.device)
         make_current(device)
@@ -43,27 +49,56 @@ class Model:
             stop=config.stop,
         )
 
-    def complete(
-        self, prompts: Sequence[Sequence[int]], count: int, progress: Callable[[int], None]
-    ) -> Iterator[list[list[Completion]]]:
-        """`count` completions of each prompt, in batches of prompts as they are done.
+    def complete(self, prompts: Sequence[Sequence[int]], count: int = 1) -> Iterator[list[list[Completion]]]:
+        """`count` completions of each prompt, in batches of prompts as they are done, under a progress bar.
 
         Args:
             prompts: P lists of token ids.
-            progress: called with the number of completions done so far.
         Yields: lists of groups, in the order of the prompts.
         """
         size = max(1, BATCH // count)
-        for start in range(0, len(prompts), size):
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("answering", total=len(prompts) * count)
+            for start in range(0, len(prompts), size):
 
-            def note(done: int, _: int, start: int = start) -> None:
-                progress(start * count + done)
+                def note(done: int, _: int, start: int = start) -> None:
+                    bar.update(task, completed=start * count + done)
 
-            with out_of_memory_names("kv_memory_gb, slots or max_tokens"):
-                yield self.generator.generate(
-                    prompts[start : start + size],
-                    count,
-                    self.sampling,
-                    key=(self.config.seed, start),  # a step of its own, so that batches do not share their draws
-                    progress=note,
-                )
+                with out_of_memory_names("kv_memory_gb, slots or max_tokens"):
+                    groups = self.generator.generate(
+                        prompts[start : start + size],
+                        count,
+                        self.sampling,
+                        key=(self.config.seed, start),  # a step of its own, so that batches do not share their draws
+                        progress=note,
+                    )
+                yield groups
+
+    def answers(self, prompts: Prompts, count: int) -> Iterator[dict[str, Any]]:
+        """The rows of the prompts, `count` times each, with their `completion` and how it came to its `finish`."""
+        rows = iter(prompts.rows)
+        for groups in self.complete(prompts.ids, count):
+            for group, row in zip(groups, rows, strict=False):
+                for completion in group:
+                    text = decode(self.tokenizer, completion.tokens)
+                    yield {**row, "completion": as_completion(row["prompt"], text), "finish": completion.finish}
+
+
+def generate(rows: object, config: GenerateConfig) -> Iterator[dict[str, Any]]:
+    """Complete prompts, as `taurl llm generate` does.
+
+    Args:
+        rows: a list of mappings with `prompt` (a string, or a list of messages), a `datasets.Dataset`, or a name or
+            file as in `dataset`.
+        config: the settings; `prompts` and `out` are for the command line and are not read here.
+    Returns: an iterator over the rows, each `count` times, with two columns more: `completion`, a string or a list of
+        messages as its prompt is, and `finish`, "stop" or, where max_tokens cut it off, "length". Some 256 completions
+        are sampled at a time, when the first of them is asked for.
+    Raises: InputError, before anything is sampled, for a row that cannot be read.
+    """
+    model = Model(config)
+    prompts = PromptReader.of(config, model.tokenizer, model.model).read(rows)
+    for name in ("completion", "finish"):
+        if any(name in row for row in prompts.rows):
+            raise InputError(f"the data has a column {name} already: keep it as --columns {name}=another_name")
+    return model.answers(prompts, config.count)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from taurl.runtime.errors import RunError, reason
+from taurl.runtime.errors import InputError, RunError, reason
 
 
 @contextmanager
@@ -23,6 +23,20 @@ def write_whole(path: Path, content: bytes) -> None:
     with writing(path):
         partial.write_bytes(content)
         os.replace(partial, path)
+
+
+def require_new(path: Path | None) -> None:
+    """Before any work starts: InputError if a file for results exists, or cannot be made; its folder is made."""
+    if path is None:
+        return
+    if path.exists():
+        raise InputError(f"{path} exists already; give another file or remove it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write there: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: cannot write there: no permission")
 
 
 def flush_to_disk(path: Path) -> None:

@@ -122,6 +122,18 @@ def test_reasoning_gym_scores_each_row_with_its_own_task():
     assert scores[4] < 0.1
 
 
+def test_what_a_tasks_scorer_cannot_read_scores_0_and_a_row_that_it_cannot_read_is_an_error():
+    row = create_dataset("prime_factorization", size=1, seed=1)[0]
+
+    def scored(completion, row):
+        return reasoning_gym([completion], [row["question"]], [row["answer"]], [row["metadata"]])
+
+    assert scored("They are 2 × three, I think", row) == [0.0]  # the scorer converts to integers without looking
+    assert scored(row["answer"], row) == [1.0]
+    with pytest.raises(KeyError):
+        scored("2 × three", {**row, "metadata": {"source_dataset": "prime_factorization"}})
+
+
 def test_math_verify_knows_equal_mathematics():
     completions = ["It is $\\frac{1}{2}$", "so 0.5", "so 0.6", "$1 + x^2$", "nothing", "3"]
     answers = ["1/2", "1/2", "1/2", "x^2+1", "7", None]

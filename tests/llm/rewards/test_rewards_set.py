@@ -70,6 +70,12 @@ def test_values_weights_and_rows_to_which_nothing_applies(make):
     assert both.weights == [2.0, 0.5]
 
 
+def test_a_function_of_weight_0_makes_no_row_count(make):
+    scores = score(make([shouted, length], weights=[1, 0]))
+    np.testing.assert_array_equal(scores.total, [np.nan, 1, 1])  # as without it
+    np.testing.assert_array_equal(scores.values[:, 1], [1, 2, 3])
+
+
 def test_an_empty_batch_has_empty_scores(make):
     scores = score(make([length, shouted]), completions=())
     assert scores.values.shape == (0, 2)
@@ -195,6 +201,16 @@ def test_an_exception_names_the_function_its_line_and_the_row(make):
     assert isinstance(error.__cause__, ZeroDivisionError)
 
 
+def test_an_exception_of_an_async_function_names_the_row_too(make):
+    async def picky(completions, answer):
+        await asyncio.sleep(0)
+        return [1 / (right - 2) for right in answer]
+
+    error = str(refusal(make([length, picky]), answer=[1, 2, 3]))
+    assert "'picky' raised ZeroDivisionError: division by zero" in error
+    assert "row 1 of the batch of 3, prompt 'prompt 1', completion 'bb'" in error
+
+
 def test_an_exception_of_the_whole_batch_names_no_row(make):
     def batchwise(completions):
         if len(completions) > 1:
@@ -294,6 +310,31 @@ def test_log_extra_by_a_name_that_samples_have_is_refused(make):
     assert (
         error == "reward function 'logs' calls log_extra('prompt', …): a sample has that already; give it another name"
     )
+
+
+def test_two_functions_that_log_the_same_column_are_refused(make):
+    def first(completions, log_extra):
+        log_extra("reason", completions)
+        return length(completions)
+
+    def second(completions, log_extra):
+        log_extra("reason", completions)
+        return length(completions)
+
+    error = str(refusal(make([first, second])))
+    assert error == (
+        "reward function 'second' calls log_extra('reason', …), and so does another: give one of them another name"
+    )
+
+
+@pytest.mark.parametrize("name", ["step", "seconds", "memory/peak_gb", "time/step", "eval/reward"])
+def test_log_metric_by_a_name_of_the_step_is_refused(make, name):
+    def logs(completions, log_metric):
+        log_metric(name, 1.0)
+        return length(completions)
+
+    error = str(refusal(make([logs])))
+    assert f"'logs' calls log_metric('{name}', …): a step's record has that; give it another name" in error
 
 
 def test_log_extra_with_another_count_is_refused(make):

@@ -22,7 +22,7 @@ def process(completions, log_metric, log_extra, trainer_state):
     global calls
     calls += 1
     log_metric("calls", calls)
-    log_metric("step", trainer_state.global_step)
+    log_metric("at_step", trainer_state.global_step)
     log_extra("text", [text.upper() for text in completions])
     return [os.getpid()] * len(completions)
 
@@ -96,8 +96,8 @@ def test_functions_run_in_one_other_process_which_keeps_its_state(make, rewards_
     process = first.values[0, 0]
     assert process not in (os.getpid(), 0)
     np.testing.assert_array_equal(first.values, [[process, 1, 1, os.getpid()], [process, 0, np.nan, os.getpid()]])
-    assert first.metrics == {"calls": 1.0, "step": 5.0}
-    assert second.metrics == {"calls": 2.0, "step": 5.0}
+    assert first.metrics == {"calls": 1.0, "at_step": 5.0}
+    assert second.metrics == {"calls": 2.0, "at_step": 5.0}
     assert second.values[0, 0] == process
     assert first.extra == {"text": ["7", "NONE"]}
 

@@ -33,6 +33,8 @@ def separate(config: Config, **given: Any) -> tuple[Config, dict[str, Any]]:
     names: dict[str, Any] = {}
     objects: dict[str, Any] = {}
     for key, value in given.items():
+        if value is None:
+            continue
         if isinstance(value, Settings):
             raise InputError(f"a {type(value).__name__} stands in the place of {key}: give it by name, as config=…")
         if isinstance(value, os.PathLike):

@@ -46,8 +46,9 @@ def reasoning_gym(
 ) -> list[float | None]:
     """The score in [0, 1] that the row's own reasoning-gym task gives, found by `metadata["source_dataset"]`.
 
-    Scored is what stands between the last <answer> tags, or without tags the whole completion, stripped. None where
-    the row has no metadata: it is of no such task.
+    Scored is what stands between the last <answer> tags, or without tags the whole completion, stripped; 0 where the
+    task's scorer raises an exception over it (some convert what they find to numbers without looking). None where the
+    row has no metadata: it is of no such task. The scorer is that of the task with its default settings.
     """
     scores: list[float | None] = []
     for completion, *entry in zip(completions, question, answer, metadata, strict=True):
@@ -57,9 +58,17 @@ def reasoning_gym(
         text = text_of(completion)
         tagged = tagged_answer(text)
         row = dict(zip(("question", "answer", "metadata"), entry, strict=True))
-        score = _task_scorer(row["metadata"]["source_dataset"])
-        scores.append(float(score(text.strip() if tagged is None else tagged, row)))
+        scores.append(_task_score(text.strip() if tagged is None else tagged, row))
     return scores
+
+
+def _task_score(answer: str, row: Mapping[str, Any]) -> float:
+    score = _task_scorer(row["metadata"]["source_dataset"])
+    try:
+        return float(score(answer, row))
+    except Exception:
+        score(str(row["answer"]), row)  # raises where it is the row that cannot be scored
+        return 0.0
 
 
 def math_verify(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:

@@ -36,6 +36,10 @@ OF_A_SAMPLE = {
 }  # fmt: skip
 
 
+# What a step's record says by itself.
+OF_A_RECORD = ("step", "seconds", "time/", "eval/", "memory/")
+
+
 @dataclass
 class Result:
     """One function's values for a batch of N rows."""
@@ -57,6 +61,8 @@ class Recorder:
         self.started = time.perf_counter()
 
     def log_metric(self, name: str, value: Any) -> None:
+        if name in OF_A_RECORD or name.startswith(tuple(own for own in OF_A_RECORD if own.endswith("/"))):
+            raise RewardFailure(f"calls log_metric({name!r}, …): a step's record has that; give it another name")
         self.metrics.setdefault(name, []).append(float(value))
 
     def log_extra(self, column: str, values: Iterable[Any]) -> None:

@@ -133,7 +133,7 @@ class RewardSet:
             trainer_state: an object with `global_step` and `max_steps`.
         Raises: InputError, from the function's own exception, where a function fails, takes too long, or returns the
             wrong count or a value that is not a finite number. It names the function and, where it can be told, the
-            row; to tell it, a synchronous function that failed is called again on single rows.
+            row; to tell it, a function that failed is called again on single rows, up to the one that fails alone.
         """
         self.check_columns(columns)
         batch = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
@@ -150,6 +150,9 @@ class RewardSet:
         for index, outcome in sorted(outcomes.items()):
             if isinstance(outcome, RewardFailure):
                 raise self._named(index, outcome, offered) from outcome.__cause__
+            if twice := {column for result in results for column in result.extra} & outcome.extra.keys():
+                reason = f"calls log_extra({min(twice)!r}, …), and so does another: give one of them another name"
+                raise InputError(f"reward function {self.names[index]!r} {reason}")
             results.append(outcome)
         return self._scores(results)
 
@@ -172,20 +175,20 @@ class RewardSet:
     def _async_outcomes(self, offered: Mapping[str, Any], count: int) -> dict[int, Result | RewardFailure]:
         indices = [index for index, alone in enumerate(self._async) if alone]
 
-        async def one(index: int) -> Result | RewardFailure:
-            try:
-                async with asyncio.timeout(self.timeout) as limit:
-                    return await evaluate_async(self._functions[index], offered, count)
-            except RewardFailure as failure:
-                return failure
-            except TimeoutError:
-                assert limit.expired()  # one that the function raised itself would have come as a RewardFailure
-                return RewardFailure(f"took longer than timeout={self.timeout:g} seconds; raise reward_timeout")
-
         async def together() -> list[Result | RewardFailure]:
-            return await asyncio.gather(*map(one, indices))
+            return await asyncio.gather(*(self._awaited(index, offered, count) for index in indices))
 
         return dict(zip(indices, self._on_loop(together()), strict=True)) if indices else {}
+
+    async def _awaited(self, index: int, offered: Mapping[str, Any], count: int) -> Result | RewardFailure:
+        try:
+            async with asyncio.timeout(self.timeout) as limit:
+                return await evaluate_async(self._functions[index], offered, count)
+        except RewardFailure as failure:
+            return failure
+        except TimeoutError:
+            assert limit.expired()  # one that the function raised itself would have come as a RewardFailure
+            return RewardFailure(f"took longer than timeout={self.timeout:g} seconds; raise reward_timeout")
 
     def _on_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         # A thread of its own: in a notebook the calling thread already runs a loop.
@@ -213,11 +216,16 @@ class RewardSet:
     def _row_at_fault(self, index: int, failure: RewardFailure, offered: Mapping[str, Any]) -> int | None:
         """The first row that fails in the same way when it is alone."""
         count = len(offered["completions"])
-        if not failure.kind or self._async[index]:
-            return 0 if failure.kind and count == 1 else None
+        if not failure.kind:
+            return None
+        if count == 1:
+            return 0
         for row in range(count):
             single = {n: v if n == "trainer_state" or v is None else [v[row]] for n, v in offered.items()}
-            outcome = self._outcome(index, single, 1)
+            if self._async[index]:
+                outcome = self._on_loop(self._awaited(index, single, 1))
+            else:
+                outcome = self._outcome(index, single, 1)
             if isinstance(outcome, RewardFailure) and outcome.kind == failure.kind:
                 return row
         return None
@@ -225,14 +233,16 @@ class RewardSet:
     def _scores(self, results: list[Result]) -> Scores:
         values = np.array([result.values for result in results], dtype=np.float64).T
         applies = ~np.isnan(values)
-        weighted = np.where(applies, values, 0.0) @ np.array(self.weights)
+        weights = np.array(self.weights)
+        weighted = np.where(applies, values, 0.0) @ weights
+        counts = applies[:, weights != 0].any(axis=1)  # a function of weight 0 watches, and makes no row count
         logged: dict[str, list[float]] = {}
         for result in results:
             for name, numbers in result.metrics.items():
                 logged.setdefault(name, []).extend(numbers)
         return Scores(
             values=values,
-            total=np.where(applies.any(axis=1), weighted, np.nan),
+            total=np.where(counts, weighted, np.nan),
             seconds={name: result.seconds for name, result in zip(self.names, results, strict=True)},
             metrics={name: math.fsum(numbers) / len(numbers) for name, numbers in logged.items()},
             extra={column: rows for result in results for column, rows in result.extra.items()},
