@@ -6,6 +6,7 @@ from datetime import date, datetime
 import gymnasium
 import numpy as np
 import pytest
+import torch
 import yaml
 from gymnasium import spaces
 from pydantic import ValidationError
@@ -57,8 +58,10 @@ def test_each_update_has_the_rate_of_its_step(trainer_class, tmp_path, monkeypat
     env = Identity if trainer_class is QLearning else lambda: Endless(limit=16)
     config = trainer_class.config_class(out=tmp_path / "run", **{**settings, **ONE_UPDATE[trainer_class]}, **scheduled)
     trainer = trainer_class(env, config).train()
-    # Up over 100 steps, down to nothing over the 156 that follow.
-    expected = [0.5 * 64 / 100, *(0.5 * (257 - step) / 156 for step in (128, 192, 256))]
+    # Up over 100 steps, down to nothing over the 156 that follow. An update of what was learned off the policy has the
+    # rate of the step before it, others that of the first step of their rollout.
+    whose = (128, 192, 256) if trainer_class in (DQN, QLearning) else (101, 129, 193)
+    expected = [0.5 * 64 / 100, *(0.5 * (257 - step) / 156 for step in whose)]
     assert rates == pytest.approx(expected)
     assert [record["learning_rate"] for record in trainer.run.records()] == pytest.approx(expected[1::2])
 
@@ -117,6 +120,21 @@ def test_an_evaluation_says_how_many_episodes_it_has_cut(tmp_path, monkeypatch, 
     found = evaluate_policy(load(tmp_path / "run"), make, 3)
     assert (found.lengths, found.cut) == ([12, 12, 12], 3)
     assert evaluate_policy(load(tmp_path / "run"), lambda: Endless(limit=5), 3).cut == 0
+
+
+def test_an_evaluation_ends_where_a_vector_class_sets_no_limit(tmp_path, monkeypatch):
+    gymnasium.register(
+        "taurl/Unlimited-v0", entry_point=lambda: Endless(limit=10**9), vector_entry_point=lambda **_: None
+    )
+    monkeypatch.setattr("taurl.control.trainer.LONGEST", 7)
+    policy = PPO(lambda: Endless(limit=9), PPOConfig(out=tmp_path / "run", steps=64, **SMALL)).policy
+    found = evaluate_policy(policy, "taurl/Unlimited-v0", 2)
+    assert (found.lengths, found.cut) == ([7, 7], 2)
+
+
+def test_one_environment_object_is_stepped_here(tmp_path):
+    with pytest.raises(InputError, match="vectorization is async, but one environment object was given"):
+        PPO(Endless(limit=9), PPOConfig(out=tmp_path / "run", vectorization="async"))
 
 
 def test_what_python_users_get_wrong_is_named(tmp_path):
@@ -251,3 +269,29 @@ def test_arguments_are_what_the_files_give_back():
 def test_arguments_that_no_file_holds_are_refused(value, kind):
     with pytest.raises(ValidationError, match=f"size is of type {kind}.*, expected a number"):
         PPOConfig(env_args={"size": value})
+
+
+def alike(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_seed_gives_one_run_whatever_is_made_or_drawn_before_it_trains(tmp_path):
+    def made(name, seed):
+        return PPO("CartPole-v1", PPOConfig(out=tmp_path / name, seed=seed, steps=128, **SMALL))
+
+    first, _second = made("first", 3), made("second", 4)
+    torch.rand(5)
+    later = first.train()
+    at_once = made("third", 3).train()
+    assert alike(later.policy.actor.state_dict(), at_once.policy.actor.state_dict())
+
+
+def test_an_evaluation_that_draws_takes_nothing_from_training(tmp_path):
+    weights = []
+    for name, evaluates in (("with", True), ("without", False)):
+        trainer = PPO("CartPole-v1", PPOConfig(out=tmp_path / name, steps=192, **SMALL))
+        for _ in trainer.steps():
+            if evaluates:
+                trainer.evaluate(2, deterministic=False)
+        weights.append(trainer.policy.actor.state_dict())
+    assert alike(*weights)

@@ -111,6 +111,7 @@ def test_no_action_is_likelier_than_the_mode(name):
     [
         spaces.Discrete(3, start=5),
         spaces.MultiDiscrete([[2, 3], [4, 5]]),
+        spaces.MultiDiscrete([2, 2], start=[4, -3]),
         spaces.MultiBinary((2, 3)),
         spaces.Box(-1, 1, (2, 2), np.float32),
         spaces.Box(-1, 1, (), np.float32),
@@ -132,10 +133,9 @@ def test_the_gaussian_scores_what_was_drawn_outside_of_the_box():
     assert float(inside - outside) == pytest.approx((9 - 1) / 2)
 
 
-@pytest.mark.parametrize("space", [spaces.Text(3), spaces.MultiDiscrete([2, 2], start=[1, 0])], ids=["text", "start"])
-def test_other_spaces_are_refused(space):
-    with pytest.raises(InputError, match=r"action space .* is not one of"):
-        distribution_for(space)
+def test_other_spaces_are_refused():
+    with pytest.raises(InputError, match=r"action space .* is not one of .*ActionWrapper"):
+        distribution_for(spaces.Text(3))
 
 
 @pytest.mark.parametrize(("low", "high", "dtype"), [(0, 5, np.int64), (-3, 3, np.int8)])

@@ -433,5 +433,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         DQNConfig(train_every=4)
     with pytest.raises(ValidationError, match="at least 32"):
         DQNConfig(buffer_size=10)
+    with pytest.raises(ValidationError, match=r"priority_exponent is 0\.9, but steps are drawn uniformly"):
+        DQNConfig(priority_exponent=0.9)
     with pytest.raises(InputError, match="not Discrete"):
         trained(tmp_path, "Pendulum-v1")

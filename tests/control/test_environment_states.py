@@ -274,3 +274,50 @@ def test_what_is_made_otherwise_begins_anew(other):
     expected = {"inner": "a NoneType is where a Counting was", "goes": r"a Within\.slowly is where a Within\.fast was"}
     assert re.search(expected[other], after.unsaved)
     assert after.observations[:, 1].tolist() == [0, 0]
+
+
+class Misnamed(Counting):
+    """Its methods have the names, and are others."""
+
+    def get_state(self, player):
+        return player
+
+    def set_state(self, position, velocity):
+        raise AssertionError("not called")
+
+
+def test_methods_of_the_same_names_that_take_something_else_are_not_asked():
+    before = moved(Misnamed, 5)
+    after = Environments(Misnamed, 2, seed=99)
+    after.load_tensors(before.tensors())
+    assert before.unsaved is None
+    assert goes_on_alike(before, after, 20)
+
+
+class Failing(Counting):
+    def get_state(self):
+        raise ValueError("not now")
+
+    def set_state(self, state): ...
+
+
+class Drawing(Counting):
+    """Keeps a method of its generator, which a generator put back would not be the one of."""
+
+    def reset(self, *, seed=None, options=None):
+        found = super().reset(seed=seed)
+        self.draw = self.np_random.integers
+        return found
+
+
+@pytest.mark.parametrize(
+    ("environment", "why"),
+    [
+        (Failing, r"get_state\(\) raised ValueError: not now"),
+        (Drawing, r"draw is a method of Generator, which it hides"),
+    ],
+)
+def test_a_state_that_cannot_be_had_is_said(environment, why):
+    before = moved(environment, 5)
+    before.tensors()
+    assert re.search(why, before.unsaved)

@@ -116,7 +116,7 @@ def test_what_is_not_finite_is_named_with_copy_and_step(what, at):
     with pytest.raises(RunError) as caught:
         environments.step(np.zeros(3, dtype=int))
     assert f"copy 2 gave the {what}" in str(caught.value)
-    assert f"at step {at}," in str(caught.value)
+    assert f"at step {at} of each copy," in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -142,7 +142,7 @@ def test_a_choice_that_is_none_is_named_with_copy_and_step(space, shown):
 
     environments = Environments(lambda: Wrong(space), 2, seed=0)
     environments.reset()
-    with pytest.raises(RunError, match=r"copy 0 gave the observation .* at step 1, expected from"):
+    with pytest.raises(RunError, match=r"copy 0 gave the observation .* at step 1 of each copy, expected from"):
         environments.step(np.zeros(2, dtype=int))
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from small_environments import same_records, same_weights, unbroken_and_resumed
+from small_environments import Showing, same_records, same_weights, unbroken_and_resumed
 from torch import nn
 
 from taurl.control import A2C, DQN, GRPO, PPO, REINFORCE, TRPO, A2CConfig, PPOConfig
@@ -218,6 +218,15 @@ def test_algorithms_that_take_no_images_say_so(tmp_path, kind):
     with pytest.raises(InputError, match=r"has images, which .* does not take; take ppo or a2c") as caught:
         kind(Sides, kind.config_class(out=tmp_path / "run"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(84, 84), (4, 84, 84, 3)])
+def test_frames_that_would_be_read_as_numbers_are_refused(tmp_path, shape):
+    frames = spaces.Box(0, 255, shape, np.uint8)
+    with pytest.raises(InputError, match="looks like images, which have three dimensions here"):
+        PPO(lambda: Showing(frames), PPOConfig(out=tmp_path / "run"))
+    board = spaces.Box(0, 2, (8, 8), np.uint8)
+    assert PPO(lambda: Showing(board), PPOConfig(out=tmp_path / "run")).environments.observation_space == board
 
 
 def test_images_are_not_normalised(tmp_path):

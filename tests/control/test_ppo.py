@@ -178,7 +178,7 @@ def test_both_bounds_fall_to_nothing_together(tmp_path):
 
 
 def descents(trainer, rollout, step):
-    """Of each update of an iteration that ends at that step: minibatch, rate, bounds, and the figures."""
+    """Of each update of an iteration that begins with that step: minibatch, rate, bounds, and the figures."""
     descend, seen = trainer._descend, []
 
     def watched(networks, batch, rate, clips, *, measured):

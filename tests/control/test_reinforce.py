@@ -138,7 +138,7 @@ def test_the_expected_gradient_is_the_gradient_whatever_the_baseline(baseline, t
 @pytest.mark.parametrize("importance", ["per_decision", "trajectory"])
 @pytest.mark.parametrize("baseline", ["none", "constant", "learned"])
 def test_episodes_of_an_older_policy_give_the_same_gradient_in_expectation(importance, baseline, tmp_path):
-    trainer = exact_trainer(tmp_path, importance=importance, baseline=baseline)
+    trainer = exact_trainer(tmp_path, importance=importance, baseline=baseline, updates=2)
     if baseline == "constant":
         trainer.moving_mean.update(torch.tensor(1.7))
     older = rollout_of(trainer)
@@ -166,7 +166,7 @@ def variance_of(trainer, rollout, **settings):
 def test_weights_by_decision_have_less_variance(tmp_path):
     found = {}
     for importance in ("per_decision", "trajectory"):
-        trainer = exact_trainer(tmp_path / importance, importance=importance, baseline="none")
+        trainer = exact_trainer(tmp_path / importance, importance=importance, baseline="none", updates=2)
         older = rollout_of(trainer)
         randomize(trainer)
         found[importance] = variance_of(trainer, older, on_policy=False)
@@ -241,6 +241,10 @@ def test_without_a_critic_truncated_episodes_count_or_do_not(tmp_path):
 def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ValidationError, match="count_truncated is for baseline none or constant"):
         REINFORCEConfig(count_truncated=False)
+    with pytest.raises(ValidationError, match="importance is 'trajectory', but updates is 1"):
+        REINFORCEConfig(importance="trajectory")
+    with pytest.raises(ValidationError, match="critic_updates is 3, but baseline is none, without a critic"):
+        REINFORCEConfig(baseline="none", critic_updates=3)
 
 
 class Waiting(Identity):

@@ -98,6 +98,30 @@ def test_the_table_of_other_names_is_that_of_the_code():
             assert any(name in config.model_fields and there not in config.model_fields for config in configs), there
 
 
+def modules_of_control():
+    root = ROOT / "src/taurl/control"
+    for file in sorted(root.rglob("[a-z]*.py")):
+        if file.stem != "pools":  # which needs envpool
+            yield importlib.import_module(".".join(file.relative_to(ROOT / "src").with_suffix("").parts))
+
+
+def test_every_place_in_the_table_of_details_exists():
+    page = (DOCS / "control.md").read_text()
+    rows = page[page.index("## PPO's implementation details") :].splitlines()
+    cells = [row.split("|")[1:4] for row in rows if row.startswith("| ")]
+    numbers = [int(number) for number, _, _ in cells for number in number.split(",") if number.strip().isdecimal()]
+    assert sorted(numbers) == list(range(1, 38))
+    modules = list(modules_of_control())
+    known = {module.__name__.rpartition(".")[2]: module for module in modules}
+    known |= {name: one for module in modules for name, one in vars(module).items() if inspect.isclass(one)}
+    for place in (place for _, _, where in cells for place in re.findall(r"`([\w.]+)`", where)):
+        first, *rest = place.split(".")
+        found = known[first] if first in known else importlib.import_module(f"taurl.{first}.{rest.pop(0)}")
+        for name in rest:
+            assert hasattr(found, name) or name in getattr(found, "model_fields", {}), place
+            found = getattr(found, name, None)
+
+
 def test_every_page_is_in_the_navigation():
     listed = re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md"))

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from datetime import date
 
 import datasets
 import pyarrow
@@ -10,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from taurl.llm.data.datasets import PromptOrder, as_rows, check_prompts, distinct_from, load_rows, prepare_rows, split
+from taurl.llm.data.tasks import fingerprint
 from taurl.runtime.errors import InputError
 
 
@@ -194,10 +196,22 @@ def test_a_dataset_object_and_a_list_give_the_same_rows():
 def test_objects_that_are_no_rows_are_refused():
     dataset = datasets.Dataset.from_list(ROWS)
     refuses(lambda: as_rows(datasets.DatasetDict(train=dataset, test=dataset)), "train, test", "a split")
-    refuses(lambda: as_rows(dataset.to_iterable_dataset()), "IterableDataset")
+    refuses(
+        lambda: as_rows(dataset.to_iterable_dataset()), "IterableDataset", "give list(rows), or to SFT streaming=True"
+    )
     refuses(lambda: as_rows("prompt"), "str")
     refuses(lambda: as_rows([{"prompt": "a"}, "b"]), "row 2 of the data is a str")
     refuses(lambda: as_rows([]), "empty")
+
+
+def test_rows_of_any_objects_have_a_fingerprint_that_another_process_finds_again():
+    def of(rows):
+        return fingerprint([rows, [[1, 2]]])
+
+    assert of([{"check": lambda: 1}]) == of([{"check": lambda: 2}])  # shown with their place in memory
+    assert of([{"at": date(2026, 1, 1)}]) != of([{"at": date(2026, 1, 2)}])
+    assert of([{"a": {1: "x", "b": "y"}}]) != of([{"a": {1: "x", "b": "z"}}])
+    assert of([{"a": {(1, 2): "x"}}]) == of([{"a": {(1, 2): "x"}}])
 
 
 # Columns --------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from tiny_policy import save_tiny_policy
+from tiny_policy import save_tiny_policy, tiny_model
 
 import taurl.llm
 from taurl import control
@@ -44,6 +44,43 @@ def test_rewards_of_the_config_are_taken_where_none_are_given(folder, settings):
     config = GRPOConfig(**settings, max_tokens=4, group_size=2, rewards=("last_number",))
     trainer = GRPO(folder, [{"prompt": "1?", "answer": "1"}] * 4, None, config)
     assert trainer.rewards.names == ["last_number"]
+
+
+@pytest.mark.parametrize("kept", [{"lora_rank": 2}, {"kl_coefficient": 0.1}])
+def test_weights_that_a_run_keeps_must_be_those_that_it_began_with(settings, tmp_path, kept):
+    folder = save_tiny_policy(tmp_path / "model")
+    questions = [{"prompt": f"{i}?", "answer": f"{i}"} for i in range(4)]
+    config = GRPOConfig(**settings, **kept, max_tokens=4, group_size=2, rewards=("last_number",))
+    GRPO(folder, questions, config=config).train()
+    assert GRPO.resume(settings["out"], dataset=questions, steps=3).train().run.step == 3
+    tiny_model(seed=1).save_pretrained(folder)  # as another run that goes on would
+    with pytest.raises(InputError, match=r"the weights that the run keeps as they are, .* are not those"):
+        GRPO.resume(settings["out"], dataset=questions, steps=4)
+
+
+def test_a_reward_of_a_module_in_this_folder_is_found_from_another(folder, settings, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "my_taurl_rewards.py").write_text("def one(completions): return [1.0] * len(completions)\n")
+    monkeypatch.chdir(tmp_path / "here")
+    config = GRPOConfig(
+        **settings, max_tokens=4, group_size=2, rewards=("my_taurl_rewards:one", "taurl.llm.rewards:last_number")
+    )
+    trainer = GRPO(folder, [{"prompt": "1?", "answer": "1"}] * 4, config=config)
+    place = tmp_path / "here" / "my_taurl_rewards.py"
+    assert trainer.config.rewards == (f"{place}:one", "taurl.llm.rewards:last_number")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_type": "cispo", "clip_low": 0.1}, "clip_low is 0.1, but loss_type cispo does not read it"),
+        ({"loss_type": "sapo", "clip_high": 0.1}, "clip_high is 0.1, but loss_type sapo does not read it"),
+        ({"kl_place": "reward"}, "kl_place is 'reward', but kl_coefficient is 0"),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GRPOConfig(**changes)
 
 
 def test_the_names_of_the_wing_are_listed():

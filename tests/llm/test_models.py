@@ -187,6 +187,17 @@ def test_an_adapter_folder_gives_its_base_with_the_adapter(tiny, tmp_path):
         load_model(tmp_path / "adapter", dtype=torch.float32)
 
 
+def test_an_adapter_on_another_machines_copy_of_the_embedded_model_finds_it_here(tiny, tmp_path, monkeypatch):
+    there = tmp_path / "there" / embedded.NAME
+    there.parent.mkdir()
+    tiny.rename(there)
+    adapted = get_peft_model(load_model(there, dtype=torch.float32), LoraConfig(target_modules=["q_proj"], r=2)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    here = there.rename(tmp_path / "here")
+    monkeypatch.setattr(embedded, "embedded_model", lambda: here)
+    assert torch.equal(load_model(tmp_path / "adapter", dtype=torch.float32)(IDS).logits, adapted(IDS).logits)
+
+
 def test_the_pad_token_is_not_the_end_where_there_is_another():
     tokenizer = words(special=("<eos>", "<unk>", "<|pad_1|>"), eos_token="<eos>", unk_token="<unk>", pad_token="<eos>")
     set_pad_token(tokenizer)

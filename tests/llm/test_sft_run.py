@@ -11,6 +11,7 @@ from tiny_policy import save_tiny_policy, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from taurl.llm import SFT, SFTConfig
+from taurl.llm.data.chat import prompt_text
 from taurl.llm.models.loading import load_model
 from taurl.runtime.errors import InputError
 
@@ -131,12 +132,61 @@ def test_an_adapter_of_the_embeddings_takes_noise(config, folder):
     assert SFT(str(folder), ROWS, settings).train().run.step == 2
 
 
-def test_without_an_answer_the_completion_is_what_rewards_compare_with(config, folder):
-    rows = [{"prompt": f"{i}?", "completion": f"it is {i}"} for i in range(9)]
+@pytest.mark.parametrize("form", ["strings", "messages of both", "messages"])
+def test_without_an_answer_the_completion_is_what_rewards_compare_with(config, folder, form):
+    rows = []
+    for i in range(9):
+        asked, said = [{"role": "user", "content": f"{i}?"}], [{"role": "assistant", "content": f"it is {i}"}]
+        rows.append(
+            {"messages": [*asked, *said], "prompt": f"ultrachat {i}"}
+            if form == "messages"
+            else {"prompt": asked, "completion": said}
+            if form == "messages of both"
+            else {"prompt": f"{i}?", "completion": f"it is {i}"}
+        )
     trainer = SFT(str(folder), rows, config(generate_rows=3, eval_rows=4, max_tokens=8), rewards=["last_number"])
-    assert [row["answer"] for row in trainer.answering.rows] == [
-        row["completion"] for row in trainer.data.held_out.rows[:3]
+    for row in trainer.answering.rows:
+        assert prompt_text(row["prompt"]) == row["answer"].removeprefix("it is ") + "?"
+    assert len({row["answer"] for row in trainer.answering.rows}) == 3
+
+
+def test_the_rows_of_a_mixture_that_are_all_held_out_are_named(config, folder, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"prompt": f"b{i}?", "completion": "b"}) + "\n" for i in range(3)))
+    with pytest.raises(InputError, match=r"other\.jsonl: no row of it is left to train on"):
+        SFT(str(folder), ROWS, config(mix={str(other): 1.0}), eval_dataset=str(other))
+
+
+def test_a_further_data_set_may_have_its_columns_named_already(config, folder):
+    rows = [{"question": f"{i}?", "answer": f"so #### {i}"} for i in range(9)]
+    settings = config(columns={"question": "prompt", "answer": "completion"})
+    held_out = [{"prompt": f"{i}!", "completion": f"{i}"} for i in range(3)]
+    trainer = SFT(str(folder), rows, settings, eval_dataset=held_out)
+    assert trainer.data.held_out.rows == held_out
+
+
+def test_new_tokens_need_embeddings_that_are_trained(config, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    talk = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "1"}]} for i in range(9)
     ]
+    with pytest.raises(
+        InputError, match=r"freeze holds the embeddings fixed, .* new tokens, <\|im_start\|> <\|im_end\|>"
+    ):
+        SFT(str(tmp_path / "base"), talk, config(freeze=("*embed_tokens*",)))
+
+
+def test_a_model_whose_generation_config_transformers_would_not_save_is_exported(config, folder, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    trainer = SFT(str(tmp_path / "model"), ROWS, config(steps=1)).train()
+    stored = json.loads((trainer.run.directory / "final" / "generation_config.json").read_text())
+    assert (stored["temperature"], stored["eos_token_id"]) == (0.9, 1)
 
 
 def test_epochs_of_a_mixture_are_those_of_the_data_set(config, folder, tmp_path):

@@ -16,7 +16,7 @@ from taurl.llm import GRPOConfig
 from taurl.llm.data.chat import encode_prompt, prompt_text, stop_token_ids
 from taurl.llm.data.chat_templates import CHATML_TEXT, set_chat_template
 from taurl.llm.data.datasets import key
-from taurl.llm.data.row_forms import last_question, question, read_form
+from taurl.llm.data.row_forms import last_exchange, question, read_form
 from taurl.llm.data.row_order import Mixture, RowCycle, RowStream
 from taurl.llm.data.row_reader import RowReader
 from taurl.llm.data.tasks import PromptReader, train_and_held_out
@@ -121,7 +121,9 @@ def test_sharegpts_system_column_and_function_calls():
 def test_what_makes_two_rows_the_same_question():
     assert question({"messages": TALK}) == question({"messages": TALK[:2]})  # one goes on where the other ends
     assert question({"messages": TALK}) != question({"messages": TALK[2:]})
-    assert last_question({"messages": TALK}) == prompt_text(TALK[:3])  # what its last answer answers
+    asked = prompt_text(TALK[:3])  # what its last answer answers
+    assert last_exchange({"messages": TALK}) == (asked, TALK[3]["content"])
+    assert last_exchange({"messages": TALK, "prompt": TALK[0]["content"]})[0] == asked  # as it is trained on
     first, other = ({"input_ids": np.array([5, 6, last]), "labels": [-100, -100, last]} for last in (7, 8))
     assert question(first) == question(other) == "[5, 6]"
     assert question({"input_ids": torch.tensor([5, 6])}) == "[5, 6]"

@@ -18,7 +18,8 @@ def take_run(words: Sequence[str], command: str) -> tuple[Path, list[str]]:
     if not words or words[0].startswith("-"):
         if {"-h", "--help"} & set(words):
             return Path(), list(words)
-        raise InputError(f"no run given: taurl control {command} runs/NAME")
+        found = f"; the run stands first, and not {words[0]}" if words else ""
+        raise InputError(f"no run given: taurl control {command} runs/NAME{found}")
     return Path(words[0]), list(words[1:])
 
 

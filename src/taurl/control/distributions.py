@@ -133,10 +133,14 @@ class Categorical(ActionDistribution):
 
 
 class MultiCategorical(ActionDistribution):
-    """K independent choices among n_1 … n_K: parameters are their logits side by side, actions [.., K]."""
+    """K independent choices among n_1 … n_K: parameters are their logits side by side, actions [.., K].
 
-    def __init__(self, choices: list[int], shape: tuple[int, ...]):
-        self.choices, self.width, self.shape = choices, sum(choices), shape
+    Args:
+        start: the first value of each choice for the environment, [*shape].
+    """
+
+    def __init__(self, choices: list[int], shape: tuple[int, ...], start: Array | int = 0):
+        self.choices, self.width, self.shape, self.start = choices, sum(choices), shape, start
 
     def _parts(self, parameters: Tensor) -> list[tuple[Categorical, Tensor]]:
         return [(Categorical(part.shape[-1]), part) for part in torch.split(parameters, self.choices, -1)]
@@ -163,7 +167,7 @@ class MultiCategorical(ActionDistribution):
         return torch.stack([one.kl(mine, theirs) for (one, mine), theirs in pairs], -1).sum(-1)
 
     def to_environment(self, actions: Array) -> Array:
-        return actions.reshape(*actions.shape[:-1], *self.shape).copy()
+        return actions.reshape(*actions.shape[:-1], *self.shape) + self.start
 
 
 class Bernoulli(ActionDistribution):
@@ -273,11 +277,14 @@ def distribution_for(space: gymnasium.Space[Any]) -> ActionDistribution:
     match space:
         case spaces.Discrete():
             return Categorical(int(space.n), int(space.start))
-        case spaces.MultiDiscrete() if not space.start.any():
-            return MultiCategorical([int(n) for n in space.nvec.reshape(-1)], space.shape)
+        case spaces.MultiDiscrete():
+            return MultiCategorical([int(n) for n in space.nvec.reshape(-1)], space.shape, space.start)
         case spaces.MultiBinary():
             return Bernoulli(math.prod(space.shape), space.shape)
         case spaces.Box():
             whole = space if np.issubdtype(space.dtype, np.integer) else None
             return Gaussian(math.prod(space.shape), space.shape, whole)
-    raise InputError(f"action space {space} is not one of Discrete, MultiDiscrete, MultiBinary and Box")
+    raise InputError(
+        f"action space {space} is not one of Discrete, MultiDiscrete, MultiBinary and Box; wrap the environment "
+        "(gymnasium.ActionWrapper) so that it takes one of these"
+    )

@@ -8,10 +8,13 @@ process) hides what it holds, and so do arrays that share memory: then there is 
 """
 
 import base64
+import inspect
 import json
 import sys
 import types
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
@@ -30,6 +33,8 @@ CONSTANT_NAMES = ("_saved_kwargs", "_cached_spec", "_ezpickle_args", "_ezpickle_
 # The transition tables of gymnasium's toys follow from their arguments alone (a FrozenLake may have a map at random).
 CONSTANTS_OF = {"TaxiEnv": ("P",), "CliffWalkingEnv": ("P",)}
 OBJECTS = (gymnasium.Env, VectorEnv, gymnasium.Space)
+# What a method may be bound to: what is written itself, or holds no state.
+BOUND = (*OBJECTS, type(None), type, types.ModuleType)
 # Positions that some environments read before they step, and that MuJoCo does not compute again until they do.
 MUJOCO_DERIVED = ("xpos", "xipos")
 
@@ -121,12 +126,16 @@ class _Writer:
 
     def _object(self, value: Any, path: str) -> Any:
         kind = type(value).__qualname__
-        if callable(getattr(value, "get_state", None)) and callable(getattr(value, "set_state", None)):
-            return ["asked", self.write(value.get_state(), f"{path}.get_state()"), kind]
+        if _tells_its_state(value):
+            with _failing_is_no_state(f"{path}.get_state()"):
+                state = value.get_state()
+            return ["asked", self.write(state, f"{path}.get_state()"), kind]
         written = {}
         for name, one in _attributes(value).items():
             where = f"{path}.{name}"
             if isinstance(one, NAMED):
+                if not isinstance(getattr(one, "__self__", None), BOUND):
+                    raise NoState(f"{where} is a method of {type(one.__self__).__qualname__}, which it hides")
                 written[name] = ["named", one.__qualname__]
             elif type(one).__name__ == "MjData":
                 written[name] = ["mujoco", self.write(_mujoco(value.model, one), where)]
@@ -166,7 +175,9 @@ class _Reader:
                 return current
             case "asked":
                 _require(type(current).__qualname__, *more)
-                current.set_state(self.read(content))
+                state = self.read(content)
+                with _failing_is_no_state("set_state"):
+                    current.set_state(state)
                 return current
             case "dict":
                 known = current if isinstance(current, dict) else {}
@@ -195,6 +206,25 @@ class _Reader:
             _restore_mujoco(owner.model, current, self.read(saved[1]))
         else:
             setattr(owner, name, self.read(saved, current))
+
+
+def _tells_its_state(value: Any) -> bool:
+    """Whether it has `get_state()` and `set_state(state)`, and not others of these names, such as MuJoCo's."""
+    try:
+        inspect.signature(value.get_state).bind()
+        inspect.signature(value.set_state).bind(None)
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return True
+
+
+@contextmanager
+def _failing_is_no_state(what: str) -> Iterator[None]:
+    """Somebody's own code may raise what it likes."""
+    try:
+        yield
+    except Exception as error:
+        raise NoState(f"{what} raised {type(error).__name__}: {error}") from error
 
 
 def _member(module: str, kind: str, name: str) -> Any:

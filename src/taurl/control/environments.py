@@ -286,8 +286,8 @@ class Environments:
         if rows.any():  # a sum may overflow where no value is wrong
             row = int(np.flatnonzero(rows)[0])
             raise RunError(
-                f"{self.name}: copy {copies[row]} gave the {what} {values[row]} at step {self._steps}, expected "
-                f"{expected}; mend the environment"
+                f"{self.name}: copy {copies[row]} gave the {what} {values[row]} at step {self._steps} of each copy, "
+                f"expected {expected}; mend the environment"
             )
 
 

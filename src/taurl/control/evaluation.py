@@ -30,14 +30,15 @@ def evaluation_seed(seed: int) -> int:
 
 
 def with_limit(environment: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The arguments of an environment, with a limit to its episodes if it is named by an id and has none; and whether
-    it got one."""
+    """The arguments of an environment, with a limit to its episodes if it is named by an id, has none and takes one;
+    and whether it has none of its own, so that the evaluation is to cut at `LONGEST`."""
     if not isinstance(environment, str) or (name := registered(environment)) not in gymnasium.registry:
         return arguments, False
     spec = gymnasium.spec(name)
-    limited = spec.max_episode_steps is not None or spec.vector_entry_point is not None or is_atari(name)
-    if limited or "max_episode_steps" in arguments:
+    if spec.max_episode_steps is not None or is_atari(name) or "max_episode_steps" in arguments:
         return arguments, False
+    if spec.vector_entry_point is not None:  # a class of its own, which need not know the argument
+        return arguments, True
     return {"max_episode_steps": LONGEST, **arguments}, True
 
 

@@ -33,6 +33,10 @@ def make_vector(
     if vectorization == "envpool" and not isinstance(environment, str):
         raise InputError("vectorization is envpool, which makes environments by id; an object or function was given")
     if isinstance(environment, gymnasium.Env):
+        if vectorization == "async":
+            raise InputError(
+                "vectorization is async, but one environment object was given; give a function that makes one"
+            )
         if count != 1:
             raise InputError(
                 f"environments is {count}, but one environment object was given; give a function that makes one"

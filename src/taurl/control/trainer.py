@@ -27,15 +27,16 @@ from taurl.control.making import EnvironmentLike
 from taurl.control.playing import recorded
 from taurl.control.saved import load
 from taurl.control.settings import ControlConfig
-from taurl.control.spaces import has_images
+from taurl.control.spaces import has_images, refuse_stacked_images
 from taurl.control.updates import FlatAdam
 from taurl.runtime.config import did_you_mean, read_config
 from taurl.runtime.directory import require_algorithm, write_folder
 from taurl.runtime.errors import InputError, one_line
 from taurl.runtime.given import own_callbacks, own_config, require_given_again, with_changes
 from taurl.runtime.machine import peak_memory_gb, set_threads
+from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import GIVEN, Callback, Record, Run, Stateful, Step
-from taurl.runtime.seeding import seed_everything
+from taurl.runtime.seeding import drawn_apart, seed_everything
 
 HEADLINE = {
     "return": "rollout/ep_rew_mean",
@@ -140,6 +141,7 @@ class Trainer(ABC):
             for_learning=True,
         )
         space = self.environments.observation_space
+        refuse_stacked_images(space)
         if has_images(space) and not self.sees_images:
             raise InputError(
                 f"observation space {space} has images, which {self.algorithm} does not take; take ppo or a2c, or make "
@@ -221,18 +223,28 @@ class Trainer(ABC):
         for step in self.run.steps(width, unit=size):
             yield step, (step.number - self.run.step) // size
 
+    def rate_of(self, first: int, count: int) -> float:
+        """The learning rate of an iteration that begins with this step and takes so many.
+
+        That of its first step, as in the reference code, and in the warm-up that of its last: so no end of a run is
+        spent at a rate of nearly 0.
+        """
+        last, warmup = first + count - 1, self.config.warmup_steps
+        return learning_rate(last if last <= warmup else max(first, warmup + 1), self.config)
+
     def evaluate(self, episodes: int | None = None, *, deterministic: bool = True) -> Evaluation:
         """Play whole episodes in environments of their own."""
         try:
-            found = evaluate_policy(
-                self.policy,
-                self.environment,
-                self.config.eval_episodes if episodes is None else episodes,
-                seed=evaluation_seed(self.config.seed),
-                arguments=self.config.env_args,
-                vectorization=self.config.vectorization,
-                deterministic=deterministic,
-            )
+            with drawn_apart():  # so that a loop which evaluates now and then trains as one that does not
+                found = evaluate_policy(
+                    self.policy,
+                    self.environment,
+                    self.config.eval_episodes if episodes is None else episodes,
+                    seed=evaluation_seed(self.config.seed),
+                    arguments=self.config.env_args,
+                    vectorization=self.config.vectorization,
+                    deterministic=deterministic,
+                )
             if found.cut:
                 self.run.view.note(cut_short(found))
             return found
@@ -340,9 +352,8 @@ def evaluate_policy(
         mask_actions=getattr(policy, "masks_actions", False),
     )
     try:
-        longest = None if isinstance(environment, str) else LONGEST_OF_OTHERS
+        longest = LONGEST_OF_OTHERS if not isinstance(environment, str) else LONGEST if limited else None
         found = evaluate(policy, environments, episodes, deterministic=deterministic, longest=longest)
-        bound = LONGEST if limited else longest
-        return found if bound is None else found._replace(cut=sum(length >= bound for length in found.lengths))
+        return found if longest is None else found._replace(cut=sum(length >= longest for length in found.lengths))
     finally:
         environments.close()

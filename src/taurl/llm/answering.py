@@ -8,11 +8,12 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerBase
 
 from taurl.llm.data.data_files import Row
-from taurl.llm.data.row_forms import last_question
+from taurl.llm.data.row_forms import last_exchange
 from taurl.llm.data.token_rows import TokenRow, TokenRows
 from taurl.llm.evaluation import Evaluation, TrainerState, evaluate, reward_columns
 from taurl.llm.generation import Generator, Sampling
 from taurl.llm.rewards import RewardSet
+from taurl.llm.rewards.text import text_of
 from taurl.runtime.errors import InputError
 
 
@@ -93,5 +94,5 @@ def question_ids(row: TokenRow) -> list[int]:
 def as_asked(row: Row) -> Row:
     """A row as reward functions see it: with its question as `prompt`, and its completion as `answer` where none is."""
     filled = {name: value for name, value in row.items() if value is not None}
-    answer = {"answer": row["completion"]} if isinstance(row.get("completion"), str) else {}
-    return row | answer | {"prompt": last_question(row)} | filled
+    prompt, answer = last_exchange(row)
+    return row | ({} if answer is None else {"answer": text_of(answer)}) | filled | {"prompt": prompt}

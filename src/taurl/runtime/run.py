@@ -70,7 +70,7 @@ class Run:
         self.chosen: Record = {}  # what was chosen on the machine where the run began: precision, threads, …
         self.checkpoint: tuple[dict[str, dict[str, Tensor]], Record] | None = None
         self.state: dict[str, Stateful] = {}
-        self._random: Record = {}  # random states of the checkpoint
+        self._random: Record | None = None  # random states to begin with
         self.callbacks: Sequence[Callback] = ()
         self._owned = False  # whether what is in the directory is this run's
         self._unnamed = False  # whether nobody has named the directory, so that it is to be told
@@ -142,7 +142,10 @@ class Run:
         self.view.set_total(steps)
 
     def restore(self, **state: Stateful) -> None:
-        """Put the state back that the checkpoint of a resumed run holds, if that was not done yet."""
+        """Put the state back that the checkpoint of a resumed run holds, if that was not done yet.
+
+        A new run draws its random numbers from where they are now, whatever is drawn or seeded until it begins.
+        """
         self.state = state
         if self.checkpoint is not None:
             tensors, values = self.checkpoint
@@ -150,6 +153,8 @@ class Run:
                 holder.load_tensors(tensors[name])
             self._random = values["random"]
             self.checkpoint = None  # a gigabyte that is not needed again
+        elif self._random is None:
+            self._random = random_states()
 
     def begin(self, **state: Stateful) -> Self:
         """Create or reopen the directory, with the state and the random numbers that the checkpoint holds."""

@@ -1,6 +1,8 @@
 """Random states: set from one seed, and carried by the checkpoint."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -35,3 +37,13 @@ def restore_random_states(states: dict[str, Any]) -> None:
     if states["cuda"] and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):  # there may be fewer than before
             torch.cuda.set_rng_state(state, device)
+
+
+@contextmanager
+def drawn_apart() -> Iterator[None]:
+    """What is drawn within leaves the global generators as they were."""
+    before = random_states()
+    try:
+        yield
+    finally:
+        restore_random_states(before)

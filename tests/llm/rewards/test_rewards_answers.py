@@ -130,8 +130,8 @@ def test_what_a_tasks_scorer_cannot_read_scores_0_and_a_row_that_it_cannot_read_
 
     assert scored("They are 2 × three, I think", row) == [0.0]  # the scorer converts to integers without looking
     assert scored(row["answer"], row) == [1.0]
-    with pytest.raises(KeyError):
-        scored("2 × three", {**row, "metadata": {"source_dataset": "prime_factorization"}})
+    with pytest.raises(ValueError, match="invalid literal"):
+        scored("2 × three", {**row, "answer": "two"})
 
 
 def test_math_verify_knows_equal_mathematics():

@@ -17,7 +17,6 @@ from taurl.control.updates import FlatAdam
 from taurl.functional.surrogates import reinforce
 from taurl.functional.value_losses import explained_variance, squared_value_loss
 from taurl.functional.whitening import whiten
-from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import Record
 
 
@@ -44,7 +43,7 @@ class A2C(Trainer):
                 found: list[dict[str, Tensor]] = []
                 norms: list[float] = []
                 for iteration in range(1, iterations + 1):
-                    rate = learning_rate(self.run.step + iteration * steps, config)
+                    rate = self.rate_of(self.run.step + (iteration - 1) * steps + 1, steps)
                     with step.phase("rollout", "acting"):
                         rollout = self.collector.collect(self.policy.actor, self.critic, config.rollout_steps)
                     with step.phase("update", "updating"):

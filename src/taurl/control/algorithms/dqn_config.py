@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from taurl.control.settings import AdamSettings, ControlConfig, Width
+from taurl.runtime.config import refuse_unread
 
 
 class DQNConfig(AdamSettings, ControlConfig):
@@ -65,6 +66,8 @@ class DQNConfig(AdamSettings, ControlConfig):
             raise ValueError(
                 f"train_every is {self.train_every}, expected a multiple of the {self.environments} environments"
             )
+        if not self.prioritized:
+            refuse_unread(self, ("priority_exponent", "weight_exponent"), "steps are drawn uniformly (see prioritized)")
         least = max(self.batch_size, self.train_every, 2 * self.environments)
         if self.buffer_size < least:
             raise ValueError(

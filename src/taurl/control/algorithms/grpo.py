@@ -23,7 +23,6 @@ from taurl.functional.aggregation import weighted_sum
 from taurl.functional.kl import k3
 from taurl.functional.loss_types import clipped_tokens, loss_weights, policy_loss
 from taurl.functional.returns import discounted_returns
-from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import Record
 
 
@@ -67,10 +66,10 @@ class GRPO(Trainer):
                 while taken < wanted:
                     with step.phase("rollout", "acting"):
                         rollout = self._play(self.run.step + taken)
+                    with step.phase("update", "updating"):
+                        figures = self._update(rollout, self.run.step + taken + 1)
                     # Those count too that a copy is stepped on with while it waits for the longest episode.
                     taken += rollout.valid.numel()
-                    with step.phase("update", "updating"):
-                        figures = self._update(rollout, self.run.step + taken)
                 step.number = self.run.step + taken
                 record = self.finish(step, figures)
                 yield record
@@ -86,7 +85,7 @@ class GRPO(Trainer):
             self.policy.actor, None, seeds=seeds.tolist(), longest=config.max_episode_steps
         )
 
-    def _update(self, rollout: Rollout, step: int) -> Record:
+    def _update(self, rollout: Rollout, first: int) -> Record:
         """Advantages within the groups, then epochs of minibatches."""
         config = self.config
         # No critic: next_values are 0, and a return ends where its episode was cut.
@@ -101,7 +100,7 @@ class GRPO(Trainer):
             column.transpose(0, 1) for column in (rollout.observations, rollout.actions, rollout.logprobs, mask)
         )
         episodes = Episodes(observations, actions, logprobs, mask, advantages.reshape(-1, 1))
-        rate = learning_rate(step, config)
+        rate = self.rate_of(first, rollout.valid.numel())
         norms: list[float] = []
         figures: list[dict[str, Tensor]] = []
         for _ in range(config.epochs):

@@ -30,7 +30,6 @@ from taurl.functional.slopes import clipped_surrogate_slope, clipped_value_slope
 from taurl.functional.surrogates import clipped_surrogate, kl_penalized
 from taurl.functional.value_losses import clipped_value_loss, explained_variance, squared_value_loss
 from taurl.functional.whitening import whiten_rows
-from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import Record
 
 
@@ -99,19 +98,23 @@ class PPO(Trainer):
                     with step.phase("rollout", "acting"):
                         rollout = self.collector.collect(self.policy.actor, self.critic, config.rollout_steps)
                     with step.phase("update", "updating"):
-                        reached = min(self.run.step + iteration * steps, config.steps)
-                        figures = self._iterate(rollout, reached, measured=iteration == iterations)
+                        first = self.run.step + (iteration - 1) * steps + 1
+                        figures = self._iterate(rollout, first, measured=iteration == iterations)
                 record = self.finish(step, figures)
                 yield record
                 if self.reached(record):
                     return
 
-    def _iterate(self, rollout: Rollout, step: int, *, measured: bool = True) -> Record:
-        """Advantages, then epochs of minibatches. Returns the last epoch's figures, if they are measured."""
+    def _iterate(self, rollout: Rollout, first: int, *, measured: bool = True) -> Record:
+        """Advantages, then epochs of minibatches. Returns the last epoch's figures, if they are measured.
+
+        Args:
+            first: the rollout's first step, whose bounds and learning rate it has.
+        """
         config = self.config
         advantages, returns = rollout.advantages_and_returns(discount=config.discount, trace_decay=config.trace_decay)
         batch = flat(rollout, advantages, returns, priced=self.penalty is not None)
-        rate, clips = learning_rate(step, config), self._clips(step)
+        rate, clips = self.rate_of(first, rollout.valid.numel()), self._clips(first)
         norms: list[float] = []
         networks = both_with_pullback(self.policy.actor, self.critic)
         whole = self._prepared([batch]) if len(batch.actions) <= config.minibatch_size else None

@@ -27,7 +27,6 @@ from taurl.functional.off_policy import per_decision_advantages
 from taurl.functional.returns import discounted_returns
 from taurl.functional.surrogates import reinforce
 from taurl.functional.value_losses import explained_variance, squared_value_loss
-from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import Record
 
 RETAINED = 0.9  # of the moving mean at each iteration
@@ -92,20 +91,20 @@ class REINFORCE(Trainer):
                         rollout = self.collector.collect_episodes(
                             self.policy.actor, self.critic, longest=config.max_episode_steps
                         )
-                    taken += rollout.valid.numel()
                     with step.phase("update", "updating"):
-                        figures = self._iterate(rollout, self.run.step + taken)
+                        figures = self._iterate(rollout, self.run.step + taken + 1)
+                    taken += rollout.valid.numel()
                 step.number = self.run.step + taken
                 record = self.finish(step, figures)
                 yield record
                 if self.reached(record):
                     return
 
-    def _iterate(self, rollout: Rollout, step: int) -> Record:
+    def _iterate(self, rollout: Rollout, first: int) -> Record:
         """Returns and baselines, steps of the policy, then of the baseline."""
         config = self.config
         episodes = self._scored(rollout)
-        rate = learning_rate(step, config)
+        rate = self.rate_of(first, rollout.valid.numel())
         for update in range(config.updates):
             norm, found = self.optimizer.update(rate, episodes, update == 0)
         if config.baseline == "constant" and episodes.counted.any():

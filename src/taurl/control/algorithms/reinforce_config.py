@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from taurl.control.settings import ControlConfig, NetworkSettings
+from taurl.runtime.config import refuse_unread
 
 
 class REINFORCEConfig(NetworkSettings, ControlConfig):
@@ -49,4 +50,9 @@ class REINFORCEConfig(NetworkSettings, ControlConfig):
     def _fits_together(self) -> Self:
         if self.baseline == "learned" and not self.count_truncated:
             raise ValueError("count_truncated is for baseline none or constant: a critic bootstraps truncated episodes")
+        if self.updates == 1:
+            refuse_unread(self, ("importance",), "updates is 1, so that there are no weights of later ones")
+        if self.baseline != "learned":
+            why = f"baseline is {self.baseline}, without a critic"
+            refuse_unread(self, ("critic_learning_rate", "critic_updates"), why)
         return self

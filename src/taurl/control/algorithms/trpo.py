@@ -26,7 +26,6 @@ from taurl.functional.surrogates import importance_weighted
 from taurl.functional.trust_region import backtracking_line_search, conjugate_gradient, maximum_step
 from taurl.functional.value_losses import explained_variance, squared_value_loss
 from taurl.functional.whitening import whiten
-from taurl.runtime.optimization import learning_rate
 from taurl.runtime.run import Record
 
 
@@ -77,13 +76,13 @@ class TRPO(Trainer):
                     with step.phase("rollout", "acting"):
                         rollout = self.collector.collect(self.policy.actor, self.critic, config.rollout_steps)
                     with step.phase("update", "updating"):
-                        figures = self._iterate(rollout, self.run.step + iteration * steps)
+                        figures = self._iterate(rollout, self.run.step + (iteration - 1) * steps + 1)
                 record = self.finish(step, figures)
                 yield record
                 if self.reached(record):
                     return
 
-    def _iterate(self, rollout: Rollout, step: int) -> Record:
+    def _iterate(self, rollout: Rollout, first: int) -> Record:
         """Advantages, one step of the policy, then epochs of the critic."""
         config = self.config
         advantages, returns = rollout.advantages_and_returns(discount=config.discount, trace_decay=config.trace_decay)
@@ -91,7 +90,8 @@ class TRPO(Trainer):
         batch = Batch(*(column[rollout.valid] for column in columns))
         explained = float(explained_variance(rollout.values, returns, rollout.valid))
         improved = self._improve(batch)
-        return improved | self._fit(batch, learning_rate(step, config)) | {"train/explained_variance": explained}
+        fitted = self._fit(batch, self.rate_of(first, rollout.valid.numel()))
+        return improved | fitted | {"train/explained_variance": explained}
 
     def _improve(self, batch: Batch) -> Record:
         """Move the policy along the natural gradient, at most `max_kl` away."""

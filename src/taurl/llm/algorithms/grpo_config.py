@@ -5,6 +5,10 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from taurl.llm.algorithms.online_config import OnlineConfig
+from taurl.runtime.config import refuse_unread
+
+# What each loss type in place of the clip does not read.
+UNREAD = {"cispo": ("clip_low",), "sapo": ("clip_low", "clip_high"), "vespo": ("clip_low", "clip_high")}
 
 
 class GRPOConfig(OnlineConfig):
@@ -59,4 +63,8 @@ class GRPOConfig(OnlineConfig):
     def _loss_fits_together(self) -> Self:
         if self.loss_type == "vespo" and self.ratio_level is not None:
             raise ValueError(f"ratio_level is {self.ratio_level}, but vespo weighs whole trajectories: leave it out")
+        refuse_unread(self, UNREAD.get(self.loss_type, ()), f"loss_type {self.loss_type} does not read it")
+        if not self.kl_coefficient:
+            why = "kl_coefficient is 0, so that there is no reference to diverge from"
+            refuse_unread(self, ("kl_estimator", "kl_place", "kl_level"), why)
         return self

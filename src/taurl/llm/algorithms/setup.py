@@ -1,6 +1,9 @@
 """What surrounds an algorithm: objects given from Python, choices made on the machine, whole paths, the data."""
 
+import hashlib
+import importlib.util
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,12 +109,37 @@ def with_whole_paths(config: Config) -> Config:
 
 
 def whole_spec(spec: str) -> str:
-    """A reward given as `file.py:function` or `model:FOLDER`, with the whole path of its file or folder."""
+    """A reward as `file.py:function`, `module:function` of this folder, or `model:FOLDER`, with its whole path."""
     if spec.startswith(PREFIX):
         name, bracket, settings = spec.removeprefix(PREFIX).partition("(")
         return f"{PREFIX}{Path(name).resolve() if Path(name).exists() else name}{bracket}{settings}"
     file, colon, function = spec.partition(".py:")
-    return f"{Path(file).expanduser().resolve()}{colon}{function}" if colon else spec
+    if colon:
+        return f"{Path(file).expanduser().resolve()}{colon}{function}"
+    module, colon, function = spec.partition(":")
+    file = Path.cwd() / f"{module}.py"
+    found = importlib.util.find_spec(module) if colon and file.is_file() else None
+    beside = colon and file.is_file() and (found is None or found.origin == str(file))
+    return f"{file}:{function}" if beside else spec
+
+
+def repeat_weights(run: Run, kept: Iterable[torch.Tensor]) -> None:
+    """Note where the run begins which weights it keeps as they are: those below an adapter, and the reference's.
+
+    They are in no checkpoint. A mark of them is taken from up to 64 numbers of each.
+    Raises: InputError where the run resumes and finds others, since the model's folder was written again, or the hub
+    has a new version.
+    """
+    mark = hashlib.sha256()
+    for weight in kept:
+        flat = weight.detach().flatten()
+        some = flat[:: max(1, len(flat) // 64)].cpu().contiguous()
+        mark.update(f"{weight.dtype} {list(weight.shape)}".encode() + bytes(some.view(torch.uint8).numpy()))
+    if run.chosen.setdefault("weights", mark.hexdigest()) != mark.hexdigest():
+        raise InputError(
+            f"{run.directory}: the weights that the run keeps as they are, below its adapter or of its reference, are "
+            "not those that it began with (was the model's folder written again?); resume with the same model"
+        )
 
 
 def repeat_data(run: Run, fingerprint: str) -> None:

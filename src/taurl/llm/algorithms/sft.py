@@ -98,8 +98,7 @@ class SFT(Trainer):
         self.make_policy(dtype)
         with loading_model():
             reader.settle(causal_lm(self.policy.model))
-        if reader.new_tokens and self.policy.has_adapter:
-            self.policy.train_tokens(reader.new_tokens)
+        self._train_new_tokens(reader.new_tokens)
         self.make_optimizer()
         self.state = {"optimizer": self.optimizer, "data": self.position}
         self.packed = self._packed()
@@ -111,12 +110,23 @@ class SFT(Trainer):
                 config, self.rewards, self.held_out, generator, self.policy.tokenizer, context
             )
 
+    def _train_new_tokens(self, tokens: Sequence[int]) -> None:
+        """See to it that the embeddings of new tokens are trained. All begin as one, so that fixed they stay alike."""
+        if tokens and self.policy.has_adapter:
+            self.policy.train_tokens(tokens)
+        elif tokens and not self.policy.model.get_input_embeddings().weight.requires_grad:
+            names = " ".join(self.tokenizer.convert_ids_to_tokens(list(tokens)))
+            raise InputError(
+                f"freeze holds the embeddings fixed, and the chat template needs new tokens, {names}, which could not "
+                "be told apart: leave the embeddings out of freeze, or give a chat_template without new tokens"
+            )
+
     def _check_data(self, reader: RowReader) -> None:
         """Refuse settings that the data, as it was read, does not allow."""
         config, held_out = self.config, len(self.held_out)
         self.note_nothing_held_out()
-        if config.generate_rows > held_out:
-            what = f"generate_rows is {config.generate_rows}, more than the held-out rows ({held_out})"
+        if config.generate_rows > (rows := len(self.held_out.rows)):
+            what = f"generate_rows is {config.generate_rows}, more than the held-out rows ({rows})"
             raise InputError(f"{what}: lower it, or give eval_rows or eval_dataset")
         if config.patience and not held_out:
             raise InputError("patience needs held-out rows, and there are none: give eval_rows or eval_dataset")

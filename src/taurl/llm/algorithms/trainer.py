@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taurl.llm.algorithms.setup import choose_machine, loading_model, separate, with_whole_paths
+from taurl.llm.algorithms.setup import choose_machine, loading_model, repeat_weights, separate, with_whole_paths
 from taurl.llm.evaluation import Evaluation
 from taurl.llm.generation import Generator, default_kv_memory_gb
 from taurl.llm.models.compiled import compile_layers
@@ -112,6 +113,7 @@ class Trainer(ABC):
         self.device, dtype = choose_machine(run, keep_dtype=not isinstance(model, str))
         seed_everything(self.config.seed)
         self.set_up(dtype)
+        repeat_weights(run, self.kept_weights())
         if self.config.compile_layers:
             for trained in self.trained_models():
                 run.view.note(compile_layers(trained, self.device))
@@ -124,6 +126,12 @@ class Trainer(ABC):
     def trained_models(self) -> list[Any]:
         """The models that gradients go through: the policy's, and what else an algorithm trains."""
         return [self.policy.model]
+
+    def kept_weights(self) -> Iterator[Tensor]:
+        """The weights that stay as they are: those below an adapter, frozen ones, and the reference's."""
+        for model in self.trained_models():
+            yield from (weight for weight in model.parameters() if not weight.requires_grad)
+        yield from self.policy.reference_weights()
 
     def given(self, name: str) -> Any:
         """The object given from Python, or else the setting of that name (None where there is no such setting)."""

@@ -107,4 +107,8 @@ def write_stop_tokens(model: PreTrainedModel | None, tokenizer: PreTrainedTokeni
     settings = getattr(model, "generation_config", None)
     if settings is not None and stops:
         settings.eos_token_id = list(stops) if len(stops) > 1 else stops[0]
+        try:
+            settings.validate(strict=True)
+        except ValueError:  # a published one that samples without saying so; transformers would not save what it loaded
+            settings.do_sample = True
     return stops

@@ -33,6 +33,7 @@ def load_rows(
     arguments: Mapping[str, str | int | float | bool] | None = None,
     columns: Mapping[str, str] | None = None,
     answer_after: str | None = None,
+    further: bool = False,
 ) -> Rows:
     """Read a data set by name.
 
@@ -43,6 +44,7 @@ def load_rows(
         columns: old name to new name.
         answer_after: keep of the column `answer` what follows this marker (`####` in GSM8K), without commas between
             thousands.
+        further: see `prepare_rows`.
     Raises: InputError (one line) for anything that cannot be read or found.
     """
     if is_task(name):
@@ -50,7 +52,7 @@ def load_rows(
     else:
         _refuse_arguments(name, arguments)
         rows = read_file(name) if _is_file(name) else as_rows(hub_rows(name))
-    return prepare_rows(rows, columns=columns, answer_after=answer_after)
+    return prepare_rows(rows, columns=columns, answer_after=answer_after, further=further)
 
 
 def iterate_rows(source: object, *, arguments: Mapping[str, Any] | None = None, start: int = 0) -> Iterator[Row]:
@@ -88,7 +90,12 @@ def _is_file(name: str) -> bool:
 
 
 def prepare_rows(
-    rows: object, *, columns: Mapping[str, str] | None = None, answer_after: str | None = None, first: int = 1
+    rows: object,
+    *,
+    columns: Mapping[str, str] | None = None,
+    answer_after: str | None = None,
+    first: int = 1,
+    further: bool = False,
 ) -> Rows:
     """Rows given from Python, or just read, with their columns renamed and the answer cut out as `load_rows` says.
 
@@ -96,8 +103,15 @@ def prepare_rows(
 
     Args:
         first: number of the first row, for error messages.
+        further: whether they are of a data set beside the one that the settings describe, of which only what is there
+            is renamed and cut.
     """
-    ready = with_question_as_prompt(rename_columns(as_rows(rows), columns or {}))
+    plain, columns = as_rows(rows), columns or {}
+    if further:
+        there = columns_of(plain)
+        columns = {old: new for old, new in columns.items() if old in there}
+        answer_after = answer_after if "answer" in [columns.get(name, name) for name in there] else None
+    ready = with_question_as_prompt(rename_columns(plain, columns))
     return ready if answer_after is None else extract_answers(ready, answer_after, first=first)
 
 
@@ -135,7 +149,8 @@ def as_rows(rows: object) -> Rows:
     if not (isinstance(rows, Sequence) or (hasattr(rows, "__len__") and hasattr(rows, "column_names"))) or isinstance(
         rows, str
     ):
-        raise InputError(f"the data is a {type(rows).__name__}; expected a datasets.Dataset or a list of dicts")
+        lazy = "; give list(rows), or to SFT streaming=True" if hasattr(rows, "__iter__") else ""
+        raise InputError(f"the data is a {type(rows).__name__}; expected a datasets.Dataset or a list of dicts{lazy}")
     plain: Rows = []
     from_arrow = hasattr(rows, "column_names")
     for number, row in enumerate(rows, start=1):  # type: ignore[arg-type, var-annotated]

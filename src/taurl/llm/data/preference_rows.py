@@ -4,8 +4,6 @@ A prompt is encoded once, as `chat.encode_prompt` does it; a completion is what 
 through the end of the assistant's turn.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +15,7 @@ from taurl.llm.data.chat import Prompt, prompt_problem
 from taurl.llm.data.completion_ids import Conversations
 from taurl.llm.data.data_files import Row
 from taurl.llm.data.datasets import Rows, check_prompts, columns_of, is_task, key, load_rows, prepare_rows
-from taurl.llm.data.tasks import Prompts, named, train_and_held_out
+from taurl.llm.data.tasks import Prompts, fingerprint, named, train_and_held_out
 from taurl.llm.models.heads import context_length
 from taurl.runtime.errors import InputError, located, shorten
 
@@ -82,8 +80,7 @@ class Preferences(Prompts):
 
     def fingerprint(self) -> str:
         """A hash of the rows and their token ids."""
-        text = json.dumps([self.rows, [vars(row) for row in self.judged]], default=str, sort_keys=True)
-        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+        return fingerprint([self.rows, [vars(row) for row in self.judged]])
 
 
 @dataclass(frozen=True)
@@ -97,6 +94,7 @@ class PreferenceReader:
     columns: Mapping[str, str]
     answer_after: str | None
     two_labels: bool = False
+    further: bool = False
 
     @classmethod
     def of(
@@ -139,14 +137,18 @@ class PreferenceReader:
             raise InputError("no data set given: name one with dataset, for example preferences.jsonl")
         with named(source):
             if isinstance(source, str):
-                rows = load_rows(source, arguments=self.arguments, columns=self.columns, answer_after=self.answer_after)
+                rows = load_rows(source, arguments=self.arguments, **self._preparing())
             else:
-                rows = prepare_rows(source, columns=self.columns, answer_after=self.answer_after)
+                rows = prepare_rows(source, **self._preparing())
             return self._encoded(self._explicit(rows), limit, distinct)
 
     def for_other(self, source: object) -> "PreferenceReader":
         """The reader of a further data set: the arguments are those of a task, and go to no file."""
-        return self if not isinstance(source, str) or is_task(source) else replace(self, arguments={})
+        arguments = self.arguments if not isinstance(source, str) or is_task(source) else {}
+        return replace(self, arguments=arguments, further=True)
+
+    def _preparing(self) -> dict[str, Any]:
+        return {"columns": self.columns, "answer_after": self.answer_after, "further": self.further}
 
     def _explicit(self, rows: Rows) -> Rows:
         """Rows that have the form's columns, and a prompt of their own."""

@@ -59,6 +59,13 @@ class RowData:
         rows, held_out, dropped = train_and_held_out(reader, dataset, eval_dataset, settings.eval_rows, settings.seed)
         if settings.train_rows is not None:
             rows = rows.of(rows.rows[: settings.train_rows])
+        for index, (_, source) in enumerate(reader.sources(dataset)):
+            if index not in rows.sources:
+                name = source if isinstance(source, str) else "the data"
+                raise InputError(
+                    f"{name}: no row of it is left to train on; what is not held out is too long, or shares its "
+                    "question with a row that is"
+                )
         notes = [
             f"{count} rows {what} to fit into {reader.longest} tokens" for what, count in rows.counts.items() if count
         ]

@@ -119,13 +119,14 @@ def question(row: Row) -> str:
     return prompt_text(asked if column == "prompt" else asked[: next(filter(None, _answers(asked)), None)])
 
 
-def last_question(row: Row) -> str:
-    """What stands before the last answer: what a model is asked that is to give it."""
-    column = next((name for name in ("messages", "conversations") if not _has(row, "prompt") and _has(row, name)), None)
+def last_exchange(row: Row) -> tuple[Any, Any]:
+    """What stands before the last answer, which a model is asked that is to give it, and that answer, None if none."""
+    column = next((name for name in ("messages", "conversations") if _has(row, name)), None)
     if column is None:
-        return question(row)
+        return row["prompt"] if _has(row, "prompt") else question(row), row.get("completion")
     messages = _messages(row, column)
-    return prompt_text(messages[: next(filter(None, reversed(_answers(messages))), None)])
+    place = next(filter(None, reversed(_answers(messages))), None)
+    return prompt_text(messages[:place]), None if place is None else messages[place]["content"]
 
 
 def _answers(messages: Sequence[Mapping[str, Any]]) -> list[int]:

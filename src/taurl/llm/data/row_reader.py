@@ -13,7 +13,7 @@ from taurl.llm.data.chat import require_tools_read, with_system_prompt
 from taurl.llm.data.chat_rows import RowEncoder
 from taurl.llm.data.chat_templates import CHATML, make_room, set_chat_template, write_stop_tokens
 from taurl.llm.data.data_files import Row
-from taurl.llm.data.datasets import Rows, as_rows, columns_of, distinct_rows, is_task, load_rows, prepare_rows
+from taurl.llm.data.datasets import Rows, as_rows, distinct_rows, is_task, load_rows, prepare_rows
 from taurl.llm.data.row_forms import Chat, Text, read_form
 from taurl.llm.data.tasks import named
 from taurl.llm.data.token_rows import TokenRow, TokenRows, fit
@@ -38,6 +38,7 @@ class RowReader:
         strings_are_messages: whether a prompt that is a string is the user's message.
         new_tokens: ids of tokens that the model did not have.
         model_is_fixed: whether the model may not be changed any more.
+        further: whether it reads a data set beside the one that the settings describe.
     """
 
     settings: RowSettings
@@ -48,6 +49,7 @@ class RowReader:
     encoder: RowEncoder
     new_tokens: list[int] = field(default_factory=list)
     model_is_fixed: bool = False
+    further: bool = False
 
     @classmethod
     def of(cls, settings: RowSettings, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> RowReader:
@@ -124,21 +126,19 @@ class RowReader:
         changes: dict[str, object] = {"mix": {}}
         if isinstance(source, str) and not is_task(source):
             changes["dataset_args"] = {}
-        return replace(self, settings=self.settings.model_copy(update=changes))
+        return replace(self, settings=self.settings.model_copy(update=changes), further=True)
 
     def prepare(self, rows: Rows, *, first: int = 1, further: bool = False) -> Rows:
         """Raw rows with columns renamed and answers cut out.
 
         Args:
             first: number of the first row.
-            further: whether they are of a data set mixed in, of which only what is there is renamed and cut.
+            further: whether they are of a data set mixed in.
         """
         columns, answer_after = self.settings.columns, self.settings.answer_after
-        if further:
-            there = columns_of(rows)
-            columns = {old: new for old, new in columns.items() if old in there}
-            answer_after = answer_after if "answer" in [columns.get(name, name) for name in there] else None
-        return prepare_rows(rows, columns=columns, answer_after=answer_after, first=first)
+        return prepare_rows(
+            rows, columns=columns, answer_after=answer_after, first=first, further=further or self.further
+        )
 
     def encode(self, row: Row, number: int, counts: Counter[str]) -> list[TokenRow]:
         """The token rows of a row, one in most cases; what its length cost is added to `counts`.
@@ -170,12 +170,14 @@ class RowReader:
         form = read_form(row, strings_are_messages=self.strings_are_messages)
         if isinstance(form, TokenRow):
             self._check_ids(form.ids)
+            if self.settings.mask == "last":
+                raise InputError("mask last needs a conversation, and this row is token ids; it has labels, or none")
+        if not isinstance(form, Chat) and self.settings.system_prompt is not None:
+            what = "token ids" if isinstance(form, TokenRow) else "raw text"
+            raise InputError(f"system_prompt needs a chat template, and this row is {what}; put it into the data")
+        if isinstance(form, TokenRow):
             return [form]
         if isinstance(form, Text):
-            if form.prompt is not None and self.settings.system_prompt is not None:
-                raise InputError(
-                    "system_prompt needs a chat template, and this prompt is raw text; put it into the data"
-                )
             return [self.encoder.text(form)]
         self._require_template()
         chat = self._with_system_prompt(form)

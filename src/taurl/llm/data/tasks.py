@@ -34,6 +34,7 @@ class PromptReader:
     arguments: Mapping[str, Any]
     columns: Mapping[str, str]
     answer_after: str | None
+    further: bool = False
 
     @classmethod
     def of(cls, settings: Any, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Self:
@@ -58,9 +59,9 @@ class PromptReader:
             raise InputError("no data set given: name one with dataset (for example reasoning-gym:chain_sum)")
         with named(source):
             if isinstance(source, str):
-                rows = load_rows(source, arguments=self.arguments, columns=self.columns, answer_after=self.answer_after)
+                rows = load_rows(source, arguments=self.arguments, **self._preparing())
             else:
-                rows = prepare_rows(source, columns=self.columns, answer_after=self.answer_after)
+                rows = prepare_rows(source, **self._preparing())
             check_prompts(rows)
             index_of = {id(row): index for index, row in enumerate(rows)}
             rows = (distinct_rows(rows) if distinct else rows)[:limit]
@@ -68,7 +69,11 @@ class PromptReader:
 
     def for_other(self, source: object) -> "PromptReader":
         """The reader of a further data set: the arguments are those of a task, and go to no file."""
-        return self if not isinstance(source, str) or is_task(source) else replace(self, arguments={})
+        arguments = self.arguments if not isinstance(source, str) or is_task(source) else {}
+        return replace(self, arguments=arguments, further=True)
+
+    def _preparing(self) -> dict[str, Any]:
+        return {"columns": self.columns, "answer_after": self.answer_after, "further": self.further}
 
     def _encode(self, row: Mapping[str, Any], index: int) -> list[int]:
         where = f"row {index + 1} of the data"
@@ -81,6 +86,28 @@ class PromptReader:
                 f"that is more than the model's context of {self.context}: shorten it or lower max_tokens"
             )
         return ids
+
+
+def fingerprint(data: Any) -> str:
+    """A hash of rows, whatever they hold; of objects that show as their place in memory it takes the type alone."""
+    try:
+        text = json.dumps(data, default=_shown, sort_keys=True)
+    except TypeError:  # keys that are no strings, or cannot be sorted
+        text = json.dumps(_with_plain_keys(data), default=_shown)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return type(value).__name__ if f"{id(value):x}" in text else text
+
+
+def _with_plain_keys(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return sorted(([str(key), _with_plain_keys(item)] for key, item in value.items()), key=lambda pair: pair[0])
+    if isinstance(value, list | tuple):
+        return [_with_plain_keys(item) for item in value]
+    return value
 
 
 @contextmanager
@@ -110,8 +137,7 @@ class Prompts:
 
     def fingerprint(self) -> str:
         """A hash of the rows and their token ids: other data, other order or another template give another."""
-        text = json.dumps([self.rows, self.ids], default=str, sort_keys=True)
-        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+        return fingerprint([self.rows, self.ids])
 
     def of(self, rows: Rows) -> "Prompts":
         """Some of the rows, which are found by identity: `split` and `distinct_from` hand on the rows themselves."""

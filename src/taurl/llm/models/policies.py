@@ -2,13 +2,13 @@
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.data.chat import stop_token_ids
@@ -203,6 +203,10 @@ class Policy:
         self._reference = other.to(device=self.model.device, dtype=self.model.dtype).eval().requires_grad_(False)
         switch_off_dropout(other)
         share_weights(other, self.model)
+
+    def reference_weights(self) -> Iterable[Tensor]:
+        """Those of a reference that is a model of its own."""
+        return () if self._reference is None else self._reference.parameters()
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
