@@ -178,14 +178,14 @@ def test_tools_that_the_template_does_not_read_are_refused():
             RowReader.of(RowSettings(), tokenizer, None).read([row])
     pair = {"prompt": "2+2?", "chosen": "four", "rejected": "five", "tools": json.dumps([{"name": "add"}])}
     with pytest.raises(InputError, match="row 1 of the data: the row has tools, which"):
-        PreferenceReader("pairs", Conversations(tokenizer), 999, {}, {}, None).read([pair])
+        PreferenceReader("pairs", Conversations(tokenizer), 999).read([pair])
 
 
 def test_tools_of_a_pair_and_what_a_row_gives_its_template_reach_the_model():
     tokenizer = character_tokenizer(QWEN3)
     row = {"prompt": "2+2?", "chosen": "four", "rejected": "five", "chat_template_kwargs": {"enable_thinking": False}}
     row |= {"tools": [{"type": "function", "function": {"name": "add"}}]}
-    (found,) = PreferenceReader("pairs", Conversations(tokenizer), 999, {}, {}, None).read([row]).judged
+    (found,) = PreferenceReader("pairs", Conversations(tokenizer), 999).read([row]).judged
     options = {"tools": row["tools"], "enable_thinking": False}
     asked = tokenizer.apply_chat_template(
         [says("user", "2+2?")], add_generation_prompt=True, return_dict=False, **options

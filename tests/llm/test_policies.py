@@ -7,7 +7,7 @@ from tiny_policy import save_tiny_policy, tiny_model, tiny_tokenizer
 
 from taurl.llm.models import policies
 from taurl.llm.models.loading import load_model
-from taurl.llm.models.policies import Policy, base_name, share_weights, switch_off_dropout
+from taurl.llm.models.policies import Policy, base_name, make_generator, share_weights, switch_off_dropout
 from taurl.llm.settings import LoraSettings
 from taurl.runtime.errors import InputError
 
@@ -164,10 +164,10 @@ def test_a_merged_adapter_of_the_embeddings_leaves_the_head_that_shares_them_as_
 
 def test_more_sequences_are_sampled_together_on_a_gpu(monkeypatch):
     monkeypatch.setattr(policies, "SlotSampler", lambda model, **options: options["slots"])
-    policy = Policy(tiny_model(), tiny_tokenizer())
-    assert policy.generator() == 64
-    monkeypatch.setattr(type(policy.model), "device", torch.device("cuda"))
-    assert (policy.generator(), policy.generator(slots=5)) == (256, 5)
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    assert make_generator("slots", model, tokenizer, None) == 64
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    assert [make_generator("slots", model, tokenizer, slots) for slots in (None, 5)] == [256, 5]
 
 
 def test_equal_frozen_weights_are_shared_a_tied_head_with_them():

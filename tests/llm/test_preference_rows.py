@@ -6,6 +6,7 @@ import pytest
 from tiny_policy import TEMPLATE, tiny_model, tiny_tokenizer
 
 from taurl.llm.data.completion_ids import Conversations
+from taurl.llm.data.datasets import Reading
 from taurl.llm.data.preference_rows import PreferenceReader, train_and_held_out_preferences
 from taurl.runtime.errors import InputError
 
@@ -14,7 +15,7 @@ PAIR = {"prompt": "1+1?", "chosen": "2", "rejected": "3"}
 
 
 def reader(form="pairs", longest=64, tokenizer=TOKENIZER, columns=None, **settings):
-    return PreferenceReader(form, Conversations(tokenizer, **settings), longest, {}, columns or {}, None)
+    return PreferenceReader(form, Conversations(tokenizer, **settings), longest, Reading(columns=columns or {}))
 
 
 def texts(row, tokenizer=TOKENIZER):

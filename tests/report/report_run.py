@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 CONFIG = "model: smollm2-135m-instruct\ndataset: reasoning-gym:chain_sum\nsteps: 4\nnested: {low: 0.2, names: [a, b]}\n"
-ENVIRONMENT = {"taurl": "0.1.0", "device": "cpu", "cpu": "Some CPU", "threads": 2, "peak_memory_bytes": 4.2e9}
+ENVIRONMENT = {"taurl": "0.1.0", "device": "cpu", "cpu": "Some CPU", "threads": 2}
 
 
 def training_record(step: int) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def training_record(step: int) -> dict[str, Any]:
         "tokens_per_second": 900.0 + step,
         "time/sample": 2.0,
         "time/update": 3.0,
+        "memory/peak_gb": 4.0 + 0.05 * step,
     }
 
 

@@ -32,7 +32,7 @@ def scores(before: dict[str, Any], after: dict[str, Any]) -> Table:
     for heading in ("", f"before (step {before['step']})", f"after (step {after['step']})"):
         table.add_column(heading, justify="right" if heading else "left")
     functions = [key for key in before if key.startswith("eval/rewards/") and key.endswith("/mean")]
-    told = {"eval/reward_std", *(["eval/reward"] if len(functions) < 2 else [])}
+    told = {"eval/reward"} if len(functions) < 2 else set()
     for key in before:
         if key.startswith("eval/") and key not in told and not key.endswith(("/std", "/seconds")):
             name = key.removeprefix("eval/").removeprefix("rewards/").removesuffix("/mean")

@@ -134,8 +134,8 @@ class _Writer:
         for name, one in _attributes(value).items():
             where = f"{path}.{name}"
             if isinstance(one, NAMED):
-                if not isinstance(getattr(one, "__self__", None), BOUND):
-                    raise NoState(f"{where} is a method of {type(one.__self__).__qualname__}, which it hides")
+                if not isinstance(owner := getattr(one, "__self__", None), BOUND):
+                    raise NoState(f"{where} is a method of {type(owner).__qualname__}, which it hides")
                 written[name] = ["named", one.__qualname__]
             elif type(one).__name__ == "MjData":
                 written[name] = ["mujoco", self.write(_mujoco(value.model, one), where)]

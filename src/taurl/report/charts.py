@@ -95,7 +95,7 @@ def _matches(panel: Panel, names: list[str]) -> dict[str, str]:
     for key in panel.keys:
         pattern = re.compile(re.escape(key).replace(r"\*", "(.+)"), re.DOTALL)
         for name in names:
-            if (match := pattern.fullmatch(name)) and name not in panel.without:
+            if match := pattern.fullmatch(name):
                 matches.setdefault(name, match.group(1) if "*" in key else name)
     return matches
 

@@ -26,7 +26,6 @@ EVALUATED = {
     "eval/reward_p90": "90th percentile",
     "eval/mean_ep_length": "mean length",
 }
-GIGABYTES = {"bytes": 1e-9, "mb": 1e-3, "mib": 1.048576e-3, "gb": 1.0, "gib": 1.073741824}
 
 
 @dataclass(frozen=True)
@@ -202,15 +201,8 @@ def _wall_time(run: RunRecord) -> Tile | None:
 
 
 def _peak_memory(run: RunRecord) -> Tile | None:
-    """The largest value of a metric, or else the value in environment.json, whose name says memory and its unit."""
-    recorded = {name: max(value for _, value in run.points(name)) for name in run.metric_names if "memory" in name}
-    stated = {name: value for name, value in run.environment.items() if "memory" in name and "peak" in name}
-    for name, value in {**recorded, **stated}.items():
-        if isinstance(value, int | float):
-            unit = name.lower().replace("/", "_").rpartition("_")[2]
-            if unit in GIGABYTES:
-                return Tile("Peak memory", f"{value * GIGABYTES[unit]:.1f} GB", name)
-    return None
+    points = run.points("memory/peak_gb")
+    return Tile("Peak memory", f"{max(value for _, value in points):.1f} GB") if points else None
 
 
 def changes(run: RunRecord) -> list[Change]:

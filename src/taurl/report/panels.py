@@ -18,20 +18,12 @@ class Panel:
     band: tuple[str, ...] = ()
     share: bool = False
     stacked: bool = False
-    without: tuple[str, ...] = ()
 
 
 SPEED = (
     Panel("Speed", "Tokens per second", ("tokens_per_second",)),
     Panel("Speed", "Steps per second", ("time/fps",)),
-    Panel(
-        "Speed",
-        "Time per phase",
-        ("time/*",),
-        "Seconds between two records, stacked.",
-        stacked=True,
-        without=("time/iterations", "time/time_elapsed", "time/total_timesteps", "time/total"),  # no phases
-    ),
+    Panel("Speed", "Time per phase", ("time/*",), "Seconds between two records, stacked.", stacked=True),
     Panel("Speed", "Time per reward function", ("rewards/*/seconds",), "Seconds of a step."),
     Panel("Speed", "Peak memory", ("memory/peak_gb",), "GB, the highest so far."),
 )
@@ -186,7 +178,6 @@ NOT_DRAWN = (
     "epoch",
     "eval/std_reward",
     "eval/reward_p*",
-    "eval/reward_std",
     "eval/rewards/*/std",
     "eval/rewards/*/seconds",
 )

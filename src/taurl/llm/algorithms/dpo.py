@@ -24,7 +24,7 @@ from taurl.llm.algorithms.online import OnlineTrainer, RewardFunction
 from taurl.llm.algorithms.setup import repeat_data
 from taurl.llm.data.datasets import PromptOrder
 from taurl.llm.data.given_answers import GivenAnswers
-from taurl.llm.data.preference_rows import Form, PreferenceReader, train_and_held_out_preferences
+from taurl.llm.data.preference_rows import Form, PreferenceReader, Preferences, train_and_held_out_preferences
 from taurl.llm.evaluation import Evaluation
 from taurl.llm.scoring.answer_batches import AnswerBatch, AnswerPart, batch_logprobs, part_logprobs
 from taurl.runtime.config import refuse_unread
@@ -293,10 +293,16 @@ class DPO(OnlineTrainer):
             run.view.note,
         )
         repeat_data(run, train.fingerprint() + held_out.fingerprint())
-        self.train_answers = GivenAnswers.of(train, config.loss_type)
-        self.held_out = self.held_out_answers = GivenAnswers.of(held_out, config.loss_type, others=train)
+        self.train_answers = self._answers_of(train)
+        self.held_out = self.held_out_answers = self._answers_of(held_out, others=train)
         self.note_nothing_held_out()
         self.order = PromptOrder(len(self.train_answers), config.seed)
+
+    def _answers_of(self, rows: Preferences, others: Preferences | None = None) -> GivenAnswers:
+        """What the loss takes; of single answers `others` are compared with where `rows` have one prompt only."""
+        if not self.config.unpaired:
+            return GivenAnswers.pairs(rows)
+        return GivenAnswers.single(rows, mismatched="kto" in self.config.loss_type, others=others)
 
     def _batch(self, answers: GivenAnswers, rows: Sequence[int]) -> Batch:
         batch = answers.take(rows, self.device)

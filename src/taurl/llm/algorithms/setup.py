@@ -117,10 +117,11 @@ def whole_spec(spec: str) -> str:
     if colon:
         return f"{Path(file).expanduser().resolve()}{colon}{function}"
     module, colon, function = spec.partition(":")
-    file = Path.cwd() / f"{module}.py"
-    found = importlib.util.find_spec(module) if colon and file.is_file() else None
-    beside = colon and file.is_file() and (found is None or found.origin == str(file))
-    return f"{file}:{function}" if beside else spec
+    here = Path.cwd() / f"{module}.py"
+    if not colon or not here.is_file():
+        return spec
+    found = importlib.util.find_spec(module)
+    return f"{here}:{function}" if found is None or found.origin == str(here) else spec
 
 
 def repeat_weights(run: Run, kept: Iterable[torch.Tensor]) -> None:

@@ -19,7 +19,7 @@ from taurl.llm.generation import Generator, default_kv_memory_gb
 from taurl.llm.models.compiled import compile_layers
 from taurl.llm.models.loading import load_outline
 from taurl.llm.models.model_card import model_card
-from taurl.llm.models.policies import Policy, tokenizer_of
+from taurl.llm.models.policies import Policy, make_generator, tokenizer_of
 from taurl.llm.rewards import RewardSet
 from taurl.llm.scoring.likelihood import shares_prompts
 from taurl.runtime.config import TrainingConfig, read_config
@@ -204,7 +204,8 @@ class Trainer(ABC):
         """What samples from the policy's current weights, within the memory that was free where the run began."""
         config = self.config
         default = self.run.chosen.setdefault("kv_memory_gb", default_kv_memory_gb(self.device))
-        return self.policy.generator(config.generator, config.slots, config.kv_memory_gb or default)
+        memory = config.kv_memory_gb or default
+        return make_generator(config.generator, self.policy.model, self.policy.tokenizer, config.slots, memory)
 
     @abstractmethod
     def steps(self) -> Iterator[Record]:

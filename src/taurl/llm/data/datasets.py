@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -53,6 +54,33 @@ def load_rows(
         _refuse_arguments(name, arguments)
         rows = read_file(name) if _is_file(name) else as_rows(hub_rows(name))
     return prepare_rows(rows, columns=columns, answer_after=answer_after, further=further)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of a data set are read: see `load_rows`."""
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
+    answer_after: str | None = None
+    further: bool = False
+
+    @classmethod
+    def of(cls, settings: Any) -> Self:
+        """As the settings of a config say."""
+        return cls(settings.dataset_args, settings.columns, settings.answer_after)
+
+    def rows(self, source: object) -> Rows:
+        """The rows of a data set given by name or as an object."""
+        how: dict[str, Any] = {"columns": self.columns, "answer_after": self.answer_after, "further": self.further}
+        if isinstance(source, str):
+            return load_rows(source, arguments=self.arguments, **how)
+        return prepare_rows(source, **how)
+
+    def of_other(self, source: object) -> Self:
+        """How a further data set is read: the arguments are those of a task, and go to no file."""
+        arguments = self.arguments if not isinstance(source, str) or is_task(source) else {}
+        return replace(self, arguments=arguments, further=True)
 
 
 def iterate_rows(source: object, *, arguments: Mapping[str, Any] | None = None, start: int = 0) -> Iterator[Row]:

@@ -10,7 +10,6 @@ from typing import Self
 
 import torch
 
-from taurl.llm.algorithms.dpo_config import UNPAIRED_LOSSES
 from taurl.llm.data.preference_rows import Preferences
 from taurl.llm.scoring.answer_batches import AnswerBatch
 from taurl.runtime.errors import InputError
@@ -29,17 +28,6 @@ class GivenAnswers:
     prompts: list[list[int]]
     answers: list[list[list[int]]]
     desirable: list[bool]
-
-    @classmethod
-    def of(cls, rows: Preferences, losses: Sequence[str], others: Preferences | None = None) -> Self:
-        """What these losses take: pairs, or single answers for kto and apo_zero_unpaired.
-
-        Args:
-            others: further rows, whose answers kto compares with where `rows` have one prompt only.
-        """
-        if UNPAIRED_LOSSES & set(losses):
-            return cls.single(rows, mismatched="kto" in losses, others=others)
-        return cls.pairs(rows)
 
     @classmethod
     def pairs(cls, rows: Preferences) -> Self:

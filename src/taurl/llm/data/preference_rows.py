@@ -5,7 +5,7 @@ through the end of the assistant's turn.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, TypeAlias, cast
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from taurl.llm.data.chat import Prompt, prompt_problem
 from taurl.llm.data.completion_ids import Conversations
 from taurl.llm.data.data_files import Row
-from taurl.llm.data.datasets import Rows, check_prompts, columns_of, is_task, key, load_rows, prepare_rows
+from taurl.llm.data.datasets import Reading, Rows, check_prompts, columns_of, key
 from taurl.llm.data.tasks import Prompts, fingerprint, named, train_and_held_out
 from taurl.llm.models.heads import context_length
 from taurl.runtime.errors import InputError, located, shorten
@@ -90,11 +90,8 @@ class PreferenceReader:
     form: Form
     conversations: Conversations
     longest: int | None
-    arguments: Mapping[str, Any]
-    columns: Mapping[str, str]
-    answer_after: str | None
+    reading: Reading = field(default_factory=Reading)
     two_labels: bool = False
-    further: bool = False
 
     @classmethod
     def of(
@@ -119,9 +116,7 @@ class PreferenceReader:
             form=form,
             conversations=Conversations.of(settings, tokenizer),
             longest=settings.max_length or context,
-            arguments=settings.dataset_args,
-            columns=settings.columns,
-            answer_after=settings.answer_after,
+            reading=Reading.of(settings),
             two_labels=two_labels,
         )
 
@@ -136,19 +131,11 @@ class PreferenceReader:
         if source is None:
             raise InputError("no data set given: name one with dataset, for example preferences.jsonl")
         with named(source):
-            if isinstance(source, str):
-                rows = load_rows(source, arguments=self.arguments, **self._preparing())
-            else:
-                rows = prepare_rows(source, **self._preparing())
-            return self._encoded(self._explicit(rows), limit, distinct)
+            return self._encoded(self._explicit(self.reading.rows(source)), limit, distinct)
 
     def for_other(self, source: object) -> "PreferenceReader":
-        """The reader of a further data set: the arguments are those of a task, and go to no file."""
-        arguments = self.arguments if not isinstance(source, str) or is_task(source) else {}
-        return replace(self, arguments=arguments, further=True)
-
-    def _preparing(self) -> dict[str, Any]:
-        return {"columns": self.columns, "answer_after": self.answer_after, "further": self.further}
+        """The reader of a further data set."""
+        return replace(self, reading=self.reading.of_other(source))
 
     def _explicit(self, rows: Rows) -> Rows:
         """Rows that have the form's columns, and a prompt of their own."""

@@ -10,16 +10,7 @@ from typing import Any, Protocol, Self, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.data.completion_ids import Conversations
-from taurl.llm.data.datasets import (
-    Rows,
-    check_prompts,
-    distinct_from,
-    distinct_rows,
-    is_task,
-    load_rows,
-    prepare_rows,
-    split,
-)
+from taurl.llm.data.datasets import Reading, Rows, check_prompts, distinct_from, distinct_rows, split
 from taurl.llm.models.heads import context_length
 from taurl.runtime.errors import InputError, located
 
@@ -31,10 +22,7 @@ class PromptReader:
     conversations: Conversations
     context: int | None
     max_tokens: int
-    arguments: Mapping[str, Any]
-    columns: Mapping[str, str]
-    answer_after: str | None
-    further: bool = False
+    reading: Reading
 
     @classmethod
     def of(cls, settings: Any, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Self:
@@ -43,9 +31,7 @@ class PromptReader:
             conversations=Conversations.of(settings, tokenizer),
             context=context_length(model),
             max_tokens=settings.max_tokens,
-            arguments=settings.dataset_args,
-            columns=settings.columns,
-            answer_after=settings.answer_after,
+            reading=Reading.of(settings),
         )
 
     def read(self, source: object, limit: int | None = None, *, distinct: bool = False) -> "Prompts":
@@ -58,22 +44,15 @@ class PromptReader:
         if source is None:
             raise InputError("no data set given: name one with dataset (for example reasoning-gym:chain_sum)")
         with named(source):
-            if isinstance(source, str):
-                rows = load_rows(source, arguments=self.arguments, **self._preparing())
-            else:
-                rows = prepare_rows(source, **self._preparing())
+            rows = self.reading.rows(source)
             check_prompts(rows)
             index_of = {id(row): index for index, row in enumerate(rows)}
             rows = (distinct_rows(rows) if distinct else rows)[:limit]
             return Prompts(rows, [self._encode(row, index_of[id(row)]) for row in rows])
 
     def for_other(self, source: object) -> "PromptReader":
-        """The reader of a further data set: the arguments are those of a task, and go to no file."""
-        arguments = self.arguments if not isinstance(source, str) or is_task(source) else {}
-        return replace(self, arguments=arguments, further=True)
-
-    def _preparing(self) -> dict[str, Any]:
-        return {"columns": self.columns, "answer_after": self.answer_after, "further": self.further}
+        """The reader of a further data set."""
+        return replace(self, reading=self.reading.of_other(source))
 
     def _encode(self, row: Mapping[str, Any], index: int) -> list[int]:
         where = f"row {index + 1} of the data"

@@ -218,10 +218,6 @@ class Policy:
             with self.model.disable_adapter():
                 yield self.model
 
-    def generator(self, kind: str = "slots", slots: int | None = None, kv_memory_gb: float | None = None) -> Generator:
-        """A generator over the current weights."""
-        return make_generator(kind, self.model, self.tokenizer, slots, kv_memory_gb)
-
     def exports_adapter(self, *, merge: bool) -> bool:
         """Whether `export` writes an adapter alone, and no whole weights."""
         return self.has_adapter and not (merge or self.new_tokens)

@@ -146,7 +146,7 @@ class RewardSet:
                     break  # no use in waiting for the others
         else:
             outcomes.update(self._async_outcomes(offered, len(completions)))
-        results = []
+        results: list[Result] = []
         for index, outcome in sorted(outcomes.items()):
             if isinstance(outcome, RewardFailure):
                 raise self._named(index, outcome, offered) from outcome.__cause__
