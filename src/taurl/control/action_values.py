@@ -1,7 +1,6 @@
 """Networks of action values, the greedy policy that one makes, and the copy that gives its targets."""
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -9,13 +8,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 from gymnasium import spaces
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from taurl.control.dense import Dense, Pullback, WithPullback, of_arrays
 from taurl.control.environments import Array, Environments, batched
-from taurl.control.policies import FACTS, WEIGHTS, policy_folder
-from taurl.control.spaces import described, encode, require_member, space_of, width
+from taurl.control.policy_files import facts_of, read_policy, write_policy
+from taurl.control.spaces import encode, require_member, space_of, width
 from taurl.functional.values import dueling_action_values
 from taurl.runtime.errors import InputError
 
@@ -133,17 +131,8 @@ class ValuePolicy:
             raise InputError(
                 f"action space {environments.action_space} is not Discrete, which action values need; take ppo or trpo"
             )
-        facts = {
-            "kind": KIND,
-            "env": config.env,
-            "env_args": config.env_args,
-            "vectorization": config.vectorization,
-            "observation_space": described(environments.observation_space),
-            "action_space": described(environments.action_space),
-            "hidden": list(config.hidden),
-            "activation": config.activation,
-            "dueling": config.dueling,
-        }
+        own = {"hidden": list(config.hidden), "activation": config.activation, "dueling": config.dueling}
+        facts = facts_of(environments, config, kind=KIND, **own)
         return cls(facts, config.epsilon_start)
 
     @torch.no_grad()
@@ -167,20 +156,12 @@ class ValuePolicy:
 
     def save(self, directory: str | Path) -> None:
         """Write weights and facts to a folder."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous().clone() for name, tensor in self.network.state_dict().items()}
-        save_file(tensors, directory / WEIGHTS)
-        facts = json.dumps({**self.facts, "epsilon": self.epsilon}, indent=1)
-        (directory / FACTS).write_text(facts, encoding="utf-8")
+        write_policy(directory, self.network.state_dict(), {**self.facts, "epsilon": self.epsilon})
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
         """Read what `save` wrote; of a run directory its `final/`. Raises: InputError when there is no such policy."""
-        directory = policy_folder(directory)
-        facts = json.loads((directory / FACTS).read_text(encoding="utf-8"))
-        if facts.get("kind") != KIND:
-            raise InputError(f"{directory}: the policy there has no action values; read it with taurl.control.load")
+        tensors, facts = read_policy(directory, KIND)
         policy = cls(facts, facts.pop("epsilon"))
-        policy.network.load_state_dict(load_file(directory / WEIGHTS))
+        policy.network.load_state_dict(tensors)
         return policy

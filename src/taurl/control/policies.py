@@ -1,13 +1,11 @@
 """A trained policy: acts on observations, and is saved and loaded without its trainer."""
 
-import json
 from pathlib import Path
 from typing import Any, Self
 
 import gymnasium
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from taurl.control.action_masks import rows
@@ -16,11 +14,10 @@ from taurl.control.distributions import FORBIDDEN, ActionDistribution, Array, Be
 from taurl.control.environments import batched, bounds
 from taurl.control.networks import Actor, Critic, Seeing, actor_for, critic_for
 from taurl.control.normalization import Normalizer
+from taurl.control.policy_files import facts_of, read_policy, write_policy
 from taurl.control.recurrent import RecurrentActor, forgotten
-from taurl.control.spaces import described, encode, has_images, require_member, space_of, width
+from taurl.control.spaces import encode, has_images, require_member, space_of, width
 from taurl.runtime.errors import InputError
-
-WEIGHTS, FACTS = "policy.safetensors", "policy.json"
 
 
 class Policy:
@@ -55,18 +52,15 @@ class Policy:
             memory: width of its LSTM, see `recurrent`; 0 for none.
             mask_actions: whether it is to be told what is allowed.
         """
-        facts = {
-            "env": config.env,
-            "env_args": config.env_args,
-            "vectorization": config.vectorization,
-            "observation_space": described(environments.observation_space),
-            "action_space": described(environments.action_space),
-            "hidden": list(config.hidden),
-            "activation": config.activation,
-            "normalize_observations": config.normalize_observations,
-            "memory": memory,
-            "mask_actions": mask_actions,
-        }
+        facts = facts_of(
+            environments,
+            config,
+            hidden=list(config.hidden),
+            activation=config.activation,
+            normalize_observations=config.normalize_observations,
+            memory=memory,
+            mask_actions=mask_actions,
+        )
         if has_images(environments.observation_space):
             if config.normalize_observations:
                 raise InputError("normalize_observations is true, but images are scaled by their range; leave it out")
@@ -162,19 +156,15 @@ class Policy:
 
     def save(self, directory: str | Path) -> None:
         """Write weights, normalisation and facts to a folder."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors = {f"actor/{name}": tensor.contiguous() for name, tensor in self.actor.state_dict().items()}
+        tensors = {f"actor/{name}": tensor for name, tensor in self.actor.state_dict().items()}
         tensors |= {f"normalizer/{name}": tensor for name, tensor in self.normalizer.tensors().items()}
-        save_file(tensors, directory / WEIGHTS)
-        (directory / FACTS).write_text(json.dumps(self.facts, indent=1), encoding="utf-8")
+        write_policy(directory, tensors, self.facts)
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
         """Read what `save` wrote; of a run directory its `final/`. Raises: InputError when there is no policy."""
-        directory = policy_folder(directory)
-        policy = cls._of(json.loads((directory / FACTS).read_text(encoding="utf-8")))
-        tensors = load_file(directory / WEIGHTS)
+        tensors, facts = read_policy(directory, None)
+        policy = cls._of(facts)
         policy.actor.load_state_dict(_under("actor/", tensors))
         policy.normalizer.load_tensors(_under("normalizer/", tensors))
         return policy
@@ -191,17 +181,6 @@ def actor_of(facts: dict[str, Any], distribution: ActionDistribution) -> Any:
 def numbers(space: gymnasium.Space[Any]) -> int:
     """How many numbers of an observation are normalised; of those with images none is."""
     return 0 if has_images(space) else width(space)
-
-
-def policy_folder(directory: str | Path) -> Path:
-    """The folder that a policy was saved to: this one, or `final/` of a run. Raises: InputError when there is none."""
-    directory = Path(directory)
-    for folder in (directory, directory / "final"):
-        if (folder / FACTS).exists():
-            return folder
-    unfinished = (directory / "config.yaml").exists()
-    way = f"the run has not ended: go on with --resume {directory}" if unfinished else "a run writes it to final/"
-    raise InputError(f"{directory}: no policy here: {FACTS} is missing ({way})")
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

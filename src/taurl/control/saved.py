@@ -8,7 +8,8 @@ from safetensors import SafetensorError
 
 from taurl.control import action_values, tables
 from taurl.control.action_values import ValuePolicy
-from taurl.control.policies import FACTS, Policy, policy_folder
+from taurl.control.policies import Policy
+from taurl.control.policy_files import FACTS, policy_folder
 from taurl.control.tables import TablePolicy
 from taurl.runtime.errors import InputError, one_line
 

@@ -1,6 +1,5 @@
 """Tables of action values: observations as rows, what a checkpoint holds, and the policy that a table makes."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Self
@@ -9,12 +8,11 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from taurl.control.environments import Array, Environments, batched
-from taurl.control.policies import FACTS, WEIGHTS, policy_folder
-from taurl.control.spaces import described, require_member, space_of
+from taurl.control.policy_files import facts_of, read_policy, write_policy
+from taurl.control.spaces import require_member, space_of
 from taurl.control.updates import require_fit
 from taurl.runtime.errors import InputError
 
@@ -131,14 +129,7 @@ class TablePolicy:
                 f"a table of {states} observations × {actions.n} actions is too large, expected at most "
                 f"{MAXIMUM_CELLS} cells; take an algorithm with a network, such as dqn"
             )
-        facts = {
-            "kind": KIND,
-            "env": config.env,
-            "env_args": config.env_args,
-            "vectorization": config.vectorization,
-            "observation_space": described(environments.observation_space),
-            "action_space": described(actions),
-        }
+        facts = facts_of(environments, config, kind=KIND)
         return cls(torch.zeros(states, int(actions.n), dtype=torch.float64), config.epsilon_start, facts)
 
     def act(self, batch: Any, *, deterministic: bool = True) -> Any:
@@ -157,17 +148,10 @@ class TablePolicy:
 
     def save(self, directory: str | Path) -> None:
         """Write values and facts to a folder."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file({"values": self.values.contiguous()}, directory / WEIGHTS)
-        facts = json.dumps({**self.facts, "epsilon": self.epsilon}, indent=1)
-        (directory / FACTS).write_text(facts, encoding="utf-8")
+        write_policy(directory, {"values": self.values}, {**self.facts, "epsilon": self.epsilon})
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
         """Read what `save` wrote; of a run directory its `final/`. Raises: InputError when there is no such policy."""
-        directory = policy_folder(directory)
-        facts = json.loads((directory / FACTS).read_text(encoding="utf-8"))
-        if facts.get("kind") != KIND:
-            raise InputError(f"{directory}: the policy there is not a table's; read it with taurl.control.load")
-        return cls(load_file(directory / WEIGHTS)["values"], facts.pop("epsilon"), facts)
+        tensors, facts = read_policy(directory, KIND)
+        return cls(tensors["values"], facts.pop("epsilon"), facts)
