@@ -1,5 +1,6 @@
 """What every file here does at the door: shapes are asserted, half precision widened, masked positions filled."""
 
+from collections.abc import Iterable
 from functools import reduce
 from typing import Any
 
@@ -39,6 +40,13 @@ def require_positive(**numbers: float) -> None:
             raise ValueError(f"{name} is {number}, expected a positive, finite number")
 
 
+def require_fractions(**numbers: float) -> None:
+    """Raise a ValueError unless every number is in [0, 1]."""
+    for name, number in numbers.items():
+        if not 0 <= number <= 1:
+            raise ValueError(f"{name} is {number}, expected a number in [0, 1]")
+
+
 def require_label_smoothing(label_smoothing: float) -> None:
     """Raise a ValueError unless 0 ≤ ε < 1/2: at one half the labels say nothing, above it they say the opposite."""
     if not 0 <= label_smoothing < 0.5:
@@ -59,6 +67,11 @@ def of_one_dtype(*tensors: Tensor) -> list[Tensor]:
     """All in the widest dtype among them, at least float32."""
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
     return [tensor.to(dtype) for tensor in tensors]
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """All in one vector, at least float32."""
+    return torch.cat([at_least_float32(tensor).reshape(-1) for tensor in tensors])
 
 
 def log_ratio(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from taurl.functional._inputs import at_least_float32, require_same_shape
+from taurl.functional._inputs import flat, require_same_shape
 
 
 def output_fisher_vector_product(
@@ -38,17 +38,13 @@ def output_fisher_vector_product(
         raise ValueError(f"divergence is {list(value.shape)}, expected a scalar: take its mean over the batch")
     (slopes,) = torch.autograd.grad(value, detached, create_graph=True)
     unit = torch.zeros_like(outputs, requires_grad=True)
-    gradient = _flat(torch.autograd.grad(outputs, parameters, unit, create_graph=True, materialize_grads=True))
+    gradient = flat(torch.autograd.grad(outputs, parameters, unit, create_graph=True, materialize_grads=True))
 
     def product(vector: Tensor) -> Tensor:
         require_same_shape(vector=vector, parameters=gradient)
         (change,) = torch.autograd.grad(gradient @ vector.detach().to(gradient.dtype), unit, retain_graph=True)
         (weighted,) = torch.autograd.grad(slopes, detached, change, retain_graph=True, materialize_grads=True)
         found = torch.autograd.grad(outputs, parameters, weighted, retain_graph=True, materialize_grads=True)
-        return _flat(found)
+        return flat(found)
 
     return product
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([at_least_float32(tensor).reshape(-1) for tensor in tensors])

@@ -6,7 +6,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from taurl.functional._inputs import at_least_float32, require_mask, require_positive, require_rows
+from taurl.functional._inputs import (
+    at_least_float32,
+    require_fractions,
+    require_mask,
+    require_positive,
+    require_rows,
+)
 
 Divergence = Literal["reverse_kl", "js_divergence", "forward_kl", "alpha_divergence"]
 
@@ -49,8 +55,7 @@ def length_desensitized_logprobs(logprobs: Tensor, mask: Tensor, public_lengths:
         raise ValueError(
             f"public_lengths {list(public_lengths.shape)}, expected [{mask.shape[0]}], one per row of mask"
         )
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}, expected a number in [0, 1]")
+    require_fractions(alpha=alpha)
     public = mask & (mask.cumsum(1) <= public_lengths[:, None])
     excess = sequence_logprobs(logprobs, mask & ~public)
     return sequence_logprobs(logprobs, public) + alpha * excess
@@ -97,8 +102,7 @@ def divergence_scores(log_ratios: Tensor, divergence: Divergence, *, alpha: floa
     Source: Wang et al. 2023, arXiv:2309.16240.
     """
     require_rows(log_ratios=log_ratios)
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}, expected a number in [0, 1]")
+    require_fractions(alpha=alpha)
     log_ratios = at_least_float32(log_ratios)
     match divergence:
         case "reverse_kl":

@@ -6,7 +6,7 @@ Shapes are [N], the steps of a batch; results are detached, float32, or float64 
 import torch
 from torch import Tensor
 
-from taurl.functional._inputs import at_least_float32, require_same_shape
+from taurl.functional._inputs import at_least_float32, require_fractions, require_same_shape
 
 
 @torch.no_grad()
@@ -26,8 +26,7 @@ def n_step_sums(rewards: Tensor, steps: Tensor, *, discount: float) -> tuple[Ten
     Source: Sutton and Barto 2018, "Reinforcement Learning", section 7.1; with Q: Hessel et al. 2018, arXiv:1710.02298.
     """
     require_same_shape(rewards_of_one_step=rewards[0], steps=steps)
-    if not 0 <= discount <= 1:
-        raise ValueError(f"discount is {discount}, expected a number in [0, 1]")
+    require_fractions(discount=discount)
     if len(steps) and not (steps.min() >= 1 and steps.max() <= len(rewards)):
         raise ValueError(f"steps are from {steps.min()} to {steps.max()}, expected 1 to {len(rewards)}")
     rewards = at_least_float32(rewards)
@@ -70,7 +69,6 @@ def replay_weights(probabilities: Tensor, *, size: int, exponent: float) -> Tens
     Raises: ValueError if β is outside [0, 1].
     Source: Schaul et al. 2016, arXiv:1511.05952, section 3.4.
     """
-    if not 0 <= exponent <= 1:
-        raise ValueError(f"exponent is {exponent}, expected a number in [0, 1]")
+    require_fractions(exponent=exponent)
     weights = (size * at_least_float32(probabilities)).pow(-exponent)
     return weights / weights.max()

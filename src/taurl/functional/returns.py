@@ -15,7 +15,7 @@ The same for rows of tokens is in `token_returns`.
 import torch
 from torch import Tensor
 
-from taurl.functional._inputs import of_one_dtype, require_same_shape
+from taurl.functional._inputs import of_one_dtype, require_fractions, require_same_shape
 from taurl.functional._scan import reverse_scan
 
 
@@ -65,7 +65,7 @@ def n_step_returns(
     Source: Sutton and Barto 2018, "Reinforcement Learning", section 7.1.
     """
     _require_steps(terminated, truncated, rewards=rewards, next_values=next_values)
-    _require_fractions(discount=discount)
+    require_fractions(discount=discount)
     if steps < 1:
         raise ValueError(f"steps is {steps}, expected at least 1")
     rewards, next_values = of_one_dtype(rewards, next_values)
@@ -107,7 +107,7 @@ def lambda_returns(
     Source: Sutton and Barto 2018, "Reinforcement Learning", section 12.1.
     """
     _require_steps(terminated, truncated, rewards=rewards, next_values=next_values)
-    _require_fractions(discount=discount, trace_decay=trace_decay)
+    require_fractions(discount=discount, trace_decay=trace_decay)
     rewards, next_values = of_one_dtype(rewards, next_values)
     done = terminated | truncated
     done[-1:] = True  # where the rollout ends, no return follows either
@@ -150,7 +150,7 @@ def generalized_advantage(
     Source: Schulman et al. 2016, arXiv:1506.02438, eq. 16.
     """
     _require_steps(terminated, truncated, rewards=rewards, values=values, next_values=next_values)
-    _require_fractions(discount=discount, trace_decay=trace_decay)
+    require_fractions(discount=discount, trace_decay=trace_decay)
     rewards, values, next_values = of_one_dtype(rewards, values, next_values)
     errors = _td_errors(rewards, values, next_values, terminated, discount)
     return reverse_scan(_decays(terminated | truncated, errors, discount * trace_decay), errors)
@@ -195,7 +195,7 @@ def v_trace(
     Source: Espeholt et al. 2018, arXiv:1802.01561, section 4.
     """
     _require_steps(terminated, truncated, rewards=rewards, values=values, next_values=next_values, ratios=ratios)
-    _require_fractions(discount=discount, trace_decay=trace_decay)
+    require_fractions(discount=discount, trace_decay=trace_decay)
     if not ratio_cap >= trace_cap >= 0:
         raise ValueError(f"ratio_cap is {ratio_cap} and trace_cap {trace_cap}, expected ratio_cap ≥ trace_cap ≥ 0")
     rewards, values, next_values, ratios = of_one_dtype(rewards, values, next_values, ratios)
@@ -228,9 +228,3 @@ def _require_steps(terminated: Tensor, truncated: Tensor, **floats: Tensor) -> N
     if terminated.dim() != 2:
         raise ValueError(f"terminated is {list(terminated.shape)}, expected time-major [T, B]")
     require_same_shape(**floats, terminated=terminated, truncated=truncated)
-
-
-def _require_fractions(**factors: float) -> None:
-    for name, factor in factors.items():
-        if not 0 <= factor <= 1:
-            raise ValueError(f"{name} is {factor}, expected a number in [0, 1]")

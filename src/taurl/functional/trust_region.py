@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from taurl.functional._inputs import at_least_float32, require_positive, require_same_shape
+from taurl.functional._inputs import at_least_float32, flat, require_positive, require_same_shape
 
 
 class Solution(NamedTuple):
@@ -95,7 +95,7 @@ def trust_region_step(
     _require_at_least_0(damping=damping)
     loss = surrogate()
     _require_scalar("surrogate", loss)
-    gradient = _flat(torch.autograd.grad(loss, _nonempty(parameters), materialize_grads=True))
+    gradient = flat(torch.autograd.grad(loss, _nonempty(parameters), materialize_grads=True))
     fisher = fisher_vector_product(kl(), parameters)
 
     def curvature(vector: Tensor) -> Tensor:
@@ -124,12 +124,12 @@ def fisher_vector_product(kl: Tensor, parameters: Sequence[Tensor]) -> Callable[
     """
     _require_scalar("kl", kl)
     slopes = torch.autograd.grad(kl, _nonempty(parameters), create_graph=True, materialize_grads=True)
-    gradient = _flat(slopes)
+    gradient = flat(slopes)
 
     def product(vector: Tensor) -> Tensor:
         require_same_shape(vector=vector, parameters=gradient)
         slope = gradient @ vector.detach().to(gradient.dtype)
-        return _flat(torch.autograd.grad(slope, parameters, retain_graph=True, materialize_grads=True))
+        return flat(torch.autograd.grad(slope, parameters, retain_graph=True, materialize_grads=True))
 
     return product
 
@@ -244,10 +244,6 @@ def backtracking_line_search(
                 for parameter, original in zip(parameters, originals, strict=True):
                     parameter.copy_(original)
     return found
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([at_least_float32(tensor).reshape(-1) for tensor in tensors])
 
 
 def _value(name: str, closure: Callable[[], Tensor]) -> float:

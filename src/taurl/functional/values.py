@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from taurl.functional._inputs import at_least_float32, of_one_dtype, require_same_shape
+from taurl.functional._inputs import at_least_float32, of_one_dtype, require_fractions, require_same_shape
 
 DuelingBaseline = Literal["mean", "max"]
 
@@ -40,8 +40,7 @@ def td_target(rewards: Tensor, next_values: Tensor, terminated: Tensor, *, disco
             raise ValueError(f"discount reaches from {discount.min()} to {discount.max()}, expected it in [0, 1]")
         rewards, next_values, discount = of_one_dtype(rewards, next_values, discount)
     else:
-        if not 0 <= discount <= 1:
-            raise ValueError(f"discount is {discount}, expected a number in [0, 1]")
+        require_fractions(discount=discount)
         rewards, next_values = of_one_dtype(rewards, next_values)
     return rewards + discount * torch.where(terminated, 0.0, next_values)
 
@@ -168,8 +167,7 @@ def epsilon_greedy_probabilities(action_values: Tensor, *, epsilon: float) -> Te
     Source: Sutton and Barto 2018, "Reinforcement Learning", section 2.2.
     """
     _require_actions(action_values=action_values)
-    if not 0 <= epsilon <= 1:
-        raise ValueError(f"epsilon is {epsilon}, expected a number in [0, 1]")
+    require_fractions(epsilon=epsilon)
     action_values = at_least_float32(action_values)
     allowed = (action_values > -torch.inf).to(action_values.dtype)
     greedy = (action_values == action_values.amax(-1, keepdim=True)).to(action_values.dtype)
