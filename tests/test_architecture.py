@@ -36,6 +36,11 @@ def test_imports_run_downwards(room):
         assert imported_rooms(file) <= MAY_IMPORT[room], file
 
 
+def test_no_source_file_is_longer_than_the_readme_says():
+    lines = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert max(lines.values()) <= 400, max(lines, key=lines.__getitem__)
+
+
 def test_functional_needs_torch_only():
     for file in (PACKAGE / "functional").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

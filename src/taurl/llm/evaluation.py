@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from taurl.llm.data.chat import as_completion, prompt_text
 from taurl.llm.generation import Completion
 from taurl.llm.rewards import RewardSet, Scores
+from taurl.llm.rewards.contract import NOT_HANDED_ON
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def summarized(
 
 def reward_columns(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The columns that reach the reward functions by their own names."""
-    return sorted({name for row in rows for name in row} - {"prompt", "completion", "prompts", "completions"})
+    return sorted({name for row in rows for name in row} - NOT_HANDED_ON)
 
 
 def score(

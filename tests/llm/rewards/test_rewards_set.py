@@ -364,6 +364,15 @@ def test_a_missing_column_is_named_before_anything_is_called(make):
     assert called == []
 
 
+def test_a_column_that_is_not_handed_on_is_said_to_need_another_name(make):
+    def compares(completions, completion): ...
+
+    message = str(refusal(make([compares]), answer=[1, 2, 3]))
+    assert (
+        "needs the column 'completion', which the rows lack (a column of that name is not handed on: rename" in message
+    )
+
+
 def test_names_are_distinct(make):
     def length_2(completions): ...
 

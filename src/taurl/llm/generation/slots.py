@@ -2,9 +2,9 @@
 
 A fixed number of slots decode together. What all prompts begin with goes through the model once, where that pays; then
 each prompt does, beside others of its length, and is forked, by copying its keys and values, to the slots of its
-completions and of those of equal prompts; when a sequence
-ends, its slot goes to the next one waiting, so that no batch waits for its longest member. On a CPU completions that
-have drawn the same tokens so far go through the model as one, and are forked where they part.
+completions and of those of equal prompts; when a sequence ends, its slot goes to the next one waiting, so that no batch
+waits for its longest member. On a CPU completions that have drawn the same tokens so far go through the model as one,
+and are forked where they part.
 """
 
 from collections import deque

@@ -14,6 +14,8 @@ from taurl.runtime.errors import shorten
 
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """What every reward function can have, whatever the columns of the rows are."""
+NOT_HANDED_ON = frozenset({"prompt", "completion", "prompts", "completions"})
+"""Columns of the rows that no function gets: what is asked and answered comes as `prompts` and `completions`."""
 
 
 class RewardFailure(Exception):

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from taurl.llm.rewards.contract import (
+    NOT_HANDED_ON,
     Result,
     RewardFailure,
     evaluate,
@@ -110,6 +111,8 @@ class RewardSet:
                 if column not in available:
                     close = difflib.get_close_matches(column, available, n=1)
                     hint = f" (did you mean {close[0]!r}?)" if close else ""
+                    if column in NOT_HANDED_ON:
+                        hint = " (a column of that name is not handed on: rename it with columns)"
                     raise InputError(
                         f"reward function {name!r} needs the column {column!r}, which the rows lack{hint}; "
                         f"available: {', '.join(available) or 'none'}"
