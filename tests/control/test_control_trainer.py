@@ -1,6 +1,8 @@
 """What surrounds every algorithm: its rate by the schedule, when it evaluates and on what, and the best so far."""
 
 import json
+import os
+import signal
 from datetime import date, datetime
 
 import gymnasium
@@ -9,8 +11,9 @@ import pytest
 import torch
 import yaml
 from gymnasium import spaces
+from processes import Child
 from pydantic import ValidationError
-from small_environments import Counting, Endless, Identity
+from small_environments import Counting, Endless, Identity, same_records
 
 import taurl.control
 from taurl.control import ALGORITHMS, PPO, PPOConfig, evaluate_policy, load
@@ -295,3 +298,43 @@ def test_an_evaluation_that_draws_takes_nothing_from_training(tmp_path):
                 trainer.evaluate(2, deterministic=False)
         weights.append(trainer.policy.actor.state_dict())
     assert alike(*weights)
+
+
+def killed_at(step, trainer_class, env, config):
+    def kill(record):
+        if record["step"] >= step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer_class(env, config, callbacks=[kill]).train()
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "env", "settings"),
+    [
+        (PPO, "Hopper-v5", {"memory": 8, "minibatch_size": 32, "normalize_observations": True, "rollout_steps": 16}),
+        (DQN, "CartPole-v1", {"prioritized": True, "n_step": 3, "learning_starts": 64, "train_every": 4}),
+    ],
+)
+def test_a_killed_run_goes_on_in_another_process_as_one_that_was_not(trainer_class, env, settings, tmp_path):
+    pytest.importorskip("mujoco")
+    shared = {
+        "steps": 512,
+        "environments": 4,
+        "record_every": 64,
+        "save_every": 128,
+        "eval_episodes": 0,
+        "video": False,
+    }
+
+    def config(name):
+        return trainer_class.config_class(out=tmp_path / name, **shared, **settings)
+
+    code, _ = Child(killed_at, 320, trainer_class, env, config("killed")).wait()
+    assert code == -signal.SIGKILL
+    resumed = trainer_class.resume(tmp_path / "killed")
+    assert resumed.run.step == 256
+    resumed.train()
+    whole = trainer_class(env, config("whole")).train()
+    assert same_records(whole, resumed)
+    name = "actor" if trainer_class is PPO else "network"
+    assert alike(*(getattr(trainer.policy, name).state_dict() for trainer in (whole, resumed)))
