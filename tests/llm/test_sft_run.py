@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from taurl.llm import SFT, SFTConfig
 from taurl.llm.data.chat import prompt_text
 from taurl.llm.models.loading import load_model
+from taurl.report import write_report
 from taurl.runtime.errors import InputError
 
 ROWS = [{"prompt": f"{i}+{i % 3}?", "completion": str(i + i % 3), "answer": str(i + i % 3)} for i in range(14)]
@@ -247,6 +248,7 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run(config, folder):
     losses = [record["eval/loss"] for record in trainer.run.records() if record["step"]]
     best = losses.index(min(losses))
     assert trainer.run.step == len(losses) == best + 1 + 3 < 30
+    assert "stopped before its last step: 3 evaluations" in write_report(trainer.run.directory).read_text()
     assert (trainer.run.directory / "final" / "model.safetensors").exists()
     card = (trainer.run.directory / "best" / "README.md").read_text()
     assert f"| loss | {trainer.run.records()[0]['eval/loss']:.4g} | {min(losses):.4g} |" in card

@@ -78,13 +78,15 @@ def test_a_run_that_ended_early_says_why_and_is_not_finished(make_run: MakeRun):
     assert found.environment == {"algorithm": "ppo"}
 
 
-@pytest.mark.parametrize(("patience", "finished"), [(0, False), (2, True), (3, False)])
-def test_a_run_out_of_patience_is_finished(make_run: MakeRun, patience: int, finished: bool):
-    """The lowest loss after the first step is that of step 2."""
-    losses = [{"step": step, "eval/loss": loss} for step, loss in enumerate([1.0, 2.0, 1.5, 1.7, 1.6])]
-    run = make_run(metrics_jsonl=json_lines(losses), config_yaml=f"steps: 9\npatience: {patience}\n")
+@pytest.mark.parametrize(("facts", "finished"), [({}, False), ({"stopped": "enough"}, True)])
+def test_a_run_that_needs_no_more_steps_is_finished_and_says_why(
+    make_run: MakeRun, facts: dict[str, str], finished: bool
+):
+    run = make_run(environment_json=json.dumps({"algorithm": "sft", **facts}), config_yaml="steps: 9\n")
     (run / "final").mkdir(exist_ok=True)
-    assert read_run(run).finished == finished
+    found = read_run(run)
+    assert found.finished == finished
+    assert ("The run stopped before its last step: enough" in found.notices) == finished
 
 
 @pytest.mark.parametrize(

@@ -302,12 +302,11 @@ class Trainer(ABC):
             self.run.view.note(f"step {step.number}: {skipped} of its updates not taken: their gradient was not finite")
 
     def reached(self, record: Record) -> bool:
-        """Whether an evaluation has come to `stop_at`; the run is then saved as it stands."""
+        """Whether an evaluation has come to `stop_at`; the run is then stopped."""
         target = self.config.stop_at
         if target is None or record.get("eval/mean_reward", -math.inf) < target:
             return False
-        self.run.save()
-        self.run.view.note(f"stopped at step {record['step']:,}: an evaluation has reached {target:g}")
+        self.run.stop(f"an evaluation has reached {target:g}")
         return True
 
     def _evaluation_due(self, step: int) -> bool:

@@ -93,10 +93,12 @@ def read_run(run_directory: Path) -> RunRecord:
     run.metrics = _read_metrics(run_directory / "metrics.jsonl", run.notices)
     # A run that was given more steps still has the `final/` of the fewer ones.
     steps, last = run.config.get("steps"), max(run.metrics, default=0)
-    done = not isinstance(steps, int) or last >= steps or _reached(run) or _out_of_patience(run)
-    ended = run.environment.pop("ended", None)
+    ended, stopped = (run.environment.pop(early, None) for early in ("ended", "stopped"))
+    done = not isinstance(steps, int) or last >= steps or stopped is not None
     if ended is not None:
         run.notices.append(f"The run ended early: {ended}")
+    elif stopped is not None:
+        run.notices.append(f"The run stopped before its last step: {stopped}")
     run.finished = (run_directory / "final").is_dir() and done and ended is None
     run.samples = read_samples(run_directory / "samples.jsonl", run.notices)
     run.pictures = _read_pictures(run_directory / "artifacts", run.notices)
@@ -106,21 +108,6 @@ def read_run(run_directory: Path) -> RunRecord:
 def _learns_from_given_answers(run: RunRecord) -> bool:
     sampled = run.config.get("rewards") or "rewards" in run.environment.get("given_from_python", ())
     return run.environment.get("algorithm") == "dpo" and not sampled
-
-
-def _reached(run: RunRecord) -> bool:
-    """Whether the last evaluation came to the return that the run was to stop at."""
-    target, points = run.config.get("stop_at"), run.points("eval/mean_reward")
-    return isinstance(target, int | float) and bool(points) and points[-1][1] >= target
-
-
-def _out_of_patience(run: RunRecord) -> bool:
-    """Whether the last evaluations brought no lower held-out loss, as many as the run was to wait for."""
-    patience = run.config.get("patience")
-    losses = [loss for step, loss in run.points("eval/loss") if step > 0]
-    if not isinstance(patience, int) or not 0 < patience < len(losses):
-        return False
-    return len(losses) - 1 - losses.index(min(losses)) >= patience
 
 
 def _read_mapping(path: Path, notices: list[str]) -> dict[str, Any]:

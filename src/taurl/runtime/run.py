@@ -31,6 +31,7 @@ from taurl.runtime.terminal import View
 
 GIVEN = "given_from_python"  # in environment.json: the names of what came as objects
 ENDED = "ended"  # there too: the interruption or failure that ended the run early
+STOPPED = "stopped"  # and why it needs no more steps, where it stopped before the last
 
 Record = dict[str, Any]
 
@@ -178,7 +179,8 @@ class Run:
         last = self.step or -1  # without a checkpoint everything is done again, the evaluation of step 0 too
         for name in ("metrics.jsonl", "samples.jsonl"):
             metrics.cut_after(self.directory / name, last)
-        self.environment.pop(ENDED, None)
+        for early in (ENDED, STOPPED):
+            self.environment.pop(early, None)
         self.environment = describe_environment({**self.environment, **self.chosen})
         self._write_environment()
         # Last of those that resuming needs, since it is what makes the directory a run's.
@@ -326,6 +328,13 @@ class Run:
         tensors = {name: holder.tensors() for name, holder in self.state.items()}
         checkpoints = self.directory / "checkpoints"
         return save_checkpoint(checkpoints, self.step, tensors, values, keep=self.config.keep_checkpoints)
+
+    def stop(self, why: str) -> None:
+        """Note that the run needs no more steps, and save it as it stands; the caller leaves its loop."""
+        self.save()
+        self.view.note(f"stopped at step {self.step:,}: {why}")
+        self.environment[STOPPED] = why
+        self._write_environment()
 
     def records(self) -> list[Record]:
         """The metrics written so far."""

@@ -156,8 +156,7 @@ class SFT(Trainer):
         with self.begin() as run:
             for step in run.steps():
                 if self._out_of_patience():
-                    run.view.note(f"stopped early: {config.patience} evaluations without a lower held-out loss")
-                    run.save()
+                    run.stop(f"{config.patience} evaluations without a lower held-out loss")
                     break
                 with step.phase("read", "reading rows"):
                     batch = self.data.order.take(config.rows_per_step)
