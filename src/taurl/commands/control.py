@@ -56,8 +56,8 @@ def environment_of(words: Sequence[str]) -> str | None:
 
 def show(run: object) -> None:
     """The last evaluation, wall time, and where everything is."""
+    from taurl.commands.summary import show_places
     from taurl.runtime.run import Run
-    from taurl.runtime.terminal import duration
 
     assert isinstance(run, Run)
     console = Console()
@@ -72,10 +72,7 @@ def show(run: object) -> None:
             mean, spread = figures(best["eval/mean_reward"], best["eval/std_reward"])
             said = f"best           {mean} ± {spread} at step {best['step']:,}: {run.directory / 'best'}"
             console.print(said, highlight=False, soft_wrap=True)
-    console.print(f"{run.step:,} steps in {duration(run.elapsed())}", highlight=False)
-    console.print(f"run directory  {run.directory}", highlight=False, soft_wrap=True)
-    console.print(f"policy         {run.directory / 'final'}", highlight=False, soft_wrap=True)
-    console.print(f"report         {run.directory / 'report.html'}", highlight=False, soft_wrap=True)
+    show_places(run, "policy")
 
 
 q_learning = partial(train, "QLearning")

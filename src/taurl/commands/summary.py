@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from taurl.runtime.run import Run
-from taurl.runtime.terminal import duration, excerpt
+from taurl.runtime.terminal import duration, excerpt, is_score
 
 ANSWERS = 3
 
@@ -20,10 +20,16 @@ def show_summary(run: Run) -> None:
         console.print(scores(evaluations[0], evaluations[-1]))
         if samples := [sample for sample in run.samples() if sample["kind"] == "evaluation"]:
             console.print(answers(samples, evaluations[0]["step"], evaluations[-1]["step"]))
-    console.print(f"{run.step} steps in {duration(run.elapsed())}", highlight=False)
-    console.print(f"run directory  {run.directory}", highlight=False, soft_wrap=True)
-    console.print(f"model          {run.directory / 'final'}", highlight=False, soft_wrap=True)
-    console.print(f"report         {run.directory / 'report.html'}", highlight=False, soft_wrap=True)
+    show_places(run, "model")
+
+
+def show_places(run: Run, what: str) -> None:
+    """Print how long it took, and where the run, what it has trained, and the report are."""
+    places = {"run directory": "", what: "final", "report": "report.html"}
+    lines = [f"{run.step:,} steps in {duration(run.elapsed())}"]
+    lines += [f"{name:<15}{run.directory / place}" for name, place in places.items()]
+    for line in lines:
+        Console().print(line, highlight=False, soft_wrap=True)
 
 
 def scores(before: dict[str, Any], after: dict[str, Any]) -> Table:
@@ -31,7 +37,7 @@ def scores(before: dict[str, Any], after: dict[str, Any]) -> Table:
     table = Table(title="held-out rows", title_justify="left")
     for heading in ("", f"before (step {before['step']})", f"after (step {after['step']})"):
         table.add_column(heading, justify="right" if heading else "left")
-    functions = [key for key in before if key.startswith("eval/rewards/") and key.endswith("/mean")]
+    functions = [key for key in before if is_score(key)]
     told = {"eval/reward"} if len(functions) < 2 else set()
     for key in before:
         if key.startswith("eval/") and key not in told and not key.endswith(("/std", "/seconds")):

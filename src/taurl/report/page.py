@@ -14,7 +14,7 @@ from taurl.report.charts import MAXIMUM_POINTS, Section, sections
 from taurl.report.read import RunRecord, read_run
 from taurl.runtime.errors import RunError
 from taurl.runtime.metrics import finite
-from taurl.runtime.terminal import duration
+from taurl.runtime.terminal import duration, is_score
 
 PAIRS_SHOWN = 3  # answers before and after that are open from the start
 NAME = "report.html"
@@ -170,7 +170,7 @@ def _best_evaluation(run: RunRecord) -> Tile | None:
 def _held_out_metric(run: RunRecord) -> str:
     """The only held-out reward function, else the total, else whatever was evaluated first."""
     names = [name for name in run.metric_names if name.startswith("eval/")]
-    functions = [name for name in names if name.startswith("eval/rewards/") and name.endswith("/mean")]
+    functions = [name for name in names if is_score(name)]
     if len(functions) == 1:
         return functions[0]
     return "eval/reward" if "eval/reward" in names or not names else names[0]
