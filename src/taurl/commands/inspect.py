@@ -85,7 +85,9 @@ def heading(title: str, row: TokenRow) -> Text:
 
 def painted(row: TokenRow, tokenizer: PreTrainedTokenizerBase, coloured: bool) -> Text:
     """The row's text; line breaks are marked where a token row holds them, targets stand in brackets without colour."""
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    from taurl.llm.data.chat import special_ids
+
+    special = special_ids(tokenizer)
     text = Text()
     place = 0
     for trained, targets in groupby(row.trained):

@@ -190,13 +190,13 @@ def following_ids(
             ),
         )
     tail = text[text.find(ANSWER_MARKER) + len(ANSWER_MARKER) :]
-    ids: list[int] = list(tokenizer(tail, add_special_tokens=False)["input_ids"])
+    ids = plain_ids(tail, tokenizer)
     return ids[1:] if ids[:1] == [last_token] else ids
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Raw text as token ids, left open: begun as the tokenizer begins a text, never twice, and not ended."""
-    ids: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = plain_ids(text, tokenizer)
     begin = [tokenizer.bos_token_id]
     # Of what the tokenizer puts around a text only its beginning is wanted: a text that was closed has no continuation.
     if tokenizer(text)["input_ids"][:1] == begin and ids[:1] != begin:
@@ -225,8 +225,16 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     except Exception:  # a template for another shape of conversation: the other two sources remain
         return None
     tail = text[text.rfind(MARKER) + len(MARKER) :].strip()
-    ids = cast(list[int], tokenizer(tail, add_special_tokens=False)["input_ids"]) if tail else []
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
-        tokenizer.all_special_ids
-    )
-    return ids[0] if ids and ids[0] in special else None
+    ids = plain_ids(tail, tokenizer) if tail else []
+    return ids[0] if ids and ids[0] in special_ids(tokenizer) else None
+
+
+def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A text as token ids, with nothing put around it."""
+    return list(cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that stand for no text."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added | set(tokenizer.all_special_ids))

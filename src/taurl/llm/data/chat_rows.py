@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from taurl.llm.data.chat import Message, encode_prompt, encode_text, template_refusals
+from taurl.llm.data.chat import Message, encode_prompt, encode_text, plain_ids, template_refusals
 from taurl.llm.data.row_forms import Chat, Text
 from taurl.llm.data.token_rows import TokenRow
 from taurl.runtime.errors import InputError
@@ -177,7 +177,7 @@ class RowEncoder:
         return token not in self.stops and not str(self.tokenizer.decode([token])).strip()
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+        return plain_ids(text, self.tokenizer) if text else []
 
     def _render(self, messages: Sequence[Message], row: Chat, **how: bool) -> str:
         options = {**self._options(row), **how, "tokenize": False}

@@ -13,7 +13,9 @@ from taurl.llm.data.chat import (
     PromptFormat,
     as_messages,
     encode_prompt,
+    plain_ids,
     require_tools_read,
+    special_ids,
     template_refusals,
 )
 from taurl.llm.data.row_forms import template_options
@@ -69,10 +71,10 @@ class Conversations:
         if messages is None:
             return self._text_ids(cast(str, prompt), self._plain(completion, where), prompt_ids)
         text = self._render([*messages, *_said(completion)], where)
-        ids = self._ids(text)
+        ids = plain_ids(text, self.tokenizer)
         if ids[: len(prompt_ids)] == prompt_ids:
             return self._through_end_of_turn(ids[len(prompt_ids) :])
-        return self._through_end_of_turn(self._ids(self._rest(text, prompt, where)))
+        return self._through_end_of_turn(plain_ids(self._rest(text, prompt, where), self.tokenizer))
 
     def steps(
         self, prompt: Prompt, steps: Sequence[str], separator: str, prompt_ids: list[int], where: str
@@ -145,7 +147,7 @@ class Conversations:
     def _text_ids(self, prompt: str, completion: str, prompt_ids: list[int]) -> list[int]:
         whole = encode_prompt(prompt + completion, self.tokenizer, prompt_format="text")
         continues = whole[: len(prompt_ids)] == prompt_ids
-        ids = whole[len(prompt_ids) :] if continues else self._ids(completion)
+        ids = whole[len(prompt_ids) :] if continues else plain_ids(completion, self.tokenizer)
         end = self.tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, cast(int, end)]
 
@@ -153,9 +155,6 @@ class Conversations:
         if isinstance(completion, str):
             return completion
         raise InputError(f"{where}: its prompt is raw text and its completion messages; give both in one form")
-
-    def _ids(self, text: str) -> list[int]:
-        return list(cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"]))
 
     def _through_end_of_turn(self, ids: list[int]) -> list[int]:
         """Without the white space that templates write after the token that ends a turn."""
@@ -168,9 +167,7 @@ class Conversations:
 
     @cached_property
     def _special(self) -> frozenset[int]:
-        """Tokens that stand for no text."""
-        added = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        return frozenset(added | set(self.tokenizer.all_special_ids))
+        return special_ids(self.tokenizer)
 
 
 def _said(completion: Prompt) -> Sequence[Message]:
