@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_policy import letter_a, save_tiny_policy, tiny_model, tiny_tokenizer
+from tiny_policy import adapter_hash, letter_a, save_tiny_policy, tiny_model, tiny_tokenizer
 
 from taurl.llm import DPO, DPOConfig
 from taurl.llm.algorithms.dpo import best_and_worst
@@ -143,7 +143,7 @@ def test_an_answer_that_was_cut_off_is_not_preferred_where_that_has_a_price(conf
 def test_the_hash_of_an_adapter_is_the_same_in_every_process():
     """Though its settings hold sets, whose order differs from process to process."""
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\nfrom test_dpo_run import adapter_hash\nprint(adapter_hash())\n"
+        "import sys; sys.path.insert(0, sys.argv[1])\nfrom tiny_policy import adapter_hash\nprint(adapter_hash())\n"
     )
     there = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, str(Path(__file__).parent)],
@@ -154,11 +154,6 @@ def test_the_hash_of_an_adapter_is_the_same_in_every_process():
     )
     assert there.stdout.strip() == adapter_hash()
     assert len(adapter_hash()) == 64
-
-
-def adapter_hash():
-    torch.manual_seed(0)
-    return model_hash(get_peft_model(tiny_model(), LoraConfig(r=1, target_modules="all-linear")))
 
 
 def test_the_hash_of_a_model_knows_how_its_adapter_is_scaled():

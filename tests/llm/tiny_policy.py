@@ -51,6 +51,16 @@ def save_tiny_policy(folder: Path) -> Path:
     return folder
 
 
+def adapter_hash() -> str:
+    """The hash of a tiny model with an adapter."""
+    from peft import LoraConfig, get_peft_model
+
+    from taurl.llm.scoring.reference_logprobs import model_hash
+
+    torch.manual_seed(0)
+    return model_hash(get_peft_model(tiny_model(), LoraConfig(r=1, target_modules="all-linear")))
+
+
 def write_rows(path: Path, count: int = 12) -> Path:
     """A JSONL file of additions with their answers."""
     lines = (f'{{"prompt": "{i}+{i % 3}?", "answer": "{i + i % 3}"}}\n' for i in range(count))
