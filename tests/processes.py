@@ -31,12 +31,12 @@ class Child:
     def signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
 
-    def wait_for(self, text: str, timeout: float = 60) -> None:
+    def wait_for(self, text: str, timeout: float = 300) -> None:
         """Wait until it has printed this."""
         self._listen(timeout, lambda: text.encode() in self.heard)
         assert text.encode() in self.heard, f"it ended without {text!r}: {self.heard.decode()}"
 
-    def wait(self, timeout: float = 60) -> tuple[int, str]:
+    def wait(self, timeout: float = 300) -> tuple[int, str]:
         """Wait for its end. Returns: exit code and all that it has printed."""
         self._listen(timeout, lambda: False)  # until the process ends: one that waits for a full pipe would not
         self.process.join()

@@ -234,7 +234,7 @@ def main_with(kind, limit, folder, words):
 
 
 def last_line_of_failed(kind, limit, folder, words):
-    code, said = Child(main_with, kind, limit, folder, words).wait(timeout=120)
+    code, said = Child(main_with, kind, limit, folder, words).wait()
     assert (code, "Traceback" in said) == (1, False), said
     return said.strip().splitlines()[-1]
 

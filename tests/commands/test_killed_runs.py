@@ -36,14 +36,14 @@ def records(run):
 
 def stop_at(child, run, step, number, delay=0.0):
     """Send a signal once metrics.jsonl has a step; returns exit code and what was printed."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not any(record["step"] >= step for record in records(run)):
         assert child.process.exitcode is None, child.wait()
         assert time.monotonic() < deadline
         time.sleep(0.005)
     time.sleep(delay)
     child.signal(number)
-    return child.wait(timeout=60)
+    return child.wait()
 
 
 def comparable(run):
@@ -84,7 +84,7 @@ def test_killed_terminated_and_interrupted_runs_resume_bit_for_bit(here, words):
     assert "taurl: SIGINT: stopped after step" in errors
     assert "Traceback" not in errors
 
-    assert start(resume).wait(timeout=120)[0] == 0
+    assert start(resume).wait()[0] == 0
     assert comparable(run) == comparable(here / "whole")
     assert [r["step"] for r in records(run)] == list(range(STEPS + 1))
     for name in ("final/model.safetensors", f"checkpoints/step-{STEPS:06d}/optimizer.safetensors"):

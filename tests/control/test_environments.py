@@ -303,7 +303,7 @@ def test_ctrl_c_reaches_no_environment_in_a_process_of_its_own(tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=300)
     assert "Interrupted: SIGINT: stopped after step" in said
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 

@@ -181,7 +181,7 @@ def test_a_hub_name_that_cannot_be_fetched_is_one_quick_line():
     name = "taurl-tests-nobody/no-such-data:main:test"
     refuses(lambda: load_rows(name), name, "hub", "reasoning-gym:TASK")
     refuses(lambda: load_rows("a/b:c:d:e"), "owner/name:config:split")
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 120  # and not the minutes of a client that tries again and again
 
 
 def test_a_dataset_object_and_a_list_give_the_same_rows():

@@ -106,7 +106,7 @@ def lines_of(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_for_lines(path: Path, count: int, timeout: float = 30) -> None:
+def wait_for_lines(path: Path, count: int, timeout: float = 300) -> None:
     deadline = time.monotonic() + timeout
     while lines_of(path) < count:
         assert time.monotonic() < deadline, f"{path} has {lines_of(path)} lines, not {count}, after {timeout} s"

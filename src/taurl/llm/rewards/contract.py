@@ -4,12 +4,12 @@ import contextlib
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-from taurl.llm.rewards.specs import explain, line_in
+from taurl.llm.rewards.specs import explain, line_in, parameters_of
 from taurl.runtime.errors import shorten
 
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -86,25 +86,27 @@ class Recorder:
 def evaluate(function: Callable[..., Any], offered: Mapping[str, Any], count: int) -> Result:
     """Call a function once. Raises RewardFailure, from the function's own exception if there was one."""
     recorder = Recorder(count)
-    try:
+    with _failing_as(function):
         returned = _listed(function(**recorder.arguments(function, offered)))
-    except RewardFailure:
-        raise
-    except (Exception, SystemExit) as error:
-        raise failure_of(error, function) from error
     return recorder.result(returned)
 
 
 async def evaluate_async(function: Callable[..., Any], offered: Mapping[str, Any], count: int) -> Result:
     """The same for an async function."""
     recorder = Recorder(count)
-    try:
+    with _failing_as(function):
         returned = _listed(await function(**recorder.arguments(function, offered)))
+    return recorder.result(returned)
+
+
+@contextlib.contextmanager
+def _failing_as(function: Callable[..., Any]) -> Iterator[None]:
+    try:
+        yield
     except RewardFailure:
         raise
     except (Exception, SystemExit) as error:
         raise failure_of(error, function) from error
-    return recorder.result(returned)
 
 
 def is_async(function: Callable[..., Any]) -> bool:
@@ -113,7 +115,7 @@ def is_async(function: Callable[..., Any]) -> bool:
 
 def select(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
     """Of the named arguments offered, those that the function accepts: all of them if it takes `**kwargs`."""
-    parameters = _parameters(function)
+    parameters = parameters_of(function)
     if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return dict(offered)
     return {name: offered[name] for name in parameters if name in offered}
@@ -123,7 +125,7 @@ def required_columns(function: Callable[..., Any]) -> list[str]:
     """The parameters without a default that are not among `GIVEN`: columns that the rows must have."""
     return [
         p.name
-        for p in (_parameters(function) or {}).values()
+        for p in (parameters_of(function) or {}).values()
         if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in GIVEN
     ]
 
@@ -162,10 +164,3 @@ def _checked_value(value: Any, row: int) -> float:
 def _listed(returned: Any) -> Any:
     # A generator runs its body here, so this belongs to the call.
     return list(returned) if isinstance(returned, Iterable) and not isinstance(returned, str | Mapping) else returned
-
-
-def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
-    try:
-        return inspect.signature(function).parameters
-    except (TypeError, ValueError):  # some functions written in C tell nothing about their parameters
-        return None

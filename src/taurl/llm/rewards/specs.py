@@ -73,11 +73,7 @@ def load(spec: Spec | Callable[..., Any]) -> Callable[..., Any]:
     label = f"reward function {spec.name!r} in {spec.where}"
     if spec.settings is None:
         return _checked(found, spec.name, label)
-    known: Mapping[str, inspect.Parameter] | None
-    try:
-        known = inspect.signature(found).parameters
-    except (TypeError, ValueError):  # nothing to call, or of C and silent about it: the call will tell
-        known = None
+    known = parameters_of(found)  # None too where there is nothing to call: the call will tell
     if known and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         for name in spec.settings:
             if name not in known:
@@ -155,17 +151,22 @@ def _literal_settings(name: str, call: str) -> dict[str, Any]:
         ) from error
 
 
+def parameters_of(function: Any) -> Mapping[str, inspect.Parameter] | None:
+    """The parameters of a function by name; None of one written in C that tells nothing about them."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+
+
 def _checked(function: Any, name: str, label: str) -> Callable[..., Any]:
     if not callable(function):
         raise InputError(f"{label} is a {type(function).__name__}, expected a function")
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some functions written in C tell nothing about their parameters
-        parameters = None
+    parameters = parameters_of(function)
     if parameters is not None and not any(
-        p.kind is p.VAR_KEYWORD or p.name in ("completions", "completion_ids") for p in parameters
+        p.kind is p.VAR_KEYWORD or p.name in ("completions", "completion_ids") for p in parameters.values()
     ):
-        settings = ", ".join(f"{p.name}=…" for p in parameters)
+        settings = ", ".join(f"{name}=…" for name in parameters)
         raise InputError(
             f"{label} accepts no `completions`, so it is not a reward function; "
             f"if it makes one, give its settings: {name}({settings})"
