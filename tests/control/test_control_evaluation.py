@@ -189,6 +189,14 @@ def test_a_run_stops_where_an_evaluation_reaches_the_target_and_may_go_on(tmp_pa
     assert gone_on.run.step == 96
 
 
+def test_a_target_reached_at_the_last_step_has_stopped_nothing(tmp_path):
+    config = PPOConfig(env="CartPole-v1", out=tmp_path / "run", steps=16, eval_every=16, stop_at=8.0, **SMALL)
+    PPO(config=config).train()
+    page = write_report(tmp_path / "run").read_text()
+    assert "Finished at step 16" in page
+    assert "stopped before" not in page
+
+
 def test_a_config_of_another_algorithm_is_refused_by_its_name(tmp_path):
     PPO("CartPole-v1", PPOConfig(out=tmp_path / "run", steps=16, **SMALL)).train()
     wrong = taurl.llm.PPOConfig(out=tmp_path / "other")

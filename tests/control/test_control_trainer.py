@@ -311,12 +311,11 @@ def killed_at(step, trainer_class, env, config):
 @pytest.mark.parametrize(
     ("trainer_class", "env", "settings"),
     [
-        (PPO, "Hopper-v5", {"memory": 8, "minibatch_size": 32, "normalize_observations": True, "rollout_steps": 16}),
+        (PPO, "Pendulum-v1", {"memory": 8, "minibatch_size": 32, "normalize_observations": True, "rollout_steps": 16}),
         (DQN, "CartPole-v1", {"prioritized": True, "n_step": 3, "learning_starts": 64, "train_every": 4}),
     ],
 )
 def test_a_killed_run_goes_on_in_another_process_as_one_that_was_not(trainer_class, env, settings, tmp_path):
-    pytest.importorskip("mujoco")
     shared = {
         "steps": 512,
         "environments": 4,

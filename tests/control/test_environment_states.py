@@ -2,6 +2,8 @@
 
 import enum
 import json
+import math
+import random
 import re
 from collections import deque
 
@@ -308,6 +310,20 @@ class Drawing(Counting):
         found = super().reset(seed=seed)
         self.draw = self.np_random.integers
         return found
+
+
+class Calling(Counting):
+    """Keeps functions written in C, and methods of the global generators, which a checkpoint holds by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.square, self.draw, self.toss, self.name = math.sqrt, np.random.uniform, random.random, "a".upper
+
+
+def test_functions_without_a_state_of_their_own_hide_none():
+    before = moved(Calling, 5)
+    before.tensors()
+    assert before.unsaved is None
 
 
 @pytest.mark.parametrize(

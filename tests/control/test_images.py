@@ -225,7 +225,7 @@ def test_frames_that_would_be_read_as_numbers_are_refused(tmp_path, shape):
     frames = spaces.Box(0, 255, shape, np.uint8)
     with pytest.raises(InputError, match="looks like images, which have three dimensions here"):
         PPO(lambda: Showing(frames), PPOConfig(out=tmp_path / "run"))
-    board = spaces.Box(0, 2, (8, 8), np.uint8)
+    board = spaces.Box(0, 255, (21, 79), np.uint8)  # characters, say
     assert PPO(lambda: Showing(board), PPOConfig(out=tmp_path / "run")).environments.observation_space == board
 
 

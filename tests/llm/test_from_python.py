@@ -58,6 +58,18 @@ def test_weights_that_a_run_keeps_must_be_those_that_it_began_with(settings, tmp
         GRPO.resume(settings["out"], dataset=questions, steps=4)
 
 
+@pytest.mark.parametrize("settings_of_it", [{}, {"cache_reference": False}])
+def test_the_reference_of_dpo_must_be_the_one_that_it_began_with(settings, tmp_path, monkeypatch, settings_of_it):
+    monkeypatch.setenv("TAURL_CACHE", str(tmp_path / "cache"))
+    policy, other = (save_tiny_policy(tmp_path / name) for name in ("policy", "other"))
+    config = DPOConfig(**settings, **settings_of_it)
+    DPO(policy, PAIRS, reference=str(other), config=config).train()
+    assert DPO.resume(settings["out"], dataset=PAIRS, steps=3).train().run.step == 3
+    tiny_model(seed=1).save_pretrained(other)
+    with pytest.raises(InputError, match=r"the weights that the run keeps as they are, .* are not those"):
+        DPO.resume(settings["out"], dataset=PAIRS, steps=4)
+
+
 def test_a_reward_of_a_module_in_this_folder_is_found_from_another(folder, settings, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "my_taurl_rewards.py").write_text("def one(completions): return [1.0] * len(completions)\n")

@@ -188,14 +188,29 @@ def test_an_adapter_folder_gives_its_base_with_the_adapter(tiny, tmp_path):
 
 
 def test_an_adapter_on_another_machines_copy_of_the_embedded_model_finds_it_here(tiny, tmp_path, monkeypatch):
-    there = tmp_path / "there" / embedded.NAME
-    there.parent.mkdir()
+    there = tmp_path / "there" / "models" / embedded.NAME
+    there.parent.mkdir(parents=True)
     tiny.rename(there)
     adapted = get_peft_model(load_model(there, dtype=torch.float32), LoraConfig(target_modules=["q_proj"], r=2)).eval()
     adapted.save_pretrained(tmp_path / "adapter")
     here = there.rename(tmp_path / "here")
     monkeypatch.setattr(embedded, "embedded_model", lambda: here)
     assert torch.equal(load_model(tmp_path / "adapter", dtype=torch.float32)(IDS).logits, adapted(IDS).logits)
+    facts = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    facts["base_model_name_or_path"] = str(tmp_path / "mine" / embedded.NAME)  # somebody's own model of that name
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="needs its base model: no such model folder"):
+        load_model(tmp_path / "adapter", dtype=torch.float32)
+    facts = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    facts["base_model_name_or_path"] = str(tmp_path / "mine" / embedded.NAME)  # somebody's own model of that name
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="needs its base model: no such model folder"):
+        load_model(tmp_path / "adapter", dtype=torch.float32)
+    facts = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    facts["base_model_name_or_path"] = str(tmp_path / "mine" / embedded.NAME)  # somebody's own model of that name
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="needs its base model: no such model folder"):
+        load_model(tmp_path / "adapter", dtype=torch.float32)
 
 
 def test_the_pad_token_is_not_the_end_where_there_is_another():

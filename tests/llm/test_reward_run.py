@@ -410,3 +410,15 @@ def test_what_is_no_reward_model_is_refused(folder, trained, tmp_path, config):
         Reward(str(folder), halves, config(loss="ordinal"))
     with pytest.raises(ValueError, match="compares no pairs"):
         config(loss="mse", centering=0.1)
+
+
+def test_an_object_with_an_adapter_resumes_though_the_head_that_it_does_not_use_is_drawn_anew(config, folder):
+    def judge(seed):
+        torch.manual_seed(seed)
+        return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+
+    settings = config(lora_rank=2, lora_targets=("q_proj",))
+    trained = Reward(judge(1), PAIRS, settings).train()
+    resumed = Reward.resume(trained.run.directory, model=judge(2), dataset=PAIRS)
+    before, after = (dict(one.policy.model.named_parameters()) for one in (trained, resumed))
+    assert all(torch.equal(before[name], weight) for name, weight in after.items() if weight.requires_grad)

@@ -178,16 +178,26 @@ def test_new_tokens_need_embeddings_that_are_trained(config, tmp_path):
         InputError, match=r"freeze holds the embeddings fixed, .* new tokens, <\|im_start\|> <\|im_end\|>"
     ):
         SFT(str(tmp_path / "base"), talk, config(freeze=("*embed_tokens*",)))
+    with pytest.raises(InputError, match="freeze holds the output layer fixed"):
+        SFT(str(tmp_path / "base"), talk, config(freeze=("lm_head*",)))
 
 
-def test_a_model_whose_generation_config_transformers_would_not_save_is_exported(config, folder, tmp_path):
+@pytest.mark.parametrize(
+    ("published", "exported"),
+    [
+        ({"temperature": 0.9}, {"temperature": 0.9, "do_sample": True}),
+        ({"temperature": 0.9, "do_sample": False}, {"temperature": None, "do_sample": False}),
+    ],
+)
+def test_a_generation_config_that_transformers_would_not_save_is_mended(config, tmp_path, published, exported):
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(published))
     trainer = SFT(str(tmp_path / "model"), ROWS, config(steps=1)).train()
     stored = json.loads((trainer.run.directory / "final" / "generation_config.json").read_text())
-    assert (stored["temperature"], stored["eos_token_id"]) == (0.9, 1)
+    assert {name: stored.get(name) for name in exported} == exported
+    assert stored["eos_token_id"] == 1
 
 
 def test_epochs_of_a_mixture_are_those_of_the_data_set(config, folder, tmp_path):

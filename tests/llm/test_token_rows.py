@@ -124,6 +124,12 @@ def test_what_makes_two_rows_the_same_question():
     asked = prompt_text(TALK[:3])  # what its last answer answers
     assert last_exchange({"messages": TALK}) == (asked, TALK[3]["content"])
     assert last_exchange({"messages": TALK, "prompt": TALK[0]["content"]})[0] == asked  # as it is trained on
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]}
+    assert last_exchange({"messages": [*TALK[:3], call]}) == (asked, None)
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]}
+    assert last_exchange({"messages": [*TALK[:3], call]}) == (asked, None)
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]}
+    assert last_exchange({"messages": [*TALK[:3], call]}) == (asked, None)
     first, other = ({"input_ids": np.array([5, 6, last]), "labels": [-100, -100, last]} for last in (7, 8))
     assert question(first) == question(other) == "[5, 6]"
     assert question({"input_ids": torch.tensor([5, 6])}) == "[5, 6]"

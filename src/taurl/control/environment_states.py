@@ -10,6 +10,7 @@ process) hides what it holds, and so do arrays that share memory: then there is 
 import base64
 import inspect
 import json
+import random
 import sys
 import types
 from collections import deque
@@ -33,8 +34,10 @@ CONSTANT_NAMES = ("_saved_kwargs", "_cached_spec", "_ezpickle_args", "_ezpickle_
 # The transition tables of gymnasium's toys follow from their arguments alone (a FrozenLake may have a map at random).
 CONSTANTS_OF = {"TaxiEnv": ("P",), "CliffWalkingEnv": ("P",)}
 OBJECTS = (gymnasium.Env, VectorEnv, gymnasium.Space)
-# What a method may be bound to: what is written itself, or holds no state.
-BOUND = (*OBJECTS, type(None), type, types.ModuleType)
+# Of functions written in C those that are bound to one of these hide its state, which is made anew without them.
+GENERATORS = (np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
+# The global ones, which the checkpoint has.
+GLOBAL: tuple[Any, ...] = tuple(getattr(draw, "__self__", None) for draw in (np.random.uniform, random.random))
 # Positions that some environments read before they step, and that MuJoCo does not compute again until they do.
 MUJOCO_DERIVED = ("xpos", "xipos")
 
@@ -134,8 +137,8 @@ class _Writer:
         for name, one in _attributes(value).items():
             where = f"{path}.{name}"
             if isinstance(one, NAMED):
-                if not isinstance(owner := getattr(one, "__self__", None), BOUND):
-                    raise NoState(f"{where} is a method of {type(owner).__qualname__}, which it hides")
+                if hidden := _hidden_by(one):
+                    raise NoState(f"{where} is a method of {type(hidden).__qualname__}, which it hides")
                 written[name] = ["named", one.__qualname__]
             elif type(one).__name__ == "MjData":
                 written[name] = ["mujoco", self.write(_mujoco(value.model, one), where)]
@@ -206,6 +209,16 @@ class _Reader:
             _restore_mujoco(owner.model, current, self.read(saved[1]))
         else:
             setattr(owner, name, self.read(saved, current))
+
+
+def _hidden_by(function: Any) -> Any:
+    """The object with a state of its own that a method is bound to, and that nothing else leads to."""
+    owner = getattr(function, "__self__", None)
+    if any(owner is known for known in GLOBAL):
+        return None
+    if isinstance(function, types.MethodType):
+        return None if isinstance(owner, (*OBJECTS, type)) else owner
+    return owner if isinstance(owner, GENERATORS) else None
 
 
 def _tells_its_state(value: Any) -> bool:

@@ -4,7 +4,6 @@ Without images it is float32. With images in it, it is uint8: pixels stay the by
 memory, and numbers beside them are kept as the four bytes of their float32, which `images.Features` reads again.
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from taurl.runtime.errors import InputError
 
 BYTES = 4  # of a float32
-SMALLEST_FRAME = 32 * 32  # pixels; fewer bytes in two dimensions may be a board
+SMALLEST_SIDE = 32  # of a frame; fewer bytes may be a board
 
 
 def is_image(space: gymnasium.Space[Any]) -> bool:
@@ -31,10 +30,11 @@ def refuse_stacked_images(space: gymnasium.Space[Any]) -> None:
     for leaf in leaves(space):
         if not isinstance(leaf, spaces.Box) or leaf.dtype != np.uint8 or len(leaf.shape) not in (2, 4):
             continue
-        if math.prod(leaf.shape) >= SMALLEST_FRAME and (leaf.high == 255).all():
+        if sorted(leaf.shape)[-2] >= SMALLEST_SIDE and (leaf.high == 255).all():
             raise InputError(
                 f"observation space {leaf} looks like images, which have three dimensions here, channels first or "
-                "last: make channels of stacked frames, with gymnasium.wrappers.ReshapeObservation for example"
+                "last: make channels of stacked frames, with gymnasium.wrappers.ReshapeObservation for example; bytes "
+                "that are no pixels go through FlattenObservation"
             )
 
 

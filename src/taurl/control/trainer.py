@@ -233,9 +233,9 @@ class Trainer(ABC):
         return learning_rate(last if last <= warmup else max(first, warmup + 1), self.config)
 
     def evaluate(self, episodes: int | None = None, *, deterministic: bool = True) -> Evaluation:
-        """Play whole episodes in environments of their own."""
+        """Play whole episodes in environments of their own: the same ones each time, with the same draws."""
         try:
-            with drawn_apart():  # so that a loop which evaluates now and then trains as one that does not
+            with drawn_apart(evaluation_seed(self.config.seed)):  # a loop that evaluates trains as one that does not
                 found = evaluate_policy(
                     self.policy,
                     self.environment,
@@ -306,7 +306,8 @@ class Trainer(ABC):
         target = self.config.stop_at
         if target is None or record.get("eval/mean_reward", -math.inf) < target:
             return False
-        self.run.stop(f"an evaluation has reached {target:g}")
+        if record["step"] < self.config.steps:
+            self.run.stop(f"an evaluation has reached {target:g}")
         return True
 
     def _evaluation_due(self, step: int) -> bool:

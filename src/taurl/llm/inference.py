@@ -57,7 +57,8 @@ class Model:
         Yields: lists of groups, in the order of the prompts.
         """
         size = max(1, BATCH // count)
-        with Progress(console=Console(stderr=True), transient=True) as bar:
+        # Standard output stays the caller's, who prints what is yielded.
+        with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
             task = bar.add_task("answering", total=len(prompts) * count)
             for start in range(0, len(prompts), size):
 
@@ -100,5 +101,5 @@ def generate(rows: object, config: GenerateConfig) -> Iterator[dict[str, Any]]:
     prompts = PromptReader.of(config, model.tokenizer, model.model).read(rows)
     for name in ("completion", "finish"):
         if any(name in row for row in prompts.rows):
-            raise InputError(f"the data has a column {name} already: keep it as --columns {name}=another_name")
+            raise InputError(f"the data has a column {name} already: rename it with columns ({name}=another_name)")
     return model.answers(prompts, config.count)

@@ -40,9 +40,10 @@ def restore_random_states(states: dict[str, Any]) -> None:
 
 
 @contextmanager
-def drawn_apart() -> Iterator[None]:
-    """What is drawn within leaves the global generators as they were."""
+def drawn_apart(seed: int) -> Iterator[None]:
+    """What is drawn within follows from this seed, and leaves the global generators as they were."""
     before = random_states()
+    seed_everything(seed)
     try:
         yield
     finally:

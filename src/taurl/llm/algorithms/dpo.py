@@ -21,7 +21,7 @@ from taurl.llm.algorithms.dpo_losses import PairLoss, RewardShift, UnpairedLoss,
 from taurl.llm.algorithms.dpo_reference import NoReference, Reference
 from taurl.llm.algorithms.figures import Tally
 from taurl.llm.algorithms.online import OnlineTrainer, RewardFunction
-from taurl.llm.algorithms.setup import repeat_data
+from taurl.llm.algorithms.setup import repeat_data, repeat_kept
 from taurl.llm.data.datasets import PromptOrder
 from taurl.llm.data.given_answers import GivenAnswers
 from taurl.llm.data.preference_rows import Form, PreferenceReader, Preferences, train_and_held_out_preferences
@@ -153,6 +153,11 @@ class DPO(OnlineTrainer):
         sampled = "answers that are sampled and judged (rewards)"
         why = f"is not for {sampled}" if self.online else f"is for {sampled}, and none are given"
         refuse_unread(self.config, OFFLINE_ONLY if self.online else ONLINE_ONLY, f"it {why}")
+
+    def kept_weights(self) -> Iterator[Tensor]:
+        """Those of a reference that is asked at each step, too."""
+        yield from super().kept_weights()
+        yield from self.reference.weights()
 
     def restore(self) -> None:
         """Put back what the checkpoint holds. The starting weights are asked before, if they are the reference."""
@@ -320,6 +325,7 @@ class DPO(OnlineTrainer):
             self.reference.know(self.held_out_answers, [rows], self.device, self.run.view.note)
         steps = (self.prompts_of(step) for step in range(1, self.config.steps + 1))
         self.reference.know(self.train_answers, steps, self.device, self.run.view.note)
+        repeat_kept(self.run, "reference", self.reference.hash)
 
     def _circumstances(self) -> list[Any]:
         """How log-probabilities are weighed, and what their rounding depends on; the reference's are kept by it."""

@@ -43,9 +43,13 @@ class Reference:
         self.circumstances = circumstances
         self.caches: dict[str, ReferenceCache] = {}
         self._loaded: Any = None
-        self._hash = ""
+        self.hash = ""
         if other is not None:
             check_reference(other, policy)
+
+    def weights(self) -> Iterable[Tensor]:
+        """Those of another model that is asked at each step; of one that is asked once there is its hash."""
+        return self._other_model().parameters() if self.live and self.other is not None else ()
 
     def sampled(self, batch: AnswerBatch) -> Tensor:
         """Log-probabilities [N, K] of answers that nobody knew before."""
@@ -86,10 +90,10 @@ class Reference:
         """The cache of a data set; it must be asked for first while the policy has its starting weights."""
         tokens = answers.fingerprint
         if tokens not in self.caches:
-            if not self._hash:
+            if not self.hash:
                 with self._model() as model:
-                    self._hash = model_hash(model)
-            key = [self._hash, self.other is None and self.policy.adapter_is_new, tokens, self.circumstances]
+                    self.hash = model_hash(model)
+            key = [self.hash, self.other is None and self.policy.adapter_is_new, tokens, self.circumstances]
             dtype = torch.promote_types(self.policy.model.dtype, torch.float32)
             self.caches[tokens] = ReferenceCache(key, (len(answers), answers.count), dtype)
         return self.caches[tokens]
@@ -119,6 +123,12 @@ class Reference:
 
 class NoReference:
     """For losses that need none: every log-probability is 0."""
+
+    hash = ""
+
+    def weights(self) -> Iterable[Tensor]:
+        """None."""
+        return ()
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype

@@ -90,8 +90,11 @@ def device_of(run: Run) -> torch.device:
         ) from error
 
 
-def with_whole_paths(config: Config) -> Config:
-    """Paths that the config names relative to this folder made absolute, so that a run resumes from any folder."""
+def with_whole_paths(config: Config, stored: Config | None = None) -> Config:
+    """Paths that the config names relative to this folder made absolute, so that a run resumes from any folder.
+
+    Functions that the stored config of a run names stay as they are there.
+    """
     whole: dict[str, Any] = {}
     for name in ("model", "dataset", "eval_dataset", "chat_template", "reference", "critic"):
         value = getattr(config, name, None)
@@ -101,9 +104,10 @@ def with_whole_paths(config: Config) -> Config:
             whole[name] = str(Path(value).resolve())
     if mix := getattr(config, "mix", None):
         whole["mix"] = {str(Path(name).resolve()) if Path(name).exists() else name: mix[name] for name in mix}
+    known = (*getattr(stored, "rewards", ()), getattr(stored, "environment", None))
     rewards = getattr(config, "rewards", ())
-    whole["rewards"] = tuple(whole_spec(spec) for spec in rewards)
-    if environment := getattr(config, "environment", None):
+    whole["rewards"] = tuple(spec if spec in known else whole_spec(spec) for spec in rewards)
+    if (environment := getattr(config, "environment", None)) and environment not in known:
         whole["environment"] = whole_spec(environment)
     return config.model_copy(update=whole)
 
@@ -136,7 +140,12 @@ def repeat_weights(run: Run, kept: Iterable[torch.Tensor]) -> None:
         flat = weight.detach().flatten()
         some = flat[:: max(1, len(flat) // 64)].cpu().contiguous()
         mark.update(f"{weight.dtype} {list(weight.shape)}".encode() + bytes(some.view(torch.uint8).numpy()))
-    if run.chosen.setdefault("weights", mark.hexdigest()) != mark.hexdigest():
+    repeat_kept(run, "weights", mark.hexdigest())
+
+
+def repeat_kept(run: Run, what: str, mark: str) -> None:
+    """Note a mark of weights where the run begins. Raises: InputError where it resumes with another."""
+    if run.chosen.setdefault(what, mark) != mark:
         raise InputError(
             f"{run.directory}: the weights that the run keeps as they are, below its adapter or of its reference, are "
             "not those that it began with (was the model's folder written again?); resume with the same model"

@@ -114,12 +114,16 @@ class SFT(Trainer):
         """See to it that the embeddings of new tokens are trained. All begin as one, so that fixed they stay alike."""
         if tokens and self.policy.has_adapter:
             self.policy.train_tokens(tokens)
-        elif tokens and not self.policy.model.get_input_embeddings().weight.requires_grad:
-            names = " ".join(self.tokenizer.convert_ids_to_tokens(list(tokens)))
-            raise InputError(
-                f"freeze holds the embeddings fixed, and the chat template needs new tokens, {names}, which could not "
-                "be told apart: leave the embeddings out of freeze, or give a chat_template without new tokens"
-            )
+            return
+        model = self.policy.model
+        layers = {"embeddings": model.get_input_embeddings(), "output layer": model.get_output_embeddings()}
+        for what, layer in layers.items():
+            if tokens and layer is not None and not layer.weight.requires_grad:
+                names = " ".join(self.tokenizer.convert_ids_to_tokens(list(tokens)))
+                raise InputError(
+                    f"freeze holds the {what} fixed, and the chat template needs new tokens, {names}, which could not "
+                    f"be told apart: leave the {what} out of freeze, or give a chat_template without new tokens"
+                )
 
     def _check_data(self, reader: RowReader) -> None:
         """Refuse settings that the data, as it was read, does not allow."""

@@ -96,7 +96,7 @@ class Trainer(ABC):
             config = config.model_copy(update={"steps": stored.steps})
         changes = {name: given.pop(name) for name in tuple(given) if name not in cls.takes}
         config, objects = separate(with_changes(config or stored, changes), **given)
-        run = Run.resume(Path(directory), with_whole_paths(config), headline=cls.headline)
+        run = Run.resume(Path(directory), with_whole_paths(config, stored), headline=cls.headline)
         require_given_again(run, objects)
         trainer = cls.__new__(cls)
         trainer._begin(run, objects, callbacks)
@@ -130,7 +130,9 @@ class Trainer(ABC):
     def kept_weights(self) -> Iterator[Tensor]:
         """The weights that stay as they are: those below an adapter, frozen ones, and the reference's."""
         for model in self.trained_models():
-            yield from (weight for weight in model.parameters() if not weight.requires_grad)
+            for name, weight in model.named_parameters():
+                if not weight.requires_grad and ".original_module." not in name:  # peft's, of which a copy is trained
+                    yield weight
         yield from self.policy.reference_weights()
 
     def given(self, name: str) -> Any:

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.data.chat import stop_token_ids
 from taurl.llm.models.embedded import NAME
 from taurl.llm.models.loading import load_tokenizer
-from taurl.runtime.errors import InputError, reason
+from taurl.runtime.errors import InputError, one_line, reason
 
+OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 CHATML = "chatml"
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 CHATML_TEXT = (
@@ -107,8 +110,28 @@ def write_stop_tokens(model: PreTrainedModel | None, tokenizer: PreTrainedTokeni
     settings = getattr(model, "generation_config", None)
     if settings is not None and stops:
         settings.eos_token_id = list(stops) if len(stops) > 1 else stops[0]
-        try:
-            settings.validate(strict=True)
-        except ValueError:  # a published one that samples without saying so; transformers would not save what it loaded
-            settings.do_sample = True
+        _mend(settings)
     return stops
+
+
+def _mend(settings: GenerationConfig) -> None:
+    """Make settings ones that transformers will write: it loads others, and refuses to save them once they changed.
+
+    Published are temperatures without a word on sampling, which is meant then, and beside greedy decoding, which they
+    do not concern. Raises: InputError for what is wrong otherwise.
+    """
+    try:
+        settings.validate(strict=True)
+        return
+    except ValueError:
+        if settings.do_sample is None:
+            settings.do_sample = True
+        elif not settings.do_sample:
+            for name in OF_SAMPLING:
+                setattr(settings, name, None)
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        raise InputError(
+            f"the model's generation_config cannot be written again: {one_line(error)}; mend it"
+        ) from error

@@ -126,7 +126,7 @@ def last_exchange(row: Row) -> tuple[Any, Any]:
         return row["prompt"] if _has(row, "prompt") else question(row), row.get("completion")
     messages = _messages(row, column)
     place = next(filter(None, reversed(_answers(messages))), None)
-    return prompt_text(messages[:place]), None if place is None else messages[place]["content"]
+    return prompt_text(messages[:place]), None if place is None else messages[place].get("content")
 
 
 def _answers(messages: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -266,8 +266,8 @@ def _adapter_base(path: str) -> str:
         raise InputError(f"{file} is damaged: {one_line(error)}") from error
     if not isinstance(name, str) or not name:
         raise InputError(f"{file} names no base model (base_model_name_or_path is {name!r})")
-    if not Path(name).exists() and Path(name).name == embedded.NAME:
-        return embedded.NAME  # another machine's copy of it
+    if Path(name).is_absolute() and not Path(name).exists() and Path(name).parts[-2:] == ("models", embedded.NAME):
+        return embedded.NAME  # in the cache of another machine
     return name
 
 

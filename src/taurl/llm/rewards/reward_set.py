@@ -136,7 +136,7 @@ class RewardSet:
             trainer_state: an object with `global_step` and `max_steps`.
         Raises: InputError, from the function's own exception, where a function fails, takes too long, or returns the
             wrong count or a value that is not a finite number. It names the function and, where it can be told, the
-            row; to tell it, a function that failed is called again on single rows, up to the one that fails alone.
+            row; to tell it, a function that failed is called again on single rows.
         """
         self.check_columns(columns)
         batch = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
@@ -183,6 +183,9 @@ class RewardSet:
 
         return dict(zip(indices, self._on_loop(together()), strict=True)) if indices else {}
 
+    async def _all_awaited(self, index: int, rows: Iterable[Mapping[str, Any]]) -> list[Result | RewardFailure]:
+        return await asyncio.gather(*(self._awaited(index, row, 1) for row in rows))
+
     async def _awaited(self, index: int, offered: Mapping[str, Any], count: int) -> Result | RewardFailure:
         try:
             async with asyncio.timeout(self.timeout) as limit:
@@ -223,12 +226,15 @@ class RewardSet:
             return None
         if count == 1:
             return 0
-        for row in range(count):
-            single = {n: v if n == "trainer_state" or v is None else [v[row]] for n, v in offered.items()}
-            if self._async[index]:
-                outcome = self._on_loop(self._awaited(index, single, 1))
-            else:
-                outcome = self._outcome(index, single, 1)
+        singles = (
+            {n: v if n == "trainer_state" or v is None else [v[row]] for n, v in offered.items()}
+            for row in range(count)
+        )
+        if self._async[index]:  # all at once, as in the call that failed
+            outcomes: Iterable[Result | RewardFailure] = self._on_loop(self._all_awaited(index, singles))
+        else:
+            outcomes = (self._outcome(index, single, 1) for single in singles)
+        for row, outcome in enumerate(outcomes):
             if isinstance(outcome, RewardFailure) and outcome.kind == failure.kind:
                 return row
         return None
