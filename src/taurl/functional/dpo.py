@@ -140,16 +140,36 @@ def dpo_loss(
         reference_chosen_logprobs=reference_chosen_logprobs,
         reference_rejected_logprobs=reference_rejected_logprobs,
     )
-    policy_w, policy_l = at_least_float32(chosen_logprobs), at_least_float32(rejected_logprobs)
-    reference_w = at_least_float32(reference_chosen_logprobs.detach())
-    reference_l = at_least_float32(reference_rejected_logprobs.detach())
+    pairs = _pairs(
+        (chosen_logprobs, rejected_logprobs),
+        (reference_chosen_logprobs.detach(), reference_rejected_logprobs.detach()),
+        (chosen_lengths, rejected_lengths),
+        lambda log_ratios: divergence_scores(log_ratios, divergence, alpha=alpha),
+        beta=beta,
+        label_smoothing=label_smoothing,
+        discopop_temperature=discopop_temperature,
+        reward_shift=reward_shift,
+    )
+    return torch.stack([weight * _LOSSES[name](pairs) for name, weight in mixture.items()]).sum(0)
+
+
+def _pairs(
+    policy: tuple[Tensor, Tensor],
+    reference: tuple[Tensor, Tensor],
+    lengths: tuple[Tensor | None, Tensor | None],
+    scored: Callable[[Tensor], Tensor],
+    **options: float,
+) -> _Pairs:
+    """What the losses take, from log-probabilities and lengths of the chosen and the rejected ones."""
+    policy_w, policy_l = map(at_least_float32, policy)
+    reference_w, reference_l = map(at_least_float32, reference)
     chosen, rejected = policy_w - reference_w, policy_l - reference_l
-    scores_w = divergence_scores(chosen, divergence, alpha=alpha)
-    scores_l = divergence_scores(rejected, divergence, alpha=alpha)
+    scores_w, scores_l = scored(chosen), scored(rejected)
+    lengths_w, lengths_l = lengths
     per_token = None
-    if chosen_lengths is not None and rejected_lengths is not None:
-        per_token = losses.per_token(scores_w, chosen_lengths) - losses.per_token(scores_l, rejected_lengths)
-    pairs = _Pairs(
+    if lengths_w is not None and lengths_l is not None:
+        per_token = losses.per_token(scores_w, lengths_w) - losses.per_token(scores_l, lengths_l)
+    return _Pairs(
         logprobs=policy_w,
         chosen=chosen,
         rejected=rejected,
@@ -157,13 +177,9 @@ def dpo_loss(
         margins_per_token=per_token,
         policy_margins=policy_w - policy_l,
         reference_margins=reference_w - reference_l,
-        chosen_lengths=chosen_lengths,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        discopop_temperature=discopop_temperature,
-        reward_shift=reward_shift,
+        chosen_lengths=lengths_w,
+        **options,
     )
-    return torch.stack([weight * _LOSSES[name](pairs) for name, weight in mixture.items()]).sum(0)
 
 
 def _require_known(mixture: Mapping[str, float]) -> None:

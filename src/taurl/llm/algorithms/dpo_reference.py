@@ -126,12 +126,12 @@ class NoReference:
 
     hash = ""
 
-    def weights(self) -> Iterable[Tensor]:
-        """None."""
-        return ()
-
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
+
+    def weights(self) -> Iterable[Tensor]:
+        """There are none."""
+        return ()
 
     def sampled(self, batch: AnswerBatch) -> Tensor:
         """Zeros [N, K]."""

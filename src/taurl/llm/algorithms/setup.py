@@ -138,24 +138,33 @@ def repeat_weights(run: Run, kept: Iterable[torch.Tensor]) -> None:
     mark = hashlib.sha256()
     for weight in kept:
         flat = weight.detach().flatten()
-        some = flat[:: max(1, len(flat) // 64)].cpu().contiguous()
+        some = flat[:: max(1, -(-len(flat) // 64))].cpu().contiguous()
         mark.update(f"{weight.dtype} {list(weight.shape)}".encode() + bytes(some.view(torch.uint8).numpy()))
     repeat_kept(run, "weights", mark.hexdigest())
 
 
 def repeat_kept(run: Run, what: str, mark: str) -> None:
     """Note a mark of weights where the run begins. Raises: InputError where it resumes with another."""
-    if run.chosen.setdefault(what, mark) != mark:
-        raise InputError(
-            f"{run.directory}: the weights that the run keeps as they are, below its adapter or of its reference, are "
-            "not those that it began with (was the model's folder written again?); resume with the same model"
-        )
+    _repeat(
+        run,
+        what,
+        mark,
+        "the weights that the run keeps as they are, below its adapter or of its reference, are not those that it "
+        "began with (was the model's folder written again?); resume with the same model",
+    )
 
 
 def repeat_data(run: Run, fingerprint: str) -> None:
     """Note the data's fingerprint where the run begins; InputError where it resumes with other data."""
-    if run.chosen.setdefault("data", fingerprint) != fingerprint:
-        raise InputError(
-            f"{run.directory}: the data is not what the run began with (other rows or order, another template, or a "
-            "task whose rows differ from process to process: set PYTHONHASHSEED); resume with the same data"
-        )
+    _repeat(
+        run,
+        "data",
+        fingerprint,
+        "the data is not what the run began with (other rows or order, another template, or a task whose rows differ "
+        "from process to process: set PYTHONHASHSEED); resume with the same data",
+    )
+
+
+def _repeat(run: Run, what: str, mark: str, problem: str) -> None:
+    if run.chosen.setdefault(what, mark) != mark:
+        raise InputError(f"{run.directory}: {problem}")

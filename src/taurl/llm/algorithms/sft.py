@@ -112,13 +112,15 @@ class SFT(Trainer):
 
     def _train_new_tokens(self, tokens: Sequence[int]) -> None:
         """See to it that the embeddings of new tokens are trained. All begin as one, so that fixed they stay alike."""
-        if tokens and self.policy.has_adapter:
+        if not tokens:
+            return
+        if self.policy.has_adapter:
             self.policy.train_tokens(tokens)
             return
         model = self.policy.model
         layers = {"embeddings": model.get_input_embeddings(), "output layer": model.get_output_embeddings()}
         for what, layer in layers.items():
-            if tokens and layer is not None and not layer.weight.requires_grad:
+            if layer is not None and not layer.weight.requires_grad:
                 names = " ".join(self.tokenizer.convert_ids_to_tokens(list(tokens)))
                 raise InputError(
                     f"freeze holds the {what} fixed, and the chat template needs new tokens, {names}, which could not "
