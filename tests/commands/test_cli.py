@@ -153,6 +153,8 @@ def test_a_config_file_is_overridden_by_options_and_written_back_the_same(tmp_pa
         (["--lora-alpha", "8"], "lora_alpha is 8, but without a lora_rank there is no adapter: leave it out"),
         (["--num-generations", "8"], "unknown option --num-generations; did you mean --group-size?"),
         (["--max-completion-length=8"], "unknown option --max-completion-length=8; did you mean --max-tokens?"),
+        (["--num-train-epochs", "2"], "unknown option --num-train-epochs; did you mean --steps?"),
+        (["--epsilon", "0.1"], "unknown option --epsilon; did you mean --clip-low and --clip-high?"),
         (["--config"], "--config needs a value"),
         (["--config", "--steps", "3"], "--config needs a value"),
         (["--config", "absent.yaml"], "absent.yaml: cannot read the settings: No such file or directory"),

@@ -39,14 +39,14 @@ def test_train_report_resume_score(run, capsys):
     assert len(pairs) == 12
     assert {"prompt", "chosen", "score_chosen", "score_rejected"} <= pairs[0].keys()
 
-    answers = [{"prompt": "1+1?", "completion": text} for text in ("a", "bc", "")] + [
+    answers = [{"prompt": "1+1?", "completion": text} for text in ("a", "bc", " ")] + [
         {"prompt": "2+1?", "completion": "a"}
     ]
     (run / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     assert main([*score, "--dataset", "answers.jsonl", "--normalize"]) == 0
     captured = capsys.readouterr()
     scored = [json.loads(line) for line in captured.out.splitlines()]
-    assert [row["completion"] for row in scored] == ["a", "bc", "", "a"]
+    assert [row["completion"] for row in scored] == ["a", "bc", " ", "a"]
     assert main([*score, "--dataset", "answers.jsonl", "--best"]) == 0
     best = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["prompt"] for row in best] == ["1+1?", "2+1?"]
@@ -76,3 +76,13 @@ def test_what_is_wrong_is_said_in_one_line(here, failing):
     (here / "answers.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     line = failing(["llm", "score", "--model", "model", "--dataset", "answers.jsonl"], 2)
     assert "is no reward model" in line
+
+
+def test_pairs_whose_prompt_nobody_gave_are_scored_as_raw_text_alone(run, capsys, failing):
+    (run / "bare.jsonl").write_text(json.dumps({"chosen": "1+1? a", "rejected": "1+1? b"}) + "\n")
+    score = ["llm", "score", "--model", "rm/final", "--threads", "1", "--dataset", "bare.jsonl"]
+    assert "bare.jsonl: row 1 of the data has no prompt" in failing(score, 2)
+    capsys.readouterr()
+    assert main([*score, "--prompt-format", "text"]) == 0
+    (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (row["prompt"], row["chosen"]) == ("1+1?", " a")

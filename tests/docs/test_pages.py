@@ -89,7 +89,7 @@ def test_the_page_of_rewards_has_all_that_are_shipped():
 
 
 def test_the_table_of_other_names_is_that_of_the_code():
-    rows = re.findall(r"^\| `(\w+)` \| (`[\w` or]+`) \|$", (DOCS / "coming_from.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (`[\w` orand]+`) \|$", (DOCS / "coming_from.md").read_text(), re.MULTILINE)
     assert {there: tuple(re.findall(r"\w+(?=`)", here)) for there, here in rows} == OTHER_NAMES
     configs = [getattr(control, f"{algorithm}Config") for algorithm in control.ALGORITHMS]
     configs += [getattr(llm, name) for name in llm.__all__ if name.endswith("Config")]

@@ -34,7 +34,10 @@ def test_baseline():
     assert kl_baseline(double(-1.0, -2.0, -3.0), double(-2.0, -2.0, -5.0)) == pytest.approx(1.0)
     assert kl_baseline(double(-5.0), double(-2.0)) == 0.0
     assert kl_baseline(torch.zeros(0), torch.zeros(0)) == 0.0
-    assert math.isnan(kl_baseline(double(math.nan, 1.0), double(0.0, 0.0)))  # which `kto_loss` refuses
+    unknown = kl_baseline(double(math.nan, 1.0), double(0.0, 0.0))
+    assert math.isnan(unknown)
+    losses = kto_loss(double(0.0, 1.0), double(0.0, 0.0), torch.tensor([True, False]), kl_baseline=unknown)
+    assert losses.isnan().all()  # of which no update is taken
     with_gradient = kl_baseline(torch.zeros(1, requires_grad=True), torch.tensor([-1.0]))
     assert with_gradient == 1.0
 

@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_policy import adapter_hash, letter_a, save_tiny_policy, tiny_model, tiny_tokenizer
+from tiny_policy import adapter_hash, high_ids, letter_a, tiny_model, tiny_tokenizer, untimed
+from transformers import AutoModelForCausalLM
 
 from taurl.llm import DPO, DPOConfig
 from taurl.llm.algorithms.dpo import best_and_worst
@@ -24,44 +26,18 @@ from taurl.runtime.errors import InputError
 
 ROWS = [{"prompt": f"{i}+{i % 3}?", "chosen": f"{i + i % 3}", "rejected": f"no {i}"} for i in range(12)]
 SINGLE = [{"prompt": f"{i // 2}?", "completion": "yes" if i % 2 else "no", "label": bool(i % 2)} for i in range(12)]
-TIMES = ("seconds", "time/", "tokens_per_second", "memory/")
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    return save_tiny_policy(tmp_path_factory.mktemp("models") / "tiny")
+CONFIG = DPOConfig
+SETTINGS = {
+    "steps": 4,
+    "prompts_per_step": 3,
+    "eval_rows": 4,
+}
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TAURL_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "reference"
-
-
-@pytest.fixture
-def config(tmp_path):
-    def make(**changes):
-        values = {
-            "out": tmp_path / "run",
-            "steps": 4,
-            "prompts_per_step": 3,
-            "eval_rows": 4,
-            "threads": 1,
-            "precision": "float32",
-            "learning_rate": 3e-3,
-        }
-        return DPOConfig(**(values | changes))
-
-    return make
-
-
-def untimed(run):
-    return [{k: v for k, v in record.items() if not any(part in k for part in TIMES)} for record in run.records()]
-
-
-def high_ids(completion_ids, **kwargs):
-    """A reward that differs within nearly every pair."""
-    return [sum(ids) / len(ids) for ids in completion_ids]
 
 
 # --- learning
@@ -248,7 +224,7 @@ def test_online_the_reference_is_the_model_at_first_or_the_one_that_is_given(con
 def test_the_reference_kept_on_disk_gives_what_one_in_memory_gives(config, folder, tmp_path, cache):
     kept = DPO(str(folder), ROWS, config=config()).train().run
     live = DPO(str(folder), ROWS, config=config(cache_reference=False, out=tmp_path / "live")).train().run
-    for one, other in zip(untimed(kept), untimed(live), strict=True):
+    for one, other in zip(untimed(kept.records()), untimed(live.records()), strict=True):
         assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
     assert len(list(cache.iterdir())) == 2  # training and held-out rows
 
@@ -265,7 +241,7 @@ def test_it_is_computed_once_for_what_the_run_takes_and_again_when_damaged(confi
     for path in cache.iterdir():
         path.write_bytes(b"damaged")
     third = DPO(str(folder), ROWS, config=changed.model_copy(update={"out": tmp_path / "third"})).train()
-    assert untimed(third.run)[-1] == untimed(DPO.resume(tmp_path / "run", dataset=ROWS).run)[-1]
+    assert untimed(third.run.records())[-1] == untimed(DPO.resume(tmp_path / "run", dataset=ROWS).run.records())[-1]
 
 
 @pytest.mark.parametrize("change", ["weights", "rows", "excess_weight"])
@@ -283,6 +259,7 @@ def test_what_is_kept_is_known_by_weights_rows_and_settings(config, folder, tmp_
 def test_what_one_gpu_said_is_not_what_another_says(config, monkeypatch):
     trainer = object.__new__(DPO)
     trainer.config, trainer.device = config(), torch.device("cuda")
+    trainer.policy = SimpleNamespace(model=tiny_model())
     said = []
     for name in ("NVIDIA L4", "NVIDIA H100"):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
@@ -298,10 +275,10 @@ def test_another_model_as_the_reference_by_folder_and_as_an_object(config, folde
     for place, (reference, kept) in enumerate([(str(tmp_path / "other"), True), (other, True), (other, False)]):
         settings = config(out=tmp_path / f"run{place}", cache_reference=kept, steps=2)
         runs.append(DPO(str(folder), ROWS, config=settings, reference=reference).train().run)
-    first = untimed(runs[0])
+    first = untimed(runs[0].records())
     assert first[0]["eval/rewards/margins"] != 0
     for run in runs[1:]:
-        for one, record in zip(untimed(run), first, strict=True):
+        for one, record in zip(untimed(run.records()), first, strict=True):
             assert one == pytest.approx(record, rel=1e-5, abs=1e-6)
     again = DPO(str(folder), ROWS, config=config(out=tmp_path / "again"), reference=str(tmp_path / "other"))
     again.evaluate()  # all of it is known
@@ -359,7 +336,7 @@ def test_resuming_is_exact(config, folder, tmp_path, changes):
         next(steps)
     steps.close()
     resumed = DPO.resume(tmp_path / "cut", dataset=ROWS).train().run
-    assert untimed(resumed) == untimed(whole)
+    assert untimed(resumed.records()) == untimed(whole.records())
     name = "adapter_model.safetensors" if settings.lora_rank else "model.safetensors"
     assert (resumed.directory / "final" / name).read_bytes() == (whole.directory / "final" / name).read_bytes()
 
@@ -396,7 +373,7 @@ def test_online_runs_resume_exactly(config, folder, tmp_path):
         next(steps)
     steps.close()
     resumed = DPO.resume(tmp_path / "cut", dataset=rows, rewards=high_ids).train().run
-    assert untimed(resumed) == untimed(whole)
+    assert untimed(resumed.records()) == untimed(whole.records())
 
 
 # --- what is said, and refused
@@ -424,15 +401,15 @@ def test_it_says_once_that_both_likelihoods_fall():
         ]
         return [(place, word) for place, word in enumerate(words) if word]
 
-    falls, rises, level = [0.0] * 10 + [-0.1] * 15, [0.0] * 10 + [0.1] * 15, [-3.0] * 25
+    falls, rises, level = [0.0] + [-0.1] * 24, [0.0] + [0.1] * 24, [-3.0] * 25
     ((place, words),) = said(falls, falls)
-    assert place == 2 * STEPS_OF_A_FALL - 1
-    assert words.startswith(
-        "both likelihoods fall: the reward of the last 10 steps is below that of the first ones by 0.0"
-    )
+    assert place == STEPS_OF_A_FALL  # ten steps after the first
+    assert words.startswith("both likelihoods fall: the reward of the last 10 steps is below that of the first by 0.")
+    ((place, _),) = said([0.0, -1.5, -3.0, -4.0, *[-4.5] * 21], [0.0, -2.0, -4.0, -5.0, *[-5.5] * 21])
+    assert place < 20  # a fast one, too
     watch = FallWatch()
     assert watch.warning({"rewards/chosen": None, "rewards/rejected": math.nan, "rewards/margins": None}) is None
-    assert not watch.first  # a step that was not taken
+    assert watch.first is None  # a step that was not taken
     assert said(rises, falls) == said(falls, level) == []  # another reference may lie above from the start
 
 
@@ -458,6 +435,10 @@ def test_a_cache_that_belongs_to_other_shapes_is_not_taken():
         ({"loss_type": "exo_pair"}, "loss_type exo_pair: label_smoothing is 0.0, expected"),
         ({"loss_type": "simpo", "reference": "other"}, "a reference is given, but simpo needs none"),
         ({"excess_weight": 0.5, "loss_type": "kto"}, "excess_weight is 0.5, but kto does not read it"),
+        (
+            {"excess_weight": 0.5, "loss_type": ("sigmoid", "sft")},
+            "excess_weight is 0.5, but sft learns the likelihood of whole answers",
+        ),
         ({"reward_shift": "running"}, "reward_shift is 'running', but sigmoid does not read it"),
         ({"beta": 0.5, "loss_type": "sft"}, "beta is 0.5, but sft does not read it"),
         ({"max_tokens": 64}, "max_tokens is 64, but it is for answers that are sampled and judged"),
@@ -479,7 +460,7 @@ def test_settings_that_no_loss_reads_are_refused_before_the_model_is_loaded(conf
         ({"loss_type": ("sft", "sft")}, "expected one loss, or several different ones"),
         ({"loss_type": ("kto", "sft")}, "mix with no other loss"),
         ({"loss_type": "sigmoid", "loss_weights": (1.0, 2.0)}, "2 loss_weights for 1 losses"),
-        ({"loss_weights": (float("nan"),)}, "expected finite numbers"),
+        ({"loss_weights": (float("nan"),)}, "should be a finite number"),
     ],
 )
 def test_settings_that_do_not_fit_together(changes, message):
@@ -514,3 +495,24 @@ def test_rows_that_are_too_long_are_left_out_and_counted(config, folder, capsys)
     trainer = DPO(str(folder), rows, config=config(max_length=40))
     assert "1 rows left out: longer than max_length" in capsys.readouterr().err
     assert len(trainer.train_answers) + len(trainer.held_out_answers) == len(ROWS)
+
+
+def test_the_strength_of_simpo_is_its_own_alone_and_beside_the_likelihood():
+    assert DPOConfig(loss_type=("simpo",)).strength == DPOConfig(loss_type=("simpo", "sft")).strength == 2
+    assert DPOConfig(loss_type=("simpo", "sigmoid")).strength == 0.1
+
+
+def test_the_reference_is_kept_by_how_attention_is_computed(config, folder, cache):
+    for attention in ("eager", "sdpa"):
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
+        trainer = DPO(model, ROWS, config=config(out=None), tokenizer=tiny_tokenizer())
+        trainer._know_reference()
+    assert len(list(cache.iterdir())) == 4  # of training and held-out rows of each
+
+
+def test_an_update_of_kto_whose_numbers_are_not_finite_is_left_out(config, folder):
+    trainer = DPO(str(folder), SINGLE, config=config(loss_type=("kto",), steps=1, eval_rows=0))
+    real = trainer._logprobs
+    trainer._logprobs = lambda *given: real(*given) * float("nan")
+    (record,) = trainer.steps()
+    assert record["updates_skipped"] == 1

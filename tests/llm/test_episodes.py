@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from test_grpo_run import untimed
-from test_ppo_run import config, folder  # noqa: F401
+from test_ppo_run import CONFIG, SETTINGS  # noqa: F401
 from test_trainers import Noting
-from tiny_policy import tiny_tokenizer
+from tiny_policy import tiny_tokenizer, untimed
 
 from taurl.llm import PPO
 from taurl.llm.data.chat import following_ids
@@ -75,6 +74,7 @@ def test_each_turn_appends_to_the_ids_that_are_there():
     assert sum(episode.rewards) == pytest.approx(2.4)
     assert [p for p, c in zip(episode.logprobs, episode.chosen, strict=True) if not c] == [0.0] * 15
     assert (episode.over, episode.turns, episode.completion.finish, episode.completion.length) == (True, 3, "stop", 7)
+    assert episode.cut_turns == 1
     assert len(set(sampler.keys)) == 3
     assert episode.environment.said == ["aa", "b", "ca"]
 
@@ -183,15 +183,20 @@ def test_what_is_no_finite_number_is_no_reward(found):
         stage(Environment).play([7], Scripted([said("a")]), Sampling(4))
 
 
-def test_credit_flows_across_turns_and_nothing_is_learned_of_the_environments_words(config, folder):  # noqa: F811
+def test_credit_flows_across_turns_and_nothing_is_learned_of_the_environments_words(config, folder):
     settings = config(
-        discount=0.9, trace_decay=1.0, whiten="none", critic="none", truncated="penalty", kl_coefficient=0
+        discount=0.9,
+        trace_decay=1.0,
+        whiten="none",
+        critic="none",
+        truncated="penalty",
+        kl_coefficient=0,
     )
     trainer = PPO(str(folder), config=settings, environment=Echo)
     step = next(iter(trainer.run.steps()))
     collected = trainer._collect(step)
     estimates, _ = trainer._estimate(collected, 1)
-    assert collected.turns == [3] * 8
+    assert collected.episodes["episodes/mean_turns"] == 3
     assert [row["prompt"] for row in collected.rows[::2]] == [row["prompt"] for row in collected.rows[1::2]]
     for row, completion in enumerate(collected.rollout.completions):
         chosen = torch.tensor(completion.chosen)
@@ -207,11 +212,11 @@ def test_credit_flows_across_turns_and_nothing_is_learned_of_the_environments_wo
     assert float(estimates.advantages[:, 0].abs().sum()) > 0
 
 
-def test_a_truncated_episode_bootstraps_behind_the_environments_answer(config, folder):  # noqa: F811
+def test_a_truncated_episode_bootstraps_behind_the_environments_answer(config, folder):
     """The value that an episode of one turn fewer ends with is the one before the next turn's first token."""
     found = {}
     for turns in (2, 1):
-        settings = config(max_turns=turns, truncated="bootstrap", out=None, eval_rows=0, kl_coefficient=0)
+        settings = config(max_turns=turns, truncated="bootstrap", missing_eos_penalty=1.0, out=None, kl_coefficient=0)
         trainer = PPO(str(folder), config=settings, environment=Echo)
         torch.manual_seed(1)
         trainer.critic.head.weight.data.normal_()
@@ -225,7 +230,7 @@ def test_a_truncated_episode_bootstraps_behind_the_environments_answer(config, f
         torch.testing.assert_close(ends[row], values[row, length])
 
 
-def test_rewards_of_turns_are_divided_by_their_deviation_and_keep_their_mean(config, folder):  # noqa: F811
+def test_rewards_of_turns_are_divided_by_their_deviation_and_keep_their_mean(config, folder):
     settings = config(normalize_rewards=True, kl_coefficient=0, eval_rows=0)
     trainer = PPO(str(folder), config=settings, environment=Echo)
     collected = trainer._collect(next(iter(trainer.run.steps())))
@@ -236,7 +241,7 @@ def test_rewards_of_turns_are_divided_by_their_deviation_and_keep_their_mean(con
     torch.testing.assert_close(found, turns / turns.std(correction=0), rtol=1e-5, atol=1e-5)
 
 
-def test_it_learns_from_an_environment_and_resumes_exactly(config, folder, tmp_path):  # noqa: F811
+def test_it_learns_from_an_environment_and_resumes_exactly(config, folder, tmp_path):
     changes = {"steps": 12, "prompts_per_step": 16, "group_size": 1, "learning_rate": 2e-2, "kl_coefficient": 0.01}
     changes |= {"max_tokens": 4, "save_every": 5, "eval_rows": 4}
     whole = PPO(str(folder), config=config(**changes), environment=Echo).train().run
@@ -244,19 +249,20 @@ def test_it_learns_from_an_environment_and_resumes_exactly(config, folder, tmp_p
     assert records[-1]["reward"] > records[1]["reward"] + 0.5
     assert records[-1]["eval/reward"] > records[0]["eval/reward"]
     assert records[-1]["episodes/mean_turns"] == records[-1]["eval/episodes/mean_turns"] == 3
+    assert 0 < records[1]["episodes/cut_turns"] <= 1
     first = PPO(str(folder), config=config(**changes, out=tmp_path / "cut"), environment=Echo)
     steps = first.steps()
     for _ in range(7):
         next(steps)
     steps.close()
     resumed = PPO.resume(tmp_path / "cut", environment=Echo).train().run
-    assert [untimed(r) for r in resumed.records()] == [untimed(r) for r in records]
+    assert untimed(resumed.records()) == untimed(records)
     sample = next(s for s in resumed.samples() if s["kind"] == "train")
     assert sample["prompt"].startswith("system: echo")
     assert sample["rewards"].keys() == {"environment"}
 
 
-def test_every_step_has_episodes_and_draws_of_its_own_and_every_evaluation_the_same(config, folder):  # noqa: F811
+def test_every_step_has_episodes_and_draws_of_its_own_and_every_evaluation_the_same(config, folder):
     seeds = []
 
     class Seeded(Echo):
@@ -280,7 +286,7 @@ def test_every_step_has_episodes_and_draws_of_its_own_and_every_evaluation_the_s
     assert keys == [(7, step + turn * STEPS_BETWEEN_TURNS) for step in (1, 2, 3, 4) for turn in range(3)]
 
 
-def test_an_environment_by_name(config, folder, tmp_path):  # noqa: F811
+def test_an_environment_by_name(config, folder, tmp_path):
     file = tmp_path / "game.py"
     file.write_text(
         "class Game:\n"

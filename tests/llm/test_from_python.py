@@ -14,11 +14,6 @@ PAIRS = [{"prompt": f"{i}?", "chosen": f"{i}", "rejected": f"no {i}"} for i in r
 ANSWERS = [{"prompt": f"{i}?", "completion": f"{i}"} for i in range(4)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny_policy(tmp_path_factory.mktemp("models") / "tiny")
-
-
 @pytest.fixture
 def settings(tmp_path):
     return {"out": tmp_path / "run", "steps": 2, "prompts_per_step": 2, "eval_rows": 0, "threads": 1}

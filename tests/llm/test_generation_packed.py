@@ -240,7 +240,7 @@ def test_a_layer_that_does_more_to_its_scores_is_left_to_transformers():
 
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "phi"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gemma3", "phi", "cohere", "granite"])
 def test_log_probabilities_agree_with_the_trainers(architecture, dtype, adapted):
     model = tiny_model(architecture, dtype)
     if adapted:

@@ -326,7 +326,7 @@ def test_prompts_are_prefilled_beside_others_of_their_length_and_equal_ones_once
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
 @in_double
 def test_what_prompts_begin_with_is_prefilled_once(architecture, monkeypatch):
-    """However many prefills a call takes: here the four slots are filled three times."""
+    """However many prefills a call takes. Prompts that no slot is free for yet are prefilled beside the others."""
     model = tiny_model(architecture, torch.float64)
     (beginning,) = prompts_of([40], seed=3)
     prompts, passes = [beginning + end for end in prompts_of([5, 9, 1, 4, 7])] + [beginning], []
@@ -342,7 +342,7 @@ def test_what_prompts_begin_with_is_prefilled_once(architecture, monkeypatch):
     monkeypatch.setattr(SlotModel, "prefill", watched)
     monkeypatch.setattr(SlotModel, "_forward", lambda *args: (passes.append(tuple(args[2].shape)), forward(*args))[1])
     sampler.generate(prompts, 2, Sampling(6))
-    assert [shape for shape in passes if shape[1] > 1] == [(1, 39), (2, 2), (2, 6), (2, 10)]
+    assert [shape for shape in passes if shape[1] > 1] == [(1, 39), (2, 2), (4, 10)]
     with torch.inference_mode(), sampler.slot_model.sampling():
         for prompt in prompts:
             cache, row, logits = seen[tuple(prompt)]
@@ -351,6 +351,35 @@ def test_what_prompts_begin_with_is_prefilled_once(architecture, monkeypatch):
             for layer, other in zip(cache.slot_layers, alone.slot_layers, strict=True):
                 torch.testing.assert_close(layer.keys[row, :, : len(prompt)], other.keys[0], rtol=1e-9, atol=1e-9)
                 torch.testing.assert_close(layer.values[row, :, : len(prompt)], other.values[0], rtol=1e-9, atol=1e-9)
+
+
+def test_prefilled_prompts_take_no_more_than_their_share_of_the_memory(llama, monkeypatch):
+    """Also where nearly all of them is a common beginning, which does not go through the model again."""
+    monkeypatch.setattr("taurl.llm.generation.slots.PREFILL_TOKENS", 64)
+    (beginning,) = prompts_of([60], seed=3)
+    prompts = [beginning + end for end in prompts_of([2] * 16, seed=4)]
+    rows, prefill, sampler = [], SlotModel.prefill, SlotSampler(llama, slots=8)
+    monkeypatch.setattr(
+        SlotModel, "prefill", lambda model, ids, start=None: (rows.append(len(ids)), prefill(model, ids, start))[1]
+    )
+    batch = None
+
+    def kept(*given):
+        nonlocal batch
+        batch = Batch(*given)
+        return batch
+
+    monkeypatch.setattr("taurl.llm.generation.slots.Batch", kept)
+    sampler.generate(prompts, 1, Sampling(6, **GREEDY))
+    assert rows == [1] + [2] * 8  # a quarter of what eight slots of 68 tokens hold
+    assert batch.prefilled is None
+    assert batch.beginning is None
+
+
+@pytest.mark.parametrize("generator", [SlotSampler, TransformersSampler])
+def test_a_token_that_the_model_does_not_know_is_named(llama, generator):
+    with pytest.raises(InputError, match="prompt 1 holds token 101, and the model knows 101 tokens"):
+        generator(llama).generate([[1], [2, 101]], 1, Sampling(2))
 
 
 def test_no_slots_are_refused(llama):

@@ -2,7 +2,14 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_models import ARCHITECTURES, prompts_of, tiny_model
-from transformers import ElectraConfig, ElectraForCausalLM, Llama4ForCausalLM, Llama4TextConfig
+from transformers import (
+    BertGenerationConfig,
+    BertGenerationDecoder,
+    ElectraConfig,
+    ElectraForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+)
 
 from taurl.llm.models.heads import body, causal_lm, check_head, evaluating, output_head
 from taurl.runtime.errors import InputError
@@ -94,3 +101,10 @@ def test_a_model_that_does_something_between_body_and_head_or_names_no_body_is_r
     llama4 = Llama4ForCausalLM(Llama4TextConfig(**sizes, **heads, intermediate_size_mlp=48, pad_token_id=None))
     with pytest.raises(InputError, match="Llama4ForCausalLM names no part without its output head"):
         check_head(llama4)
+
+
+def test_a_model_that_sees_the_future_is_refused():
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertGenerationDecoder(BertGenerationConfig(**sizes, intermediate_size=16, initializer_range=0.5)).eval()
+    with pytest.raises(InputError, match="BertGenerationDecoder sees the tokens that follow"):
+        check_head(model)

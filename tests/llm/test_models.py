@@ -183,7 +183,7 @@ def test_an_adapter_folder_gives_its_base_with_the_adapter(tiny, tmp_path):
     assert load_tokenizer(tmp_path / "adapter").eos_token == "<eos>"  # the base's, as the adapter has none
 
     tiny.rename(tmp_path / "moved")
-    with pytest.raises(InputError, match="needs its base model: no such model folder"):
+    with pytest.raises(InputError, match=r"adapter .* stands on the model in .*, which is not there"):
         load_model(tmp_path / "adapter", dtype=torch.float32)
 
 
@@ -199,17 +199,7 @@ def test_an_adapter_on_another_machines_copy_of_the_embedded_model_finds_it_here
     facts = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     facts["base_model_name_or_path"] = str(tmp_path / "mine" / embedded.NAME)  # somebody's own model of that name
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(facts))
-    with pytest.raises(InputError, match="needs its base model: no such model folder"):
-        load_model(tmp_path / "adapter", dtype=torch.float32)
-    facts = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    facts["base_model_name_or_path"] = str(tmp_path / "mine" / embedded.NAME)  # somebody's own model of that name
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(facts))
-    with pytest.raises(InputError, match="needs its base model: no such model folder"):
-        load_model(tmp_path / "adapter", dtype=torch.float32)
-    facts = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    facts["base_model_name_or_path"] = str(tmp_path / "mine" / embedded.NAME)  # somebody's own model of that name
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(facts))
-    with pytest.raises(InputError, match="needs its base model: no such model folder"):
+    with pytest.raises(InputError, match=r"adapter .* stands on the model in .*, which is not there"):
         load_model(tmp_path / "adapter", dtype=torch.float32)
 
 
@@ -230,7 +220,7 @@ def test_the_pad_token_is_not_the_end_where_there_is_another():
 def test_a_tokenizer_that_is_missing_is_one_line(tiny):
     (tiny / "tokenizer.json").unlink()
     (tiny / "tokenizer_config.json").unlink()
-    with pytest.raises(InputError, match=r"tokenizer of .* cannot be loaded") as caught:
+    with pytest.raises(InputError, match="holds no tokenizer: save it there too") as caught:
         load_tokenizer(tiny)
     one_line(caught)
 

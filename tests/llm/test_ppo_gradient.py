@@ -349,6 +349,84 @@ def test_several_updates_of_policy_and_critic(tmp_path, kl_coefficient):
         )
 
 
+@pytest.mark.parametrize("kl_coefficient", [0.0, 0.3])
+def test_every_minibatch_is_compared_with_the_policy_that_sampled(tmp_path, kl_coefficient):
+    """The first one's old log-probabilities are those of its own forward pass, the others' of a pass before."""
+    rate = 1e-14  # nothing moves
+    changes = {"minibatches": 4, "learning_rate": rate, "critic_learning_rate": rate, "kl_coefficient": kl_coefficient}
+    record = Kept(settings(tmp_path, **changes)).take().record
+    assert abs(record["approx_kl"]) < 1e-12
+    assert record["clip_ratio/low_mean"] == record["clip_ratio/high_mean"] == 0
+
+
+class Letters:
+    """Each turn earns what its letters are worth, and is answered until the third."""
+
+    def __init__(self, seed):
+        self.seed, self.turn = seed, 0
+
+    def reset(self):
+        return [{"role": "user", "content": f"say a{self.seed % 10}"}]
+
+    def step(self, completion):
+        self.turn += 1
+        return [{"role": "user", "content": "and?"}], sum(map(ord, completion)) % 7 - 3.0, self.turn == 3
+
+
+@pytest.mark.parametrize(("critic", "turns"), [("copy", 3), ("head", 2)])  # the episodes end, or are cut off
+def test_over_several_turns_the_gradient_is_that_of_plain_loops(tmp_path, critic, turns):
+    changes = {"critic": critic, "max_turns": turns, "whiten": "none", "value_clip": None, "max_tokens": 3, "stop": ()}
+    changes |= {"importance_cap": None, "temperature": 1.0}
+    config = settings(tmp_path, **changes, prompts_per_step=2, tokens_per_part=60)
+
+    def begun(out):
+        given = config.model_copy(update={"out": tmp_path / out})
+        trainer = PPO(tiny_model(dtype=torch.float64), config=given, tokenizer=tiny_tokenizer(), environment=Letters)
+        with trainer.policy.reference() as reference:
+            move(reference)
+        torch.nn.init.normal_(trainer.critic.head.weight, generator=torch.Generator().manual_seed(1))
+        return trainer
+
+    trainer = begun("rehearsal")
+    collected = trainer._collect(next(iter(trainer.run.steps())))
+    policy_loss, value_loss, count = 0.0, 0.0, 0
+    for row, (prompt, completion) in enumerate(
+        zip(collected.rollout.prompts, collected.rollout.completions, strict=True)
+    ):
+        ids = torch.tensor([[*prompt, *completion.tokens]])
+        chosen = [place for place, own in enumerate(completion.chosen) if own]
+        logprobs, _ = naive_tokens(trainer.policy.model, prompt, completion.tokens, 1.0)
+        with torch.no_grad(), trainer.policy.reference() as model:
+            base, _ = naive_tokens(model, prompt, completion.tokens, 1.0)
+        with trainer.critic.trunk() as model:
+            hidden = getattr(model, "model", model)(ids).last_hidden_state[0, len(prompt) - 1 :]
+        values = (hidden * trainer.critic.head.weight[0]).sum(-1) + trainer.critic.head.bias
+        cut = turns < 3
+        after, following = 0.0, float(values[-1]) if cut else 0.0
+        for place in reversed(chosen):
+            price = config.kl_coefficient * float(logprobs[place] - base[place])
+            earned = float(collected.rewards[row, place]) - price
+            error = earned + config.discount * following - float(values[place])
+            after = error + config.discount * config.trace_decay * after
+            following = float(values[place])
+            policy_loss = policy_loss - (logprobs[place] - logprobs[place].detach()).exp() * after
+            value_loss = value_loss + 0.5 * (values[place] - (after + following)) ** 2
+            count += 1
+    total = (policy_loss + (config.value_coefficient if critic == "head" else 1.0) * value_loss) / count
+    taken = begun("taken")
+    (record,) = taken.steps()
+    assert record["episodes/mean_turns"] == turns
+    for optimizer in ("optimizer", "critic_optimizer"):
+        weights = getattr(trainer, optimizer).parameters
+        gradients = torch.autograd.grad(total, list(weights.values()), retain_graph=True, allow_unused=True)
+        expected = {
+            name: torch.zeros_like(weight) if gradient is None else gradient
+            for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
+        }
+        tensors = getattr(taken, optimizer).tensors()
+        assert difference({name: 10 * tensors[f"exp_avg/{name}"] for name in weights}, expected) < 1e-9, optimizer
+
+
 # --- against the exact gradient, the control wing, and GRPO
 
 
@@ -409,7 +487,7 @@ def test_on_a_text_bandit_the_gradient_is_the_exact_policy_gradient(tmp_path, mo
         trace_decay=1.0,
         whiten="none",
         critic=critic,
-        value_coefficient=1e-12,
+        **({"value_coefficient": 1e-12} if critic == "head" else {}),
         truncated="penalty",
         importance_cap=None,
         stop=(),

@@ -6,40 +6,26 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_grpo_run import ROWS, high_ids, untimed
-from tiny_policy import letter_a, save_tiny_policy, tiny_model, tiny_tokenizer
+from test_grpo_run import ROWS
+from tiny_policy import high_ids, letter_a, save_tiny_policy, tiny_model, tiny_tokenizer, untimed
 from transformers import AutoModelForSequenceClassification
 
 from taurl.llm import PPO, PPOConfig
 from taurl.llm.models.loading import load_model
+from taurl.llm.models.reward_folder import RewardNote
 from taurl.runtime.errors import InputError
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny_policy(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def config(tmp_path):
-    def make(**changes):
-        values = {
-            "out": tmp_path / "run",
-            "steps": 3,
-            "prompts_per_step": 4,
-            "group_size": 2,
-            "max_tokens": 6,
-            "eval_rows": 2,
-            "threads": 1,
-            "precision": "float32",
-            "learning_rate": 3e-3,
-            "critic_learning_rate": 1e-2,
-            "truncated": "penalty",  # what the tiny model says hardly ever ends
-            "missing_eos_penalty": 0.0,
-        }
-        return PPOConfig(**(values | changes))
-
-    return make
+CONFIG = PPOConfig
+SETTINGS = {
+    "steps": 3,
+    "prompts_per_step": 4,
+    "group_size": 2,
+    "max_tokens": 6,
+    "eval_rows": 2,
+    "critic_learning_rate": 1e-2,
+    "truncated": "penalty",  # what the tiny model says hardly ever ends
+    "missing_eos_penalty": 0.0,
+}
 
 
 # --- learning
@@ -234,7 +220,7 @@ def test_it_resumes_exactly(config, folder, tmp_path, changes):
         next(steps)
     steps.close()
     resumed = PPO.resume(tmp_path / "cut", rewards=high_ids, dataset=ROWS).train()
-    assert [untimed(r) for r in resumed.run.records()] == [untimed(r) for r in whole.run.records()]
+    assert untimed(resumed.run.records()) == untimed(whole.run.records())
     assert resumed.controls.tensors() == whole.controls.tensors()
     for name in ("optimizer", "critic"):
         file = f"checkpoints/step-000005/{name}.safetensors"
@@ -360,7 +346,7 @@ def test_gradient_checkpointing_changes_nothing_but_rounding(config, folder, tmp
         records = []
         for on in (False, True):
             settings = config(out=tmp_path / f"{rank}{on}", gradient_checkpointing=on, lora_rank=rank, epochs=1)
-            records.append([untimed(r) for r in PPO(str(folder), ROWS, high_ids, settings).train().run.records()])
+            records.append(untimed(PPO(str(folder), ROWS, high_ids, settings).train().run.records()))
         for without, with_it in zip(*records, strict=True):
             for name, value in without.items():
                 assert with_it[name] == pytest.approx(value, rel=1e-2, abs=1e-4), name
@@ -391,6 +377,26 @@ def test_settings_that_do_not_fit_together(config, changes, message):
         config(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_turns": 2}, "max_turns is 2, but there is no environment"),
+        ({"truncated": "mask", "missing_eos_penalty": 2.0}, "missing_eos_penalty is 2.0, but truncated is mask"),
+        ({"value_coefficient": 0.5}, "value_coefficient is 0.5, but the critic is no head"),
+        ({"kl_coefficient": 0.0, "kl_estimator": "k2"}, "kl_estimator is 'k2', but kl_coefficient is 0"),
+        ({"kl_gain": 1.0}, "kl_gain is 1.0, but without a kl_target"),
+    ],
+)
+def test_settings_that_nothing_would_read_are_refused(config, folder, changes, message):
+    with pytest.raises(InputError, match=message):
+        PPO(str(folder), ROWS, high_ids, config(**changes))
+
+
+def test_settings_of_data_are_refused_beside_an_environment(config, folder):
+    with pytest.raises(InputError, match=r"columns is .*, but an environment gives prompts and rewards itself"):
+        PPO(str(folder), config=config(columns={"question": "prompt"}), environment=lambda seed: None)
+
+
 def test_rewards_that_never_apply_change_nothing_and_stop_nothing(config, folder):
     trainer = PPO(str(folder), ROWS, lambda completions, **_: [None] * len(completions), config(steps=1))
     parts = {"policy": trainer.policy.model, "trunk": trainer.critic.model, "head": trainer.critic.head}
@@ -408,11 +414,17 @@ def test_where_nothing_was_measured_the_price_stays(config, folder):
 
 
 def test_in_the_value_warm_up_the_price_stays(config, folder):
-    settings = config(steps=3, kl_target=1.0, value_warmup_steps=2)
+    """And in the step after it, whose completions come from the starting weights, unless the reference is another."""
+    settings = config(steps=4, kl_target=1.0, value_warmup_steps=2)
     trainer = PPO(str(folder), ROWS, high_ids, settings).train()
     prices = [record["kl_coefficient"] for record in trainer.run.records() if "kl_coefficient" in record]
-    assert prices == [settings.kl_coefficient] * 3
-    assert trainer.controls.coefficient != settings.kl_coefficient  # of the fourth step
+    assert prices == [settings.kl_coefficient] * 4
+    assert trainer.controls.coefficient != settings.kl_coefficient  # of the fifth step
+    settings = config(steps=2, kl_target=1.0, value_warmup_steps=1, out=None)
+    trainer = PPO(str(folder), ROWS, high_ids, settings, reference=tiny_model(seed=1))
+    found = [record["kl_coefficient"] for record in trainer.steps()]
+    assert found == [settings.kl_coefficient] * 2
+    assert trainer.controls.coefficient != settings.kl_coefficient  # of the third step
 
 
 def test_an_update_of_the_critic_that_is_not_taken_is_counted_and_said(config, folder, capfd):
@@ -438,12 +450,56 @@ def test_a_reward_model_may_be_an_object(config, folder, tmp_path):
         PPO(str(folder), ROWS, [given], config(steps=1, out=tmp_path / name)).train().run.records()[-1]
         for name, given in {"object": judge, "folder": f"model:{tmp_path / 'rm'}"}.items()
     ]
-    assert untimed(found[0]) == untimed(found[1])
+    assert untimed([found[0]]) == untimed([found[1]])
 
 
-def test_where_every_completion_is_cut_off_that_is_said(config, folder, capfd):
+@pytest.mark.parametrize("truncated", ["bootstrap", "mask"])
+def test_where_every_completion_is_cut_off_that_is_said(config, folder, capfd, truncated):
     """No score counts then, and nothing but the price of the divergence is learned."""
-    changes = {"truncated": "bootstrap", "max_tokens": 2, "eval_rows": 0, "stop": ()}
+    changes = {"truncated": truncated, "missing_eos_penalty": 1.0, "max_tokens": 2, "eval_rows": 0, "stop": ()}
     PPO(str(folder), ROWS, high_ids, config(**changes)).train()
     said = " ".join(capfd.readouterr().err.split())
     assert said.count("every completion was cut off at max_tokens 2, so no score counts") == 1
+
+
+def saved_judge(directory, seed):
+    torch.manual_seed(seed)
+    AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1).save_pretrained(directory)
+
+
+def test_a_run_resumes_with_no_other_reward_model(config, tmp_path):
+    judge = save_tiny_policy(tmp_path / "judge")
+    saved_judge(judge, 1)
+    settings = config(steps=1, rewards=(f"model:{judge}",), eval_rows=0)
+    model = save_tiny_policy(tmp_path / "model")
+    PPO(str(model), ROWS, config=settings).train()
+    assert PPO.resume(settings.out, dataset=ROWS, steps=2).train().run.step == 2
+    tiny_model(seed=1).save_pretrained(judge)
+    saved_judge(judge, 2)
+    with pytest.raises(InputError, match="of its reference or of a reward model, are not those that it began with"):
+        PPO.resume(settings.out, dataset=ROWS, steps=3)
+
+
+def test_a_critic_that_starts_from_a_reward_model_has_the_scale_of_normalised_rewards(config, folder, tmp_path):
+    judge = save_tiny_policy(tmp_path / "judge")
+    saved_judge(judge, 1)
+    RewardNote(mean=2.0, deviation=4.0).write(judge)
+    heads = [
+        PPO(str(folder), ROWS, high_ids, config(critic=str(judge), normalize_rewards=on, out=None)).critic.head
+        for on in (False, True)
+    ]
+    hidden = torch.randn(3, 5, heads[0].weight.shape[1])
+    torch.testing.assert_close(heads[1](hidden), (heads[0](hidden) - 2.0) / 4.0)
+
+
+@pytest.mark.parametrize("critic", ["copy", "none"])
+def test_frozen_adapter_weights_stay_frozen_when_adapters_are_switched(config, folder, critic):
+    changes = {} if critic == "copy" else {"trace_decay": 1.0}
+    settings = config(steps=2, lora_rank=2, freeze=("*layers.0*",), critic=critic, eval_rows=0, **changes)
+    trainer = PPO(str(folder), ROWS, high_ids, settings)
+    frozen = {n for n, w in trainer.policy.model.named_parameters() if not w.requires_grad}
+    assert any("lora_" in name for name in frozen)
+    trainer.train()
+    found = dict(trainer.policy.model.named_parameters())
+    assert {name for name, weight in found.items() if not weight.requires_grad} == frozen
+    assert all(found[name].grad is None for name in frozen)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from tiny_policy import TEMPLATE, tiny_model, tiny_tokenizer
+from tokenizers import normalizers
 
 from taurl.llm.data.completion_ids import Conversations
 from taurl.llm.data.datasets import Reading
@@ -39,7 +40,6 @@ def assistant(text):
         {"prompt": [user("1+1?")], "chosen": "2", "rejected": "3"},
         {"chosen": [user("1+1?"), assistant("2")], "rejected": [user("1+1?"), assistant("3")]},
         {"prompt": "1+1?", "chosen": [user("1+1?"), assistant("2")], "rejected": [user("1+1?"), assistant("3")]},
-        {"chosen": "1+1?2", "rejected": "1+1?3"},
     ],
 )
 def test_all_forms_of_a_pair_give_the_same_tokens(row):
@@ -84,8 +84,11 @@ def test_margins_rankings_labels_scores():
         [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "c", "label": "False"}]
     )
     assert [row.values for row in labelled.judged] == [[1.0], [0.0]]
-    (silent,) = reader("label").read([{"prompt": "a", "completion": "", "label": 0}]).judged
-    assert texts(silent)[1] == "<end>"
+    for said in ("", " "):
+        (silent,) = reader("label").read([{"prompt": "a", "completion": said, "label": 0}]).judged
+        assert texts(silent)[1] == f"{said}<end>"
+    (unknown,) = reader().read([{**PAIR, "margin": ""}]).judged  # as CSV has it
+    assert unknown.margin == 0
     (scored,) = reader("score").read([{"prompt": "a", "completion": "b", "score": 7}]).judged
     assert scored.values == [7.0]
     (unpaired,) = reader("label").read([PAIR]).judged
@@ -102,6 +105,36 @@ def test_steps_end_at_their_separator_and_the_last_at_its_last_word(settings):
     assert row.step_ends == [3, 6, 8]  # 1+1\n· 2\nab<end>
     assert TOKENIZER.decode([ids[-1]]) == "<end>"
     assert len(ids) == 10
+
+
+@pytest.mark.parametrize(("settings", "begins"), [({}, " "), ({"prompt_format": "text"}, "")])
+def test_steps_end_where_they_should_with_a_tokenizer_that_puts_a_blank_before_a_text(settings, begins):
+    """After raw text the completion has other tokens than alone; after a special token it gets the blank, too."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")
+    (row,) = (
+        reader("process", tokenizer=tokenizer, **settings)
+        .read([{"prompt": "a", "completions": ["1+1", "2", "ab"], "labels": [True, 0, 1]}])
+        .judged
+    )
+    ids = row.completions[0]
+    assert tokenizer.decode(ids) == f"{begins}1+1?2?ab<end>"  # the tokenizer has no line break
+    assert row.step_ends == [len(begins) + place for place in (3, 5, 7)]
+
+
+def test_what_an_assistant_has_begun_goes_on_with_its_calls():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace(
+        "+ '<end>'", "+ (message['tool_calls'][0]['function']['name'] if message['tool_calls'] else '') + '<end>'"
+    )
+    begun = [user("a"), assistant("is")]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    row = {"prompt": begun, "chosen": [call], "rejected": [assistant(" b")]}
+    try:
+        (found,) = reader(tokenizer=tokenizer).read([row]).judged
+    except InputError as error:  # the opening of a message that goes on
+        pytest.fail(str(error))
+    assert texts(found, tokenizer)[1:] == ["add<end>", " b<end>"]
 
 
 def test_too_long_rows_are_counted_and_limit_and_distinct_hold_for_those_that_are_kept():
@@ -153,13 +186,24 @@ def test_a_file_with_renamed_columns(tmp_path):
     ("form", "row", "message"),
     [
         ("pairs", {"prompt": "a", "chosen": "b"}, "no column 'rejected'; the data has prompt, chosen; expected prompt"),
+        (
+            "pairs",
+            {"prompt": "a", "completion": "b", "label": True},
+            "by loss_type kto of dpo, and by loss bce of reward",
+        ),
+        (
+            "pairs",
+            {"prompt": [{"role": "usr", "content": "a"}], "chosen": "b", "rejected": "c"},
+            "did you mean 'user'?",
+        ),
         ("pairs", {**PAIR, "chosen": 3}, r"row 1 of the data: its chosen is 3 \(int\)"),
         ("pairs", {**PAIR, "rejected": ""}, "row 1 of the data: its rejected is an empty string"),
         ("pairs", {**PAIR, "prompt": ""}, "row 1 of the data: the prompt is an empty string"),
         ("pairs", {**PAIR, "margin": "wide"}, "row 1 of the data: its margin is 'wide'; expected a finite number"),
-        ("pairs", {"chosen": "ab", "rejected": "cd"}, "has no prompt, and its chosen and rejected begin with nothing"),
-        ("pairs", {"chosen": "ab", "rejected": "ab"}, "do not differ after what they begin with"),
-        ("pairs", {"chosen": "ab", "rejected": [user("a"), assistant("b")]}, "one of chosen and rejected is text"),
+        ("pairs", {"chosen": "1+1?2", "rejected": "1+1?3"}, "row 1 of the data has no prompt, .* prompt_format text"),
+        ("pairs", {"chosen": [user("a")], "rejected": [user("b")]}, "its chosen and rejected begin with nothing alike"),
+        ("pairs", {"chosen": [user("a")], "rejected": [user("a")]}, "do not differ after what they begin with"),
+        ("pairs", {"chosen": [user("a"), assistant("b")], "rejected": "ab"}, "one of chosen and rejected is text"),
         ("ranking", {"prompt": "a", "completions": ["b"]}, "its completions is .*; expected a list of 2 or more"),
         ("ranking", {"prompt": "a", "completions": ["b", ""]}, r"its completions\[1\] is an empty string"),
         ("label", {"prompt": "a", "completion": None, "label": 1}, r"row 1 of the data: its completion is None"),

@@ -90,7 +90,8 @@ def test_pictures_are_whole_svg(form):
         "ordinal": [JudgedRow([1], [[2]], values=[2.0])] * 2,
     }.get(form, [JudgedRow([1], [[2]], values=[1.0])] * 2)
     count = {"pairs": 2, "ranking": 3, "process": 2}.get(form, 1)
-    drawn = pictures("label" if form == "ordinal" else form, rows, [[0.5] * count, [-1.0] * count])
+    kind, scores = "label" if form == "ordinal" else form, [[0.5] * count, [-1.0] * count]
+    drawn = pictures(kind, rows, scores, binary=form != "ordinal")
     assert ("calibration.svg" in drawn) == (form not in ("score", "ordinal"))
     for text in drawn.values():
         ElementTree.fromstring(text)

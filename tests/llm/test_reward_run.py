@@ -2,21 +2,29 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
-from tiny_policy import KeepFloat64, save_tiny_policy, tiny_model, tiny_tokenizer
+from tiny_policy import TEMPLATE, KeepFloat64, tiny_model, tiny_tokenizer, untimed
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from taurl.functional.preference import pairwise_loss
 from taurl.llm import GRPO, GRPOConfig, Reward, RewardConfig
+from taurl.llm.data.completion_ids import Conversations
+from taurl.llm.data.preference_rows import PreferenceReader
 from taurl.llm.models.loading import load_model
 from taurl.llm.rewards import RewardSet, reward_model
 from taurl.llm.scoring.reward_scores import pad_token_id, row_scores
 from taurl.runtime.errors import InputError
 
-TIMES = ("seconds", "time/", "tokens_per_second", "memory/")
+CONFIG = RewardConfig
+SETTINGS = {
+    "steps": 3,
+    "rows_per_step": 4,
+    "eval_rows": 8,
+}
 # Better is what holds more of the letter a; lengths vary.
 PAIRS = [
     {
@@ -29,28 +37,6 @@ PAIRS = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny_policy(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def config(tmp_path):
-    def make(**changes):
-        values = {
-            "out": tmp_path / "run",
-            "steps": 3,
-            "rows_per_step": 4,
-            "eval_rows": 8,
-            "threads": 1,
-            "precision": "float32",
-            "learning_rate": 3e-3,
-        }
-        return RewardConfig(**(values | changes))
-
-    return make
-
-
-@pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
     """A run that has learned."""
     out = tmp_path_factory.mktemp("reward") / "run"
@@ -58,10 +44,6 @@ def trained(folder, tmp_path_factory):
         out=out, steps=40, rows_per_step=8, eval_rows=8, threads=1, precision="float32", learning_rate=3e-3
     )
     return Reward(str(folder), PAIRS, config).train()
-
-
-def untimed(record):
-    return {k: v for k, v in record.items() if not any(part in k for part in TIMES)}
 
 
 def test_epochs_set_the_steps_where_these_are_not_given(config, folder):
@@ -221,7 +203,7 @@ def test_it_resumes_exactly(config, folder, tmp_path, rank):
         next(steps)
     steps.close()
     resumed = Reward.resume(tmp_path / "cut", dataset=PAIRS).train().run
-    assert [untimed(r) for r in resumed.records()] == [untimed(r) for r in whole.records()]
+    assert untimed(resumed.records()) == untimed(whole.records())
     for name in ("adapter_model.safetensors" if rank else "model.safetensors", "taurl_reward.json"):
         assert (resumed.directory / "final" / name).read_bytes() == (whole.directory / "final" / name).read_bytes()
     with pytest.raises(InputError, match="the data is not what the run began with"):
@@ -422,3 +404,58 @@ def test_an_object_with_an_adapter_resumes_though_the_head_that_it_does_not_use_
     resumed = Reward.resume(trained.run.directory, model=judge(2), dataset=PAIRS)
     before, after = (dict(one.policy.model.named_parameters()) for one in (trained, resumed))
     assert all(torch.equal(before[name], weight) for name, weight in after.items() if weight.requires_grad)
+
+
+def test_what_a_row_gives_its_template_reaches_the_judge(folder, tmp_path):
+    template = "{{ tools[0]['name'] if tools else '' }}" + TEMPLATE
+    judge = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    reward = reward_model(judge, tokenizer=tokenizer)
+    tools = [{"name": "add"}]
+    with_tools, without = reward(prompts=["1?"] * 2, completions=["a"] * 2, tools=[tools, None])
+    assert with_tools != without
+    reader = PreferenceReader("pairs", Conversations(tokenizer), 64)
+    rows = reader.read([{"prompt": "1?", "chosen": "a", "rejected": "b", "tools": tools}])
+    assert with_tools == pytest.approx(row_scores(judge, rows.judged, 999)[0][0], rel=1e-5)
+
+
+def test_a_judge_from_elsewhere_reads_prompts_as_it_is_told(folder):
+    judge = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    reward = reward_model(judge, tokenizer=tiny_tokenizer(), prompt_format="text")
+    ids = torch.tensor([[*tiny_tokenizer()("1?a")["input_ids"], 1]])
+    with torch.no_grad():
+        expected = float(judge(input_ids=ids).logits[0, 0])
+    assert reward(prompts=["1?"], completions=["a"]) == [pytest.approx(expected, rel=1e-5)]
+    with pytest.raises(InputError, match=r"prompt_format is .*'auto', 'chat' or 'text'"):
+        reward_model(judge, tokenizer=tiny_tokenizer(), prompt_format="txt")
+
+
+def test_a_judge_stays_in_this_process_beside_functions_that_do_not(folder):
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    judge = reward_model(model, tokenizer=tiny_tokenizer())
+    rewards = RewardSet([judge, "last_number"], worker_process=True)
+    try:
+        assert rewards.models == [judge.model]
+        columns = {"answer": ["1"]}
+        given = {"prompts": ["1?"], "completions": ["1"], "completion_ids": [[5]], "columns": columns}
+        values = rewards(**given, trainer_state=SimpleNamespace(global_step=0, max_steps=1)).values
+    finally:
+        rewards.close()
+    assert values[0, 1] == 1
+    assert values[0, 0] == judge(prompts=["1?"], completions=["1"])[0]
+
+
+def test_labels_that_are_shares_have_the_figures_of_labels(config, folder):
+    rows = [{"prompt": f"{i}?", "completion": "a" * (1 + i % 3), "label": (i % 4) / 3} for i in range(12)]
+    trainer = Reward(str(folder), rows, config(loss="bce", eval_rows=4, steps=1)).train()
+    assert {"eval/accuracy", "eval/auc", "eval/calibration_error"} <= trainer.run.records()[-1].keys()
+    assert (trainer.run.directory / "artifacts" / "calibration.svg").exists()
+
+
+def test_of_more_than_two_classes_none_is_drawn_as_a_probability(config, folder):
+    rows = [{"prompt": f"{i}?", "completion": "a" * (1 + i % 3), "label": 2 if i == 0 else i % 2} for i in range(12)]
+    held_out = [{"prompt": f"{i}+?", "completion": "b", "label": i % 2} for i in range(4)]
+    trainer = Reward(str(folder), rows, config(loss="ordinal", steps=1), eval_dataset=held_out).train()
+    assert "eval/rank_correlation" in trainer.run.records()[-1]
+    assert not (trainer.run.directory / "artifacts" / "calibration.svg").exists()

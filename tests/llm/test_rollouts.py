@@ -43,13 +43,15 @@ def test_of_pads_on_the_right(rollout):
 
 
 def cost(rollout, part):
-    """Tokens that go through the model, padding included."""
-    return len(part.prompts) * max(map(len, part.prompts)) + len(part.rows) * part.length
+    """Tokens that go through the model, padding included, and what the rows' copies of their prompts weigh."""
+    longest = max(map(len, part.prompts))
+    return len(part.prompts) * longest + len(part.rows) * part.length + len(part.rows) * longest // 32
 
 
 def group_cost(rollout, rows):
     lengths = [int(rollout.mask[row].nonzero().max()) + 1 for row in rows]
-    return len(rollout.prompts[rows[0] // rollout.group_size]) + len(rows) * max(lengths)
+    prompt = len(rollout.prompts[rows[0] // rollout.group_size])
+    return prompt + len(rows) * max(lengths) + len(rows) * prompt // 32
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -84,10 +86,17 @@ def test_parts_hold_each_row_once_within_the_budget_and_groups_together(seed):
 def test_parts_are_packed_and_not_one_group_each(rollout):
     # Prompts of 5, 12, 3, 7 tokens; longest completions 9, 2, 6, 12.
     # By length: group 1 (12 + 2 · 2), 2 (3 + 2 · 6), 0 (5 + 2 · 9), 3 (7 + 2 · 12).
-    assert [sorted(part.rows.tolist()) for part in rollout.parts(range(8), 48)] == [[2, 3, 4, 5], [0, 1], [6, 7]]
-    assert [cost(rollout, part) for part in rollout.parts(range(8), 48)] == [2 * 12 + 4 * 6, 23, 31]
-    assert [sorted(part.rows.tolist()) for part in rollout.parts(range(8), 47)] == [[2, 3], [0, 1, 4, 5], [6, 7]]
-    assert [part.rows.tolist() for part in rollout.parts([6, 7], 30)] == [[6], [7]]
+    assert [sorted(part.rows.tolist()) for part in rollout.parts(range(8), 49)] == [[2, 3, 4, 5], [0, 1], [6, 7]]
+    assert [cost(rollout, part) for part in rollout.parts(range(8), 49)] == [2 * 12 + 4 * 6 + 4 * 12 // 32, 23, 31]
+    assert [sorted(part.rows.tolist()) for part in rollout.parts(range(8), 48)] == [[2, 3], [0, 1, 4, 5], [6, 7]]
+    assert [part.rows.tolist() for part in rollout.parts([6, 7], 30)] == [[7], [6]]
+
+
+def test_groups_that_are_split_are_split_by_length():
+    """Little padding: the short completions of all groups together, then the long ones."""
+    rollout = rollout_of([5, 5], [[20, 2, 19, 3], [3, 20, 2, 19]])
+    found = [sorted(part.rows.tolist()) for part in rollout.parts(range(8), 50)]
+    assert found == [[1, 3, 4, 6], [0, 2], [5, 7]]
 
 
 def test_a_part_is_as_long_as_what_is_trained_on(rollout):
@@ -95,7 +104,7 @@ def test_a_part_is_as_long_as_what_is_trained_on(rollout):
     (part,) = rollout.parts([6, 7], 1000)
     assert part.length == 5
     assert part.of(rollout.tokens).shape == (2, 5)
-    assert torch.equal(part.of(rollout.advantages + torch.arange(8)), torch.tensor([6.0, 7.0]))
+    assert torch.equal(part.of(rollout.advantages + torch.arange(8)), torch.tensor([7.0, 6.0]))  # the shorter first
 
 
 def test_nothing_to_train_on_is_no_part(rollout):
@@ -154,18 +163,18 @@ def with_copies():
 def test_equal_completions_of_a_prompt_go_through_the_model_once():
     rollout = with_copies()
     (part,) = rollout.parts(range(12), 1000)
-    assert part.rows.tolist() == [6, 8, 11, 7, 9, 0, 3, 5, 1, 4, 2]
-    assert part.distinct.tolist() == [6, 7, 9, 0, 1, 2]
-    assert part.copy_of.tolist() == [0, 0, 0, 1, 2, 3, 3, 3, 4, 4, 5]
+    assert part.rows.tolist() == [6, 8, 11, 7, 9, 2, 0, 3, 5, 1, 4]
+    assert part.distinct.tolist() == [6, 7, 9, 2, 0, 1]
+    assert part.copy_of.tolist() == [0, 0, 0, 1, 2, 3, 4, 4, 4, 5, 5]
     assert part.prompts == [rollout.prompts[0], rollout.prompts[1]]
     assert part.prompt_of.tolist() == [1, 1, 1, 0, 0, 0]
-    assert torch.equal(part.inputs(rollout.tokens), rollout.tokens[[6, 7, 9, 0, 1, 2]])
+    assert torch.equal(part.inputs(rollout.tokens), rollout.tokens[[6, 7, 9, 2, 0, 1]])
     lengths = part.of(rollout.mask).sum(1)
     assert torch.equal(part.spread(part.inputs(rollout.mask).sum(1)), lengths)
     # 5 + 3 · 4 tokens and 3 + 3 · 3, in one part 2 · 5 + 6 · 4
-    assert [part.distinct.tolist() for part in rollout.parts(range(12), 33)] == [[6, 7, 9], [0, 1, 2]]
+    assert [part.distinct.tolist() for part in rollout.parts(range(12), 33)] == [[6, 7, 9], [2, 0, 1]]
     assert len(list(rollout.parts(range(12), 34))) == 1
-    assert [part.distinct.tolist() for part in rollout.parts(range(12), 13)] == [[6, 7, 9], [0, 1], [2]]
+    assert [part.distinct.tolist() for part in rollout.parts(range(12), 13)] == [[6, 7, 9], [2, 0], [1]]
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])

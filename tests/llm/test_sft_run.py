@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_policy import save_tiny_policy, tiny_model, tiny_tokenizer
+from tiny_policy import tiny_model, tiny_tokenizer, untimed
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from taurl.llm import SFT, SFTConfig
@@ -17,33 +17,12 @@ from taurl.report import write_report
 from taurl.runtime.errors import InputError
 
 ROWS = [{"prompt": f"{i}+{i % 3}?", "completion": str(i + i % 3), "answer": str(i + i % 3)} for i in range(14)]
-TIMES = ("seconds", "time/", "tokens_per_second", "memory/")
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    return save_tiny_policy(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def config(tmp_path):
-    def make(**changes):
-        values = {
-            "out": tmp_path / "run",
-            "steps": 4,
-            "rows_per_step": 3,
-            "eval_rows": 4,
-            "threads": 1,
-            "precision": "float32",
-            "learning_rate": 3e-3,
-        }
-        return SFTConfig(**(values | changes))
-
-    return make
-
-
-def untimed(record):
-    return {k: v for k, v in record.items() if not any(part in k for part in TIMES)}
+CONFIG = SFTConfig
+SETTINGS = {
+    "steps": 4,
+    "rows_per_step": 3,
+    "eval_rows": 4,
+}
 
 
 # --- learning and evaluation
@@ -311,7 +290,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(config, folder, tmp_path, c
     cut = SFT(str(folder), str(rows), settings.model_copy(update={"out": tmp_path / "cut"}), **held_out)
     interrupted(cut, settings.steps - 1)
     resumed = SFT.resume(tmp_path / "cut", **held_out).train().run
-    assert [untimed(r) for r in resumed.records()] == [untimed(r) for r in whole.records()]
+    assert untimed(resumed.records()) == untimed(whole.records())
     written = list((whole.directory / "final").glob("*.safetensors"))
     assert written
     for path in written:

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_grpo_run import high_ids
-from tiny_policy import tiny_model, tiny_tokenizer
+from tiny_policy import high_ids, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from taurl.llm import DPO, GRPO, PPO, SFT, Reward

@@ -68,10 +68,21 @@ def write_rows(path: Path, count: int = 12) -> Path:
     return path
 
 
+def high_ids(completion_ids, **kwargs):
+    """A reward that differs within nearly every group."""
+    return [sum(ids) / len(ids) for ids in completion_ids]
+
+
 def letter_a(completions, **kwargs):
     """Share of the letter a in each completion, of strings or of messages."""
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
     return [text.count("a") / max(1, len(text)) for text in texts]
+
+
+def untimed(records):
+    """The records of a run without what the clock and the machine say."""
+    times = ("seconds", "time/", "tokens_per_second", "memory/")
+    return [{k: v for k, v in record.items() if not any(part in k for part in times)} for record in records]
 
 
 class KeepFloat64(TorchFunctionMode):

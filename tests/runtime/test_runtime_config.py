@@ -62,6 +62,7 @@ def test_yaml_with_plain_exponents_and_comments(tmp_path):
     [
         ({"learning_rat": 1}, "x: unknown setting learning_rat; did you mean learning_rate?"),
         ({"steps": 0}, "x: steps is 0: Input should be greater than or equal to 1"),
+        ({"learning_rate": "inf"}, "x: learning_rate is 'inf': Input should be a finite number"),
         ({"steps": "many"}, "x: steps is 'many': Input should be a valid integer"),
         ({"schedule": "steep"}, "x: schedule is 'steep': Input should be 'constant', 'linear' or 'cosine'"),
         ({"adam_betas": [0.9, 1.5]}, "x: adam_betas.1 is 1.5: Input should be less than 1"),

@@ -117,7 +117,7 @@ def test_threads(monkeypatch):
                 assert set_threads(None) == torch.get_num_threads() == threads
                 assert of_numpy() == {threads}
             monkeypatch.delenv("OMP_NUM_THREADS")
-            assert set_threads(None) == cores() == len(os.sched_getaffinity(0))
+            assert set_threads(None) == cores() <= len(os.sched_getaffinity(0))
             monkeypatch.setenv("OMP_NUM_THREADS", "3")
             assert set_threads(2) == 2
     finally:
@@ -227,3 +227,11 @@ def test_free_memory_is_part_of_what_there_is(monkeypatch, tmp_path):
     (tmp_path / "memory.max").unlink()
     monkeypatch.setattr("builtins.open", lambda *args: (_ for _ in ()).throw(FileNotFoundError))  # no /proc
     assert free_memory_gb(CPU) == total
+
+
+@pytest.mark.parametrize(("said", "expected"), [("50000 100000", 1), ("150000 100000", 2), ("max 100000", 4)])
+def test_a_container_may_have_less_time_than_it_sees_cores(monkeypatch, tmp_path, said, expected):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)), raising=False)
+    (tmp_path / "cpu.max").write_text(said + "\n")
+    assert cores() == expected

@@ -88,8 +88,11 @@ def test_a_directory_that_exists_is_refused(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("x")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "failed").mkdir()
+    (tmp_path / "failed" / "config.yaml").write_text("steps: 1\n")
     for name, expected in {
         "run": "exists already, a run; resume it, or give another directory with out",
+        "failed": "exists already, a run that has taken no step; remove it, or give another directory with out",
         "file": "exists already, a file, or give another",
         "other": "exists already, a directory with files in it, or give another",
     }.items():

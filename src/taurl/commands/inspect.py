@@ -54,13 +54,14 @@ def main(words: Sequence[str]) -> int:
 def versions(reader: RowReader, row: Row, number: int, counts: Counter[str]) -> Iterator[tuple[str, TokenRow]]:
     """What a row is trained as, with a title for each: one token row, several, or none if it is dropped."""
     from taurl.llm.data.completion_ids import Conversations
-    from taurl.llm.data.preference_rows import with_prompt
+    from taurl.llm.data.preference_rows import check_implicit_prompt, with_prompt
     from taurl.llm.data.token_rows import TokenRow
 
     def has(name: str) -> bool:
         return row.get(name) is not None
 
     if has("chosen") and has("rejected"):
+        check_implicit_prompt(row, number, Conversations.of(reader.settings, reader.tokenizer))
         pair = with_prompt(row, number)
         for side in ("chosen", "rejected"):
             judged = {name: pair.get(name) for name in ("prompt", "tools", "chat_template_kwargs")}

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from taurl.runtime.config import describe, read_yaml, validated
 from taurl.runtime.errors import InputError
-from taurl.runtime.other_names import OTHER_NAMES
+from taurl.runtime.other_names import names_here
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -150,9 +150,10 @@ def refuse_other_names(words: Sequence[str], config: type[BaseModel]) -> None:
     """Raises: InputError for what another library calls one of the settings, naming it."""
     for word in words:
         name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and name not in config.model_fields:
-            for here in set(OTHER_NAMES.get(name, ())) & set(config.model_fields):
-                raise InputError(f"unknown option {word}; did you mean --{here.replace('_', '-')}?")
+        known = config.model_fields
+        if word.startswith("--") and name not in known and (here := names_here(name, known)):
+            meant = " and ".join("--" + setting.replace("_", "-") for setting in here)
+            raise InputError(f"unknown option {word}; did you mean {meant}?")
 
 
 def with_flags(words: Sequence[str], config: type[BaseModel]) -> list[str]:

@@ -25,12 +25,14 @@ def main(words: Sequence[str]) -> int:
     require_new(config.out)
 
     from taurl.llm.data.datasets import load_rows
+    from taurl.llm.data.preference_rows import check_implicit_prompt
     from taurl.llm.data.tasks import named
     from taurl.runtime.machine import keep_freed_memory, out_of_memory_names, set_threads
     from taurl.runtime.metrics import append_lines, print_lines
 
     with named(config.dataset):
-        rows, columns = readable(load_rows(config.dataset, columns=config.columns))
+        given = load_rows(config.dataset, columns=config.columns)
+        rows, columns = readable(given)
         if config.best and columns != ("completion",):
             raise InputError("best chooses between rows of one completion each; these rows hold several")
 
@@ -44,7 +46,13 @@ def main(words: Sequence[str]) -> int:
         tokens_per_part=config.tokens_per_part,
         device=config.device,
         precision=config.precision,
+        prompt_format=config.prompt_format,
+        system_prompt=config.system_prompt,
     )
+    if columns == ("chosen", "rejected"):
+        with named(config.dataset):
+            for number, row in enumerate(given, start=1):
+                check_implicit_prompt(row, number, reward.conversations)
     put: Callable[[list[dict[str, Any]]], None]
     put = print_lines if config.out is None else partial(append_lines, config.out)
     scored: list[dict[str, Any]] = []
@@ -85,9 +93,8 @@ def readable(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[st
         if columns == ("completions",) and not isinstance(row["completions"], list):
             raise InputError(f"row {number} of the data: its completions is no list")
         for completion in completions_of(row, columns):
-            if completion != "" and (
-                problem := prompt_problem(completion, "a completion")
-            ):  # a sampler may have said nothing
+            silent = isinstance(completion, str) and not completion.strip()  # a sampler may have said nothing
+            if not silent and (problem := prompt_problem(completion, "a completion")):
                 raise InputError(f"row {number} of the data: {problem}")
     return rows, columns
 
@@ -109,13 +116,14 @@ def scored_batches(reward: Any, rows: list[dict[str, Any]], columns: tuple[str, 
     for start in range(0, len(rows), ROWS_AT_ONCE):
         batch = rows[start : start + ROWS_AT_ONCE]
         given = [completions_of(row, columns) for row in batch]
-        prompts = [row["prompt"] for row, completions in zip(batch, given, strict=True) for _ in completions]
+        data = [row for row, completions in zip(batch, given, strict=True) for _ in completions]
+        prompts = [row["prompt"] for row in data]
         places = [
             f"row {start + number} of the data: its {columns[min(place, len(columns) - 1)]}"
             for number, completions in enumerate(given, start=1)
             for place in range(len(completions))
         ]
-        scores = iter(reward.scores(prompts, [one for completions in given for one in completions], places))
+        scores = iter(reward.scores(prompts, [one for completions in given for one in completions], places, data))
         found = [[next(scores) for _ in completions] for completions in given]
         names = score_names(columns)
         if columns == ("completions",):

@@ -51,8 +51,8 @@ def kto_loss(
         kl_baseline: z₀ ≥ 0, from `kl_baseline` over the whole optimizer batch.
         beta: β > 0.
         desirable_weight, undesirable_weight: λ_D, λ_U ≥ 0.
-    Returns: loss, [N]; float32, or float64 for float64. The constants of the paper's λ − v are in it: the loss is in
-        [0, λ].
+    Returns: loss, [N]; float32, or float64 for float64; NaN for a kl_baseline of NaN. The constants of the paper's
+        λ − v are in it: the loss is in [0, λ].
     Raises: ValueError if shapes differ, desirable is not boolean or a number is out of range.
     Source: Ethayarajh et al. 2024, arXiv:2402.01306.
     """
@@ -60,7 +60,7 @@ def kto_loss(
     require_positive(beta=beta)
     if desirable.dtype != torch.bool:
         raise ValueError(f"desirable is {desirable.dtype}, expected torch.bool")
-    if not kl_baseline >= 0:
+    if kl_baseline < 0:  # NaN, of log-probabilities that are not finite, goes on into the losses
         raise ValueError(f"kl_baseline is {kl_baseline}, expected a number of at least 0")
     if not (desirable_weight >= 0 and undesirable_weight >= 0):
         raise ValueError(f"weights are {desirable_weight} and {undesirable_weight}, expected both to be at least 0")

@@ -50,6 +50,7 @@ class Episode:
         chosen: which tokens are the policy's.
         rewards: at each token; a turn's reward stands at the turn's last token.
         turns: how many the policy had.
+        cut_turns: how many of them max_tokens cut off.
         over: whether the environment ended it. An episode that ran out of turns or context is truncated; what the
             environment answered last stands at its end all the same, as far as the context reaches.
     """
@@ -62,6 +63,7 @@ class Episode:
     chosen: list[bool] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     turns: int = 0
+    cut_turns: int = 0
     over: bool = False
 
     @property
@@ -145,6 +147,7 @@ class Stage:
         """Append the policy's turn, its reward, and the environment's answer."""
         episode.append(completion.tokens, completion.logprobs, chosen=True)
         episode.turns += 1
+        episode.cut_turns += completion.finish == "length"
         where = f"environment with seed {seed}, turn {episode.turns}: step"
         text = decode(self.tokenizer, completion.tokens)
         try:

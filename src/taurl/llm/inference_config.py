@@ -20,7 +20,7 @@ class InferenceConfig(SamplerSettings, TemplateSettings, MachineSettings, ModelS
 
     model: str = "smollm2-135m-instruct"
     """Local folder (runs/NAME/final), smollm2-135m-instruct, or a Hugging Face hub name."""
-    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
+    temperature: float = Field(0.0, ge=0)
     """Of sampling; 0 takes the most likely token."""
     top_k: int = Field(0, ge=0)
     """Sample among the k most likely tokens; 0: all."""
@@ -65,7 +65,7 @@ class GenerateConfig(PromptSettings, InferenceConfig):
 class ChatConfig(InferenceConfig):
     """Talk to a model in the terminal; its answers stream. An empty line or end of input ends the talk."""
 
-    temperature: float = Field(0.7, ge=0, allow_inf_nan=False)
+    temperature: float = Field(0.7, ge=0)
     """Of sampling; 0 takes the most likely token."""
     max_tokens: int = Field(512, ge=1)
     """Longest answer."""
@@ -95,6 +95,11 @@ class ScoreConfig(MachineSettings, ModelSettings):
     """Columns to rename, for example question=prompt."""
     out: OutPath | None = None
     """Rows with their scores, one JSON object a line. Default: standard output."""
+    prompt_format: Literal["auto", "chat", "text"] | None = None
+    """What a string prompt becomes: as in the model's training (its folder says, else auto), a user's message where
+    there is a chat template (auto), always (chat), or raw text (text, for models that were trained so elsewhere)."""
+    system_prompt: str | None = None
+    """Put before prompts that have no system message; by default what the model's folder says."""
     normalize: bool = False
     """Subtract the mean of the model's scores on its training rows, and divide by their deviation."""
     best: bool = False

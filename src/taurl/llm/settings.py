@@ -115,7 +115,7 @@ class RowSettings(PromptSettings):
     @classmethod
     def _weights_are_positive(cls, mix: dict[str, float]) -> dict[str, float]:
         for name, weight in mix.items():
-            if not 0 < weight < float("inf"):
+            if not weight > 0:
                 raise ValueError(f"the weight of {name} is {weight}; expected a number above 0")
         return mix
 
@@ -135,6 +135,12 @@ class SamplerSettings(Settings):
     generator: Literal["slots", "cuda_graphs", "transformers"] = Field("slots", json_schema_extra=FREE)
     """The slot sampler; the same with its steps recorded as CUDA graphs, which was not yet tried on a GPU; or
     `model.generate`, for models it does not know (slow)."""
+
+    @model_validator(mode="after")
+    def _has_slots(self) -> Self:
+        if self.generator == "transformers":
+            refuse_unread(self, ("slots", "kv_memory_gb"), "generator is transformers")
+        return self
 
 
 class RewardSettings(Settings):

@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic.config import JsonDict
 
 from taurl.runtime.errors import InputError, reason
-from taurl.runtime.other_names import OTHER_NAMES
+from taurl.runtime.other_names import names_here
 
 # Marks a setting that may change when a run is resumed: it alters nothing that the run has already computed.
 FREE: JsonDict = {"free_on_resume": True}
@@ -32,7 +32,7 @@ DecayRate = Annotated[float, Field(ge=0, lt=1)]
 class Settings(BaseModel):
     """A group of settings: unknown names are refused, and a field's docstring is its help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -127,7 +127,7 @@ class OptimizerSettings(Settings):
     """Decay rates of AdamW's moving averages of the gradient and of its square."""
     adam_epsilon: float = Field(1e-8, gt=0)
     """Added to the root of Adam's second moment."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=True)
     """The gradient is scaled down to this norm where it exceeds it."""
     stop_after_non_finite: int = Field(3, ge=1, json_schema_extra=FREE)
     """An update whose loss or gradient is not finite is not taken; this many in a row stop the run."""
@@ -212,8 +212,7 @@ def refuse_unread(config: BaseModel, names: Iterable[str], why: str) -> None:
 
 def did_you_mean(name: str, known: Any) -> str:
     """`; did you mean X?`: what another library calls so, or a close name; else the known names."""
-    for here in OTHER_NAMES.get(name, ()):
-        if here in known:
-            return f"; did you mean {here}?"
+    if here := names_here(name, known):
+        return f"; did you mean {' and '.join(here)}?"
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"

@@ -35,7 +35,10 @@ def refuse_taken(directory: Path) -> None:
     except OSError as error:
         raise InputError(f"{directory}: cannot be read ({reason(error)}); give another directory with out") from error
     if taken:
-        found = "a file" if not directory.is_dir() else "a run; resume it" if is_run else "a directory with files in it"
+        found = "a file" if not directory.is_dir() else "a directory with files in it"
+        if is_run:
+            begun = (directory / "metrics.jsonl").exists() or (directory / "checkpoints").exists()
+            found = "a run; resume it" if begun else "a run that has taken no step; remove it"
         raise InputError(f"{directory} exists already, {found}, or give another directory with out")
 
 

@@ -1,6 +1,7 @@
 """What the machine is and how to use it: device, precision, threads, the allocator, memory."""
 
 import ctypes
+import math
 import os
 import platform
 import resource
@@ -56,8 +57,12 @@ def give_back_free_memory() -> None:
 
 
 def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many this process may use, of those that it sees and by the time that a container may have of them."""
+    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # "max" where it may have all of it
+        quota, period = map(int, (CGROUP / "cpu.max").read_text().split())
+        seen = min(seen, max(1, math.ceil(quota / period)))
+    return seen
 
 
 def set_threads(threads: int | None) -> int:
@@ -94,6 +99,8 @@ def choose_device(name: str) -> torch.device:
 def ready(name: str) -> torch.device:
     """The device of that name, after one sum on it: a GPU may be there, but full, or not of torch's kinds."""
     device = torch.device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise RuntimeError(f"taurl does not compute on {device.type}")
     torch.zeros(1, device=device).sum().item()
     if device.type == "cuda":
         # cuDNN's attention makes a plan for every new shape, which takes longer than a step, and shapes are always new.

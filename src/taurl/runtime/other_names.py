@@ -3,22 +3,35 @@
 The same table stands in docs/coming_from.md.
 """
 
+from collections.abc import Container
+
 OTHER_NAMES = {
+    "model_name_or_path": ("model",),
+    "dataset_name": ("dataset",),
+    "train_dataset": ("dataset",),
+    "reward_funcs": ("rewards",),
+    "ref_model": ("reference",),
+    "use_peft": ("lora_rank",),
+    "gradient_accumulation_steps": ("tokens_per_part",),
+    "warmup_ratio": ("warmup_steps",),
+    "init_kl_coef": ("kl_coefficient",),
+    "assistant_only_loss": ("mask",),
+    "completion_only_loss": ("mask",),
     "num_generations": ("group_size",),
     "max_completion_length": ("max_tokens",),
     "max_new_tokens": ("max_tokens",),
     "response_length": ("max_tokens",),
     "per_device_train_batch_size": ("prompts_per_step", "rows_per_step"),
-    "num_train_epochs": ("epochs",),
+    "num_train_epochs": ("epochs", "steps"),
     "num_iterations": ("epochs",),
     "num_ppo_epochs": ("epochs",),
     "num_mini_batches": ("minibatches",),
     "max_steps": ("steps",),
     "beta": ("kl_coefficient",),
     "kl_coef": ("kl_coefficient",),
-    "epsilon": ("clip_low",),
+    "epsilon": ("clip_low", "clip_high"),
     "epsilon_high": ("clip_high",),
-    "cliprange": ("clip_low",),
+    "cliprange": ("clip_low", "clip_high"),
     "cliprange_value": ("value_clip",),
     "vf_coef": ("value_coefficient",),
     "ent_coef": ("entropy_coefficient",),
@@ -59,3 +72,10 @@ OTHER_NAMES = {
     "exploration_initial_eps": ("epsilon_start",),
     "exploration_final_eps": ("epsilon_end",),
 }
+
+
+def names_here(name: str, known: Container[str]) -> list[str]:
+    """What a setting of another library is called among the known ones; more than one where it is several here."""
+    if name == "num_train_epochs":  # where completions are sampled, epochs are passes over those of a step
+        return ["steps" if "minibatches" in known else "epochs"]
+    return [here for here in OTHER_NAMES.get(name, ()) if here in known]

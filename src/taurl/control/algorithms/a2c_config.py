@@ -19,7 +19,7 @@ class A2CConfig(NetworkSettings, ControlConfig):
     RMSprop, bias corrected; with PyTorch's (0.9, 0.999) CartPole was learned, and often lost again."""
     adam_epsilon: float = Field(1e-5, gt=0)
     """Added to the root of Adam's second moment (PyTorch: 1e-8; Stable-Baselines3's RMSprop for A2C: 1e-5)."""
-    max_grad_norm: float = Field(0.5, gt=0)
+    max_grad_norm: float = Field(0.5, gt=0, allow_inf_nan=True)
     """The gradient is scaled down to this norm where it exceeds it."""
     rollout_steps: int = Field(5, ge=1)
     """Steps of each environment in one iteration, the n of the n-step returns."""

@@ -23,7 +23,7 @@ class DQNConfig(AdamSettings, ControlConfig):
     """Between the layers."""
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of Adam (the paper: RMSProp)."""
-    max_grad_norm: float = Field(10.0, gt=0)
+    max_grad_norm: float = Field(10.0, gt=0, allow_inf_nan=True)
     """The gradient is scaled down to this norm where it exceeds it."""
     batch_size: int = Field(32, ge=1)
     """Steps in one update."""

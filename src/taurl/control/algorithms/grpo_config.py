@@ -26,7 +26,7 @@ class GRPOConfig(NetworkSettings, ControlConfig):
     """Peak learning rate of Adam."""
     adam_epsilon: float = Field(1e-5, gt=0)
     """Added to the root of Adam's second moment (PyTorch: 1e-8; the reference code of PPO: 1e-5)."""
-    max_grad_norm: float = Field(0.5, gt=0)
+    max_grad_norm: float = Field(0.5, gt=0, allow_inf_nan=True)
     """The gradient is scaled down to this norm where it exceeds it."""
     group_size: int = Field(8, ge=2)
     """Episodes that begin alike."""

@@ -19,7 +19,7 @@ class PPOConfig(NetworkSettings, ControlConfig):
     """Peak learning rate of Adam."""
     adam_epsilon: float = Field(1e-5, gt=0)
     """Added to the root of Adam's second moment (PyTorch: 1e-8; the reference code of PPO: 1e-5)."""
-    max_grad_norm: float = Field(0.5, gt=0)
+    max_grad_norm: float = Field(0.5, gt=0, allow_inf_nan=True)
     """The gradient is scaled down to this norm where it exceeds it."""
     rollout_steps: int = Field(128, ge=1)
     """Steps of each environment in one iteration."""

@@ -20,7 +20,7 @@ class REINFORCEConfig(NetworkSettings, ControlConfig):
 
     learning_rate: float = Field(3e-3, gt=0)
     """Peak learning rate of Adam, for the policy. (The paper: plain gradient steps.)"""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=True)
     """The gradient is scaled down to this norm where it exceeds it; sums over whole episodes mostly do, so that
     iterations count alike."""
     record_every: int = Field(8192, ge=1)

@@ -15,7 +15,7 @@ class TRPOConfig(NetworkSettings, ControlConfig):
 
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate of Adam, for the critic; the policy's steps have the length that `max_kl` gives them."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=True)
     """The critic's gradient is scaled down to this norm where it exceeds it (sb3-contrib: never)."""
     rollout_steps: int = Field(256, ge=1)
     """Steps of each environment in one iteration."""

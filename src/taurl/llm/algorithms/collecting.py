@@ -33,17 +33,16 @@ class Collected(Samples):
     Attributes:
         rewards: float64 [N, L], what each token earned: a score at a completion's end, an episode's turn by turn.
         earned: bool [N, L], where there is a reward, if only of 0.
-        turns: of each episode.
+        episodes: figures of the episodes; None of single completions.
     """
 
     rewards: Tensor
     earned: Tensor
-    turns: list[int] | None = None
+    episodes: Record | None = None
 
     def figures(self, rewards: Tensor, times: Mapping[str, float]) -> Record:
-        """Those of all samples, and how long the episodes were."""
-        turns = {} if self.turns is None else {"episodes/mean_turns": float(np.mean(self.turns))}
-        return super().figures(rewards, times) | turns
+        """Those of all samples, and of the episodes."""
+        return super().figures(rewards, times) | (self.episodes or {})
 
 
 def collect_completions(trainer: "PPO", step: Step) -> Collected:
@@ -90,7 +89,7 @@ def collect_episodes(trainer: "PPO", stage: Stage, step: int) -> Collected:
         earned[row, : len(episode.rewards)] = torch.tensor(episode.turn_ends())
     rows, origins = [{"prompt": episode.messages} for episode in episodes], list(range(len(episodes)))
     samples = Samples(rollout, rows, origins, episode_scores(episodes), [ENVIRONMENT], config.group_size)
-    return Collected(**vars(samples), rewards=rewards, earned=earned, turns=[episode.turns for episode in episodes])
+    return Collected(**vars(samples), rewards=rewards, earned=earned, episodes=episode_figures(episodes))
 
 
 def play_held_out(trainer: "PPO", stage: Stage, step: int) -> Evaluation:
@@ -103,7 +102,7 @@ def play_held_out(trainer: "PPO", stage: Stage, step: int) -> Evaluation:
     rows, completions = [{"prompt": e.messages} for e in episodes], [e.completion for e in episodes]
     state = TrainerState(step, config.steps)
     found = summarized(rows, completions, trainer.policy.tokenizer, [ENVIRONMENT], episode_scores(episodes), state)
-    found.metrics["eval/episodes/mean_turns"] = float(np.mean([episode.turns for episode in episodes]))
+    found.metrics.update({f"eval/{name}": value for name, value in episode_figures(episodes).items()})
     return found
 
 
@@ -111,6 +110,13 @@ def episode_seeds(seed: int, step: int, count: int) -> list[int]:
     """Seeds of a step's environments; step 0 is the evaluation."""
     seeds: list[int] = np.random.default_rng([seed, step]).integers(2**31, size=count).tolist()
     return seeds
+
+
+def episode_figures(episodes: Sequence[Episode]) -> Record:
+    """How many turns they had, and what share of these was cut off before its end."""
+    turns = [episode.turns for episode in episodes]
+    cut = sum(episode.cut_turns for episode in episodes)
+    return {"episodes/mean_turns": float(np.mean(turns)), "episodes/cut_turns": cut / sum(turns)}
 
 
 def episode_scores(episodes: Sequence[Episode]) -> Scores:

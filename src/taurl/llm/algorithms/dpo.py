@@ -138,6 +138,8 @@ class DPO(OnlineTrainer):
         live, other = self.online or not config.cache_reference, self.given("reference")
         keep = config.needs_reference and live and other is None
         self.load_policy(dtype, keep_reference=keep, samples=self.online)
+        if self.online:
+            self.settle_judges()
         self.reference: Reference | NoReference = NoReference(self.dtype)
         if config.needs_reference:
             self.reference = Reference(
@@ -333,7 +335,8 @@ class DPO(OnlineTrainer):
         batches = config.seed, config.prompts_per_step, config.tokens_per_part, config.gradient_checkpointing
         machine = torch.__version__, transformers.__version__, str(self.device), torch.get_num_threads()
         gpu = [torch.cuda.get_device_name(self.device)] if self.device.type == "cuda" else []
-        return [config.excess_weight, *batches, *machine, *gpu]
+        attention = self.policy.model.config._attn_implementation
+        return [config.excess_weight, *batches, attention, *machine, *gpu]
 
     def evaluation(self, step: int) -> Evaluation:
         """The figures of training on the held-out rows; online, rewards of greedy answers."""

@@ -1,6 +1,5 @@
 """Settings of DPO and its family. Imports no torch, so that the command line answers at once."""
 
-import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -65,7 +64,7 @@ class DPOConfig(EpochSettings, PreferenceSettings, SampledConfig):
     """Rows in one step: pairs, single answers (KTO), or prompts that are sampled from."""
     group_size: int = Field(2, ge=2)
     """Answers that are sampled to each prompt, with `rewards`."""
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(1.0, gt=0)
     """Of sampling, with `rewards`; what is trained are the log-probabilities of temperature 1."""
     missing_eos_penalty: float = Field(0.0, ge=0)
     """Subtracted from the reward of a sampled answer that hit max_tokens, so that one which ended is preferred."""
@@ -77,8 +76,8 @@ class DPOConfig(EpochSettings, PreferenceSettings, SampledConfig):
     loss_weights: tuple[float, ...] | None = None
     """One weight a loss; 1 each by default."""
     beta: float | None = Field(None, gt=0)
-    """How closely the reference is kept: a difference of 1/beta nats makes the reward 1. None: 0.1, and 2 for simpo
-    alone. (sigmoid_norm takes about 5; for orpo it is the weight of the odds ratio.)"""
+    """How closely the reference is kept: a difference of 1/beta nats makes the reward 1. None: 0.1, and 2 for simpo,
+    alone or with sft. (sigmoid_norm takes about 5; for orpo it is the weight of the odds ratio.)"""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """Probability that a label is the wrong way round."""
     divergence: Literal["reverse_kl", "js_divergence", "forward_kl", "alpha_divergence"] = "reverse_kl"
@@ -86,7 +85,8 @@ class DPOConfig(EpochSettings, PreferenceSettings, SampledConfig):
     divergence_alpha: float = Field(0.5, ge=0, le=1)
     """α of alpha_divergence: 0 is reverse_kl, 1 forward_kl (1 minus TRL's f_alpha_divergence_coef)."""
     excess_weight: float = Field(1.0, ge=0, le=1)
-    """What a token counts that an answer has more than the other one of its pair (LD-DPO's α, TRL's ld_alpha)."""
+    """What a token counts that an answer has more than the other one of its pair (LD-DPO's α, TRL's ld_alpha), for
+    losses with a reference."""
     discopop_temperature: float = Field(0.05, gt=0)
     """τ of discopop."""
     reward_shift: Literal["none", "running"] = "none"
@@ -110,8 +110,6 @@ class DPOConfig(EpochSettings, PreferenceSettings, SampledConfig):
         weights = self.loss_weights
         if weights is not None and len(weights) != len(self.loss_type):
             raise ValueError(f"{len(weights)} loss_weights for {len(self.loss_type)} losses in loss_type")
-        if weights is not None and not all(map(math.isfinite, weights)):
-            raise ValueError(f"loss_weights are {list(weights)}: expected finite numbers")
         if self.unpaired and len(self.loss_type) > 1:
             raise ValueError(f"loss_type is {list(self.loss_type)}: kto and apo_zero_unpaired mix with no other loss")
         return self
@@ -134,5 +132,6 @@ class DPOConfig(EpochSettings, PreferenceSettings, SampledConfig):
     @property
     def strength(self) -> float:
         """β, with its default."""
-        default = DEFAULT_SIMPO_BETA if self.loss_type == ("simpo",) else DEFAULT_BETA
+        alone = set(self.loss_type) - {"sft"} == {"simpo"}  # sft reads none
+        default = DEFAULT_SIMPO_BETA if alone else DEFAULT_BETA
         return default if self.beta is None else self.beta

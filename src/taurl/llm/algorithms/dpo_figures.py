@@ -52,13 +52,13 @@ def unpaired_figures(rewards: Tensor, logprobs: Tensor, desirable: Tensor) -> di
 class FallWatch:
     """Notices, once, that chosen and rejected answers have both become less likely since the run began.
 
-    The mean rewards of the last ten steps are compared with those of the first ten: what is likelier under another
-    reference than under the policy from the start does not fall. Each step has other rows, so a difference counts from
-    two standard errors on.
+    The mean rewards of the last ten steps are compared with those of the first step, which are those before any
+    update: 0 where the weights that training starts from are the reference. Each step has other rows, so a difference
+    counts from two standard errors on, and rewards that are not 0 at first have an error there too.
     """
 
     def __init__(self) -> None:
-        self.first: list[tuple[float, float]] = []
+        self.first: tuple[float, float] | None = None
         self.last: deque[tuple[float, float]] = deque(maxlen=STEPS_OF_A_FALL)
         self.said = False
 
@@ -69,18 +69,20 @@ class FallWatch:
         rewards = figures["rewards/chosen"], figures["rewards/rejected"]
         if not all(isinstance(reward, float) and math.isfinite(reward) for reward in rewards):
             return None  # of a step that was not taken
-        if len(self.first) < STEPS_OF_A_FALL:
-            self.first.append(rewards)
+        if self.first is None:
+            self.first = rewards
             return None
         self.last.append(rewards)
+        if self.said or len(self.last) < STEPS_OF_A_FALL:
+            return None
         before, after = np.array(self.first), np.array(self.last)
-        error = np.sqrt((before.var(0, ddof=1) + after.var(0, ddof=1)) / STEPS_OF_A_FALL) if len(after) > 1 else np.inf
-        fall = before.mean(0) - after.mean(0)
-        if self.said or len(after) < STEPS_OF_A_FALL or not (fall > 2 * error).all():
+        error = np.sqrt(after.var(0, ddof=1) * (1 / STEPS_OF_A_FALL + (before != 0)))
+        fall = before - after.mean(0)
+        if not (fall > 2 * error).all():
             return None
         self.said = True
         return (
-            f"both likelihoods fall: the reward of the last {STEPS_OF_A_FALL} steps is below that of the first ones by "
+            f"both likelihoods fall: the reward of the last {STEPS_OF_A_FALL} steps is below that of the first by "
             f"{fall[0]:.3g} for chosen and by {fall[1]:.3g} for rejected answers; a larger beta, a lower learning_rate "
             "or sft in loss_type holds the chosen ones up"
         )

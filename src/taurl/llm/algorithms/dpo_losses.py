@@ -20,7 +20,7 @@ from taurl.functional.dpo import (
 )
 from taurl.functional.kto import kto_loss
 from taurl.functional.reference_free import cpo_loss, orpo_loss, simpo_loss
-from taurl.llm.algorithms.dpo_config import UNPAIRED_LOSSES, DPOConfig, PreferenceLoss
+from taurl.llm.algorithms.dpo_config import REFERENCE_FREE_LOSSES, UNPAIRED_LOSSES, DPOConfig, PreferenceLoss
 from taurl.runtime.config import refuse_unread
 from taurl.runtime.errors import InputError
 
@@ -33,7 +33,7 @@ READERS: Mapping[str, frozenset[str]] = {
     "reward_shift": frozenset({"bco_pair"}),
     "likelihood_weight": frozenset({"cpo"}),
     "target_margin": frozenset({"simpo"}),
-    "excess_weight": frozenset(get_args(PreferenceLoss)) - UNPAIRED_LOSSES,  # single answers have no other one
+    "excess_weight": frozenset(get_args(PreferenceLoss)) - UNPAIRED_LOSSES - REFERENCE_FREE_LOSSES,
     "desirable_weight": UNPAIRED_LOSSES,
     "undesirable_weight": UNPAIRED_LOSSES,
 }
@@ -48,6 +48,11 @@ def check_losses(config: DPOConfig) -> None:
             refuse_unread(config, [setting], f"{', '.join(config.loss_type)} does not read it")
     if config.divergence != "reverse_kl" and (others := sorted(names - DIVERGENCE_LOSSES - {"sft"})):
         raise InputError(f"divergence is {config.divergence}, but {', '.join(others)} is defined for reverse_kl only")
+    if config.excess_weight != 1 and (others := sorted(names & REFERENCE_FREE_LOSSES)):
+        raise InputError(
+            f"excess_weight is {config.excess_weight}, but {', '.join(others)} learns the likelihood of whole answers: "
+            "leave one of them out"
+        )
     if config.divergence_alpha != DEFAULT_ALPHA and config.divergence != "alpha_divergence":
         raise InputError(f"divergence_alpha is {config.divergence_alpha}, but {config.divergence} does not read it")
     if not config.unpaired:

@@ -67,6 +67,7 @@ class GRPO(RatioTrainer):
     def set_up(self, dtype: torch.dtype | None) -> None:
         self.load_prompts()
         self.load_policy(dtype, keep_reference=self.config.kl_coefficient > 0)
+        self.settle_judges()
         self.state = {"optimizer": self.optimizer}
 
     def steps(self) -> Iterator[Record]:

@@ -18,6 +18,7 @@ from taurl.llm.data.datasets import PromptOrder
 from taurl.llm.data.tasks import PromptReader, train_and_held_out
 from taurl.llm.evaluation import Evaluation, TrainerState, describe, reward_columns, reward_metrics, score
 from taurl.llm.generation import Completion, Sampling
+from taurl.llm.models.others import settle_judge
 from taurl.llm.rewards import RewardSet, Scores
 from taurl.llm.scoring.likelihood import completion_logprobs
 from taurl.llm.scoring.rollouts import Part, Rollout
@@ -86,6 +87,18 @@ class OnlineTrainer(Trainer):
             self.generator = self.new_generator()
         self.dtype = torch.promote_types(self.policy.model.dtype, torch.float32)
 
+    def kept_weights(self) -> Iterator[Tensor]:
+        """Those of reward models, too."""
+        yield from super().kept_weights()
+        for judge in self.rewards.models if self.rewards else ():
+            yield from judge.parameters()
+
+    def settle_judges(self) -> None:
+        """Freeze the reward models, and let them share what weights they have in common with the policy."""
+        for judge in self.rewards.models:
+            if note := settle_judge(judge, self.trained_models(), self.policy):
+                self.run.view.note(note)
+
     def load_prompts(self) -> None:
         """Make the reward functions, read the data, check that they find their columns, and note it for the resume."""
         config = self.config
@@ -100,11 +113,21 @@ class OnlineTrainer(Trainer):
         if dropped:
             self.run.view.note(f"{dropped} training rows left out: their prompts are among the held-out ones")
         self.note_nothing_held_out()
+        self._note_long_prompts()
         for rows in (self.prompts.rows, self.held_out.rows):
             if rows:
                 self.rewards.check_columns(reward_columns(rows))
         repeat_data(self.run, self.prompts.fingerprint() + self.held_out.fingerprint())
         self.order = PromptOrder(len(self.prompts), config.seed)
+
+    def _note_long_prompts(self) -> None:
+        """Say it where prompts leave little of a part to their completions, so that they are forwarded many times."""
+        longest, tokens = max(map(len, self.prompts.ids)), self.config.tokens_per_part
+        if self.config.group_size > 1 and longest > tokens // 2:
+            self.run.view.note(
+                f"prompts of up to {longest} tokens go through the model once for every {max(1, tokens - longest)} "
+                f"tokens of their completions: a larger tokens_per_part than {tokens} is faster, where memory allows"
+            )
 
     def prompts_of(self, step: int) -> list[int]:
         """Where the prompts of a step stand in the data."""

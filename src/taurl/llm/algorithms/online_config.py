@@ -32,7 +32,7 @@ class SampledConfig(
     """Prompts in one step."""
     group_size: int = Field(8, ge=1)
     """Completions of each prompt."""
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(1.0, gt=0)
     """Of sampling and of the trained distribution alike. (Top-k, top-p and min-p are refused in training: the sampled
     distribution would not be the trained one.)"""
     samples_per_step: int = Field(8, ge=0, json_schema_extra=FREE)

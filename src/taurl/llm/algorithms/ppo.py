@@ -23,7 +23,7 @@ from taurl.functional.value_losses import clipped_value_loss, explained_variance
 from taurl.llm.algorithms.collecting import Collected, collect_completions, collect_episodes, make_stage, play_held_out
 from taurl.llm.algorithms.figures import Tally
 from taurl.llm.algorithms.online import HEADLINE, RatioTrainer, RewardFunction
-from taurl.llm.algorithms.ppo_config import ENVIRONMENT_ALONE, PPOConfig
+from taurl.llm.algorithms.ppo_config import ENVIRONMENT_ALONE, UNREAD_BY_ENVIRONMENTS, PPOConfig
 from taurl.llm.algorithms.ppo_estimates import Estimates, kl_prices, settled_rewards, whitened
 from taurl.llm.algorithms.ppo_state import Controls
 from taurl.llm.algorithms.setup import loading_model
@@ -31,11 +31,12 @@ from taurl.llm.data.tasks import held_out_count
 from taurl.llm.episodes import MakeEnvironment
 from taurl.llm.evaluation import Evaluation
 from taurl.llm.models.critics import make_critic
-from taurl.llm.models.others import check_critic, check_reference, settle_judge
+from taurl.llm.models.others import check_critic, check_reference
 from taurl.llm.pictures.token_pictures import ratio_picture, token_picture
 from taurl.llm.rewards.specs import load_callable
 from taurl.llm.scoring.likelihood import completion_hidden, hidden_logprobs
 from taurl.llm.scoring.rollouts import Part, Rollout
+from taurl.runtime.config import refuse_unread
 from taurl.runtime.errors import InputError
 from taurl.runtime.optimization import Optimizer, Update, learning_rate
 from taurl.runtime.run import Callback, Record, Step
@@ -57,7 +58,7 @@ class Minibatch:
     weights: Tensor
     tally: Tally
     ratios: list[Tensor]
-    moved: float = 0.0
+    moved: float | Tensor = 0.0
 
 
 class PPO(RatioTrainer):
@@ -122,6 +123,7 @@ class PPO(RatioTrainer):
             raise InputError(ENVIRONMENT_ALONE)
         else:
             self.held_out = range(held_out_count(config.eval_rows))  # episodes
+        self._refuse_unread()
         make = load_callable(environment, "environment") if isinstance(environment, str) else environment
         if reference is not None and config.kl_coefficient == 0:
             raise InputError("a reference is given, but kl_coefficient is 0: raise it, or leave the reference out")
@@ -139,7 +141,13 @@ class PPO(RatioTrainer):
             if critic not in ("copy", "head", "none"):
                 check_critic(critic, reference, self.policy)
             checkpointing = config.gradient_checkpointing
-            self.critic = make_critic(critic, self.policy, self.dtype, gradient_checkpointing=checkpointing)
+            self.critic = make_critic(
+                critic,
+                self.policy,
+                self.dtype,
+                normalized=config.normalize_rewards,
+                gradient_checkpointing=checkpointing,
+            )
             self.state = {"optimizer": self.optimizer}
             if self.critic is not None:
                 self.critic_optimizer = Optimizer(self.critic.named_parameters(), config)
@@ -147,9 +155,24 @@ class PPO(RatioTrainer):
         self.controls = Controls(config.kl_coefficient, config.kl_target, config.kl_gain)
         self.state["controls"] = self.controls
         self.stage = make_stage(make, config, self.policy) if make is not None else None
-        for judge in self.rewards.models if self.stage is None else ():
-            if note := settle_judge(judge, self.trained_models(), self.policy):
-                self.run.view.note(note)
+        if self.stage is None:
+            self.settle_judges()
+
+    def _refuse_unread(self) -> None:
+        """Refuse settings that this way of running does not read."""
+        config, critic = self.config, self.given("critic")
+        if self.given("environment") is None:
+            refuse_unread(config, ["max_turns"], "there is no environment that has turns")
+        else:
+            refuse_unread(config, UNREAD_BY_ENVIRONMENTS, "an environment gives prompts and rewards itself")
+        if config.truncated != "penalty":
+            refuse_unread(config, ["missing_eos_penalty"], f"truncated is {config.truncated}, not penalty")
+        if critic != "head":
+            refuse_unread(config, ["value_coefficient"], "the critic is no head on the policy's own weights")
+        if config.kl_coefficient == 0:
+            refuse_unread(config, ["kl_estimator", "kl_place"], "kl_coefficient is 0")
+        if config.kl_target is None:
+            refuse_unread(config, ["kl_gain"], "without a kl_target β stays as it is")
 
     def trained_models(self) -> list[Any]:
         """The policy, and the critic if it is a model of its own."""
@@ -165,17 +188,26 @@ class PPO(RatioTrainer):
                     estimates, figures = self._estimate(collected, step.number)
                 with step.phase("update", "updating"):
                     figures |= self._update(collected.rollout, estimates, step)
-                moved = step.number > self.config.value_warmup_steps  # else β would fall, for nothing strays yet
-                if moved and self.has_reference and collected.rollout.mask.any():  # else nothing was measured
+                if self._may_stray(step.number) and collected.rollout.mask.any():  # else nothing was measured
                     self.controls.adapt(figures["kl_per_completion"])
                 self._log_step(step, collected, estimates)
                 yield self.finish(step, collected.figures(collected.totals, step.times) | figures)
 
+    def _may_stray(self, step: int) -> bool:
+        """Whether the policy that sampled this step can have strayed from a reference; else β would fall for nothing.
+
+        Before its first update it is the starting weights, where these are the reference.
+        """
+        updates = step - 1 - self.config.value_warmup_steps
+        return self.has_reference and updates >= (1 if self.given("reference") is None else 0)
+
     def _collect(self, step: Step) -> Collected:
         """Completions (or episodes) and what they earned."""
         if self.stage is not None:
-            with step.phase("sample", f"playing {self.config.prompts_per_step} episodes"):
-                return collect_episodes(self, self.stage, step.number)
+            with step.phase("sample", f"playing {self.config.prompts_per_step * self.config.group_size} episodes"):
+                collected = collect_episodes(self, self.stage, step.number)
+            self.say_what_teaches_nothing(collected.scores, step.number)
+            return collected
         return collect_completions(self, step)
 
     def _estimate(self, collected: Collected, step: int) -> tuple[Estimates, Record]:
@@ -188,7 +220,7 @@ class PPO(RatioTrainer):
             raise InputError(f"a reward of size {settled.abs().max():g} is beyond {rewards.dtype}: set reward_clip")
         if config.truncated == "mask":
             rollout.mask[truncated] = False
-        if config.truncated == "bootstrap" and self.stage is None and bool(truncated.all()):
+        if bool(truncated.all()) and (config.truncated == "mask" or not (config.truncated == "penalty" or self.stage)):
             self._say_that_no_score_counts()
         rows, mask = range(len(rollout.completions)), rollout.mask
         rollout.old_logprobs = self._old_logprobs(rollout, step)
@@ -223,8 +255,9 @@ class PPO(RatioTrainer):
     def _say_that_no_score_counts(self) -> None:
         if not self.said:
             self.said = True
+            what, bound = ("completion", "max_tokens") if self.stage is None else ("episode", "max_turns")
             self.run.view.note(
-                f"every completion was cut off at max_tokens {self.config.max_tokens}, so no score counts: "
+                f"every {what} was cut off at {bound} {getattr(self.config, bound)}, so no score counts: "
                 "raise it, or set truncated to penalty"
             )
 
@@ -268,7 +301,7 @@ class PPO(RatioTrainer):
                         self._descend(batch, part, policy, critic)
                 tally.updates += [policy] if policy else []
                 critics += [critic] if critic else []
-                if far := config.target_kl is not None and batch.moved > 1.5 * config.target_kl:
+                if far := config.target_kl is not None and bool(batch.moved > 1.5 * config.target_kl):
                     break
             if far:
                 break
@@ -327,7 +360,7 @@ class PPO(RatioTrainer):
         batch.tally.add(mask, {"entropy": entropies, "clip_ratio/low_mean": below, "clip_ratio/high_mean": above})
         batch.tally.add(mask, {"approx_kl": moved})
         batch.ratios.append((logprobs.detach() - old)[mask].exp())
-        batch.moved += float(weighted_sum(moved, weights))
+        batch.moved = batch.moved + weighted_sum(moved, weights)
         return weighted_sum(losses, weights)
 
     def _value_loss(self, values: Tensor, batch: Minibatch, part: Part) -> Tensor:
@@ -345,8 +378,8 @@ class PPO(RatioTrainer):
 
     def _log_step(self, step: Step, collected: Collected, estimates: Estimates) -> None:
         """Samples, and a picture of one completion by token."""
-        rollout, lengths = collected.rollout, estimates.advantages.count_nonzero(1).clamp(min=1)
-        mean_advantages = estimates.advantages.sum(1) / lengths
+        rollout = collected.rollout
+        mean_advantages = estimates.advantages.sum(1) / rollout.mask.sum(1).clamp(min=1)
         self.log_completions(step, collected, mean_advantages)
         row = step.number % len(rollout.completions)
         completion = rollout.completions[row]

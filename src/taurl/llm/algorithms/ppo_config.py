@@ -6,6 +6,15 @@ from pydantic import Field, model_validator
 
 from taurl.llm.algorithms.online_config import OnlineConfig
 
+UNREAD_BY_ENVIRONMENTS = (
+    "reward_weights",
+    "reward_timeout",
+    "reward_process",
+    "columns",
+    "dataset_args",
+    "answer_after",
+    "prompt_format",
+)
 ENVIRONMENT_ALONE = "an environment gives prompts and rewards itself: leave dataset, eval_dataset and rewards out"
 
 
@@ -30,9 +39,9 @@ class PPOConfig(OnlineConfig):
     the model to start from: a folder or a hub name, for example that of a reward model."""
 
     prompts_per_step: int = Field(64, ge=1)
-    """Prompts (or episodes of an environment) in one step."""
+    """Prompts (or seeds of an environment) in one step."""
     group_size: int = Field(1, ge=1)
-    """Completions of each prompt."""
+    """Completions of each prompt (or episodes of each seed)."""
     epochs: int = Field(2, ge=1)
     """Passes over the step's completions (InstructGPT: 1, TRL: 4)."""
     clip_low: float = Field(0.2, ge=0, lt=1)
@@ -63,7 +72,7 @@ class PPOConfig(OnlineConfig):
     """Values that have moved further than this from those before the step gain nothing more by it; None does not
     clip. In units of the rewards."""
     value_warmup_steps: int = Field(0, ge=0)
-    """First steps in which the critic learns and the policy stays."""
+    """First steps in which the critic learns and the policy stays. Learning rates warm up (warmup_steps) meanwhile."""
 
     kl_coefficient: float = Field(0.05, ge=0)
     """Weight β of the divergence from the reference; 0 keeps no reference."""

@@ -39,14 +39,14 @@ def settled_rewards(collected: Collected, config: PPOConfig, controls: Controls)
     last = torch.nn.functional.one_hot(collected.rollout.last.cpu(), rewards.shape[1]).bool()
     truncated = collected.rollout.truncated.cpu()[:, None]
     cut = last & truncated
-    if config.truncated == "bootstrap" and collected.turns is None:
+    if config.truncated == "bootstrap" and collected.episodes is None:
         earned = earned & ~cut  # the score of a whole answer, which this is not
         rewards[cut] = 0.0
     elif config.truncated == "mask":
         earned = earned & ~truncated  # what is not trained on has no part in the scale
     if config.normalize_rewards:
         # From every turn a mean would be taken as often as an episode has turns, so that longer ones lost by it.
-        rewards[earned] = controls.normalize(rewards[earned], centered=collected.turns is None)
+        rewards[earned] = controls.normalize(rewards[earned], centered=collected.episodes is None)
     if config.reward_clip is not None:
         rewards = rewards.clamp(-config.reward_clip, config.reward_clip)
     if config.truncated == "penalty":

@@ -83,7 +83,7 @@ class Reward(Trainer):
         self.note_nothing_held_out()
         judged = self.train_rows.judged + self.held_out.judged
         self.classes = checked_classes(judged, config)
-        self.binary = all(value in (0, 1) for row in judged for value in row.values)
+        self.binary = self.classes == 2  # scores are logits of a label, or of a share
         repeat_data(run, self.train_rows.fingerprint() + self.held_out.fingerprint())
         self.order = PromptOrder(len(self.train_rows), config.seed)
         self.count_steps(len(self.train_rows), config.rows_per_step)
@@ -143,7 +143,7 @@ class Reward(Trainer):
         """Figures, scores and pictures of the held-out rows."""
         scores = self._scores(self.held_out)
         known = all(math.isfinite(value) for values in scores for value in values)  # else the weights have diverged
-        drawn = pictures(self.form, self.held_out.judged, scores) if known else {}
+        drawn = pictures(self.form, self.held_out.judged, scores, binary=self.binary) if known else {}
         return Evaluation(self._figures(scores), self._samples(scores, step), drawn)
 
     def _figures(self, scores: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -189,6 +189,7 @@ class Reward(Trainer):
             if self.form == "process":
                 scores = [[min(values)] for values in scores]  # which is the reward of a completion
             flat = np.array([value for values in scores for value in values])
-            written |= {"mean": float(flat.mean()), "deviation": float(flat.std())}
+            if np.isfinite(flat).all():  # else the weights have diverged
+                written |= {"mean": float(flat.mean()), "deviation": float(flat.std())}
         self.policy.note = RewardNote(**written)
         super().export(directory)

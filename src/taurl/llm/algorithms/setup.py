@@ -129,7 +129,7 @@ def whole_spec(spec: str) -> str:
 
 
 def repeat_weights(run: Run, kept: Iterable[torch.Tensor]) -> None:
-    """Note where the run begins which weights it keeps as they are: those below an adapter, and the reference's.
+    """Note where the run begins which weights it keeps as they are: below an adapter, the reference's, reward models'.
 
     They are in no checkpoint. A mark of them is taken from up to 64 numbers of each.
     Raises: InputError where the run resumes and finds others, since the model's folder was written again, or the hub
@@ -149,8 +149,8 @@ def repeat_kept(run: Run, what: str, mark: str) -> None:
         run,
         what,
         mark,
-        "the weights that the run keeps as they are, below its adapter or of its reference, are not those that it "
-        "began with (was the model's folder written again?); resume with the same model",
+        "the weights that the run keeps as they are, below its adapter, of its reference or of a reward model, are "
+        "not those that it began with (was the model's folder written again?); resume with the same model",
     )
 
 

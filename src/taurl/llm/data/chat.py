@@ -5,6 +5,7 @@ A prompt is a string or a list of messages {"role", "content"}. Nothing here dec
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -21,6 +22,8 @@ PromptFormat: TypeAlias = Literal["auto", "chat", "text"]
 it has none; `chat`, always a message; `text`, always raw (what TRL makes of a string). A list of messages always goes
 through the template."""
 
+# Templates may know others; a role that is nearly one of these is a slip, which a template would write as it stands.
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MARKER = "taurl"  # a word that no template writes, trims or escapes
 ANSWER_MARKER = "taurlanswer"
 
@@ -43,6 +46,9 @@ def prompt_problem(prompt: object, name: str = "the prompt") -> str | None:
                 return f"message {position} has no '{key}' (it has {', '.join(map(str, message)) or 'nothing'})"
             if not isinstance(message[key], str):
                 return f"message {position} has {shown(message[key])} as '{key}'; expected a string"
+        role = message["role"]
+        if role not in ROLES and (meant := difflib.get_close_matches(role.lower(), ROLES, n=1, cutoff=0.8)):
+            return f"message {position} has the role {role!r}; did you mean {meant[0]!r}?"
     return None
 
 

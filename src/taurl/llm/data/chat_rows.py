@@ -87,7 +87,8 @@ class RowEncoder:
         first = row.first if mask == "completion" and row.first is not None else 0
         turns = [i for i, message in enumerate(row.messages) if message["role"] == "assistant" and i >= first]
         if not turns:
-            raise InputError("nothing to train on: no message has the role assistant")
+            roles = ", ".join(dict.fromkeys(message["role"] for message in row.messages))
+            raise InputError(f"nothing to train on: no message has the role assistant (they have {roles})")
         answers = [turn for turn in turns if turn > 0]  # a greeting at the beginning answers nothing
         if not answers:
             raise InputError("the first message is the assistant's; expected one to answer before it")

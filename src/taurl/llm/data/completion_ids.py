@@ -50,6 +50,11 @@ class Conversations:
         options = template_options(row)
         return replace(self, chat_template_kwargs={**(self.chat_template_kwargs or {}), **options}) if options else self
 
+    @property
+    def makes_turns(self) -> bool:
+        """Whether a string prompt is a user's message, and what follows it the assistant's."""
+        return self._messages("") is not None
+
     def prompt(self, prompt: Prompt, where: str) -> list[int]:
         """The prompt's token ids. Raises: InputError as `encode_prompt` does, about `where`."""
         return encode_prompt(
@@ -90,10 +95,8 @@ class Conversations:
             raise InputError(f"{type(self.tokenizer).__name__} does not tell where its tokens stand in the text")
         content = separator.join(steps)
         ids = self.completion(prompt, content, prompt_ids, where)
-        text = self._after(prompt, content, where)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        if encoded["input_ids"][: len(ids)] != ids[: len(encoded["input_ids"])]:
-            raise InputError(f"{where}: its tokens merge with those of the prompt; begin the completion with a blank")
+        opening, text = self._parted(prompt, content, where)
+        offsets = self._offsets(opening, text, ids)
         if (found := text.find(content.strip())) < 0:
             raise InputError(
                 f"{where}: the chat template renders the completion as {shorten(repr(text), SHOWN)}, not as it is "
@@ -105,15 +108,27 @@ class Conversations:
             end += len(step) + (len(separator) if place < len(steps) - 1 else 0)
             if step.strip():
                 ends.append(end)
-        offsets = encoded["offset_mapping"][: len(ids)]
         return ids, [max(token for token, (first, _) in enumerate(offsets) if first < end) for end in ends]
 
-    def _after(self, prompt: Prompt, content: str, where: str) -> str:
-        """What follows the rendered prompt."""
+    def _parted(self, prompt: Prompt, content: str, where: str) -> tuple[str, str]:
+        """The rendered prompt, and what follows it."""
         messages = self._messages(prompt)
         if messages is None:
-            return content
-        return self._rest(self._render([*messages, *_said(content)], where), prompt, where)
+            return cast(str, prompt), content
+        whole = self._render([*messages, *_said(content)], where)
+        rest = self._rest(whole, prompt, where)
+        return whole[: len(whole) - len(rest)], rest
+
+    def _offsets(self, opening: str, text: str, ids: list[int]) -> list[tuple[int, int]]:
+        """Which characters of the text its tokens `ids` hold, which `completion` took after the prompt, or alone."""
+        for before in (opening, ""):
+            encoded = self.tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
+            skipped = len(plain_ids(before, self.tokenizer))
+            found = encoded["input_ids"][skipped:]
+            if found[: len(ids)] == ids[: len(found)]:  # an end of sequence may follow, or white space be left out
+                places = encoded["offset_mapping"][skipped:][: len(ids)]
+                return [(first - len(before), last - len(before)) for first, last in places]
+        raise AssertionError("a completion's tokens are those of its text, after the prompt or alone")
 
     def _messages(self, prompt: Prompt) -> list[dict[str, Any]] | None:
         return as_messages(prompt, self.tokenizer, system_prompt=self.system_prompt, prompt_format=self.prompt_format)
@@ -122,7 +137,8 @@ class Conversations:
         joined: list[dict[str, Any]] = []
         for message in messages:  # a prompt that ends with the assistant's words is continued, not answered
             if joined and joined[-1]["role"] == message["role"] == "assistant":
-                joined[-1]["content"] += message["content"]
+                words = (joined[-1].get("content") or "") + (message.get("content") or "")
+                joined[-1] = {**joined[-1], **message, "content": words}
             else:
                 joined.append(dict(message))
         kwargs = self.chat_template_kwargs or {}

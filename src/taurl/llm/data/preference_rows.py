@@ -144,13 +144,16 @@ class PreferenceReader:
         needed = COLUMNS[self.form] if unpaired or self.form not in ("label", "score") else COLUMNS["pairs"]
         for column in needed:
             if column not in available:
-                spare = [name for name in available if name not in ("prompt", *needed)]
-                example = f", for example {spare[0]}={column}" if spare else ""
+                advice = f"rename one with columns, as in its_name={column}"
+                if {"completion", "label"} <= set(available):
+                    advice = "completions with labels are learned by loss_type kto of dpo, and by loss bce of reward"
                 raise InputError(
                     f"no column '{column}'; the data has {', '.join(available)}; expected prompt, "
-                    f"{', '.join(COLUMNS[self.form])}: rename one with columns{example}"
+                    f"{', '.join(COLUMNS[self.form])}: {advice}"
                 )
         if needed == COLUMNS["pairs"]:
+            for number, row in enumerate(rows, start=1):
+                check_implicit_prompt(row, number, self.conversations)
             rows = [with_prompt(row, number) for number, row in enumerate(rows, start=1)]
         check_prompts(rows)
         return rows
@@ -191,12 +194,13 @@ class PreferenceReader:
         else:
             names, given = ["completion"], [row["completion"]]
         for name, completion in zip(names, given, strict=True):
-            silent = names == ["completion"] and completion == ""  # what was sampled may be nothing but its end
+            # What was sampled may be nothing but its end.
+            silent = names == ["completion"] and isinstance(completion, str) and not completion.strip()
             if not silent and (problem := prompt_problem(completion, f"its {name}")):
                 raise InputError(f"{where}: {problem}")
         completions = [conversations.completion(row["prompt"], completion, prompt, where) for completion in given]
         if self.form in ("pairs", "ranking"):
-            margin = 0.0 if row.get("margin") is None else _number(row["margin"], "margin", where)
+            margin = 0.0 if row.get("margin") in (None, "") else _number(row["margin"], "margin", where)
             return JudgedRow(prompt, completions, margin)
         values = [1.0, 0.0] if len(names) == 2 else [_number(row[self.form], self.form, where)]
         if self.two_labels and values[0] not in (0, 1):
@@ -243,6 +247,20 @@ def train_and_held_out_preferences(
     return train, held_out
 
 
+def check_implicit_prompt(row: Row, number: int, conversations: Conversations) -> None:
+    """Refuse a pair of strings without a prompt where a string prompt becomes a turn of its own.
+
+    What two strings begin with alike may end in the middle of their answers, and nothing says where the question ends.
+    Raises: InputError, which names the row.
+    """
+    if row.get("prompt") is None and isinstance(row["chosen"], str) and conversations.makes_turns:
+        raise InputError(
+            f"row {number} of the data has no prompt, and its chosen and rejected are strings, which do not say where "
+            "the answer begins that a chat template would make the assistant's turn; add a column prompt, give "
+            "messages, or take them as raw text: prompt_format text"
+        )
+
+
 def with_prompt(row: Row, number: int) -> Row:
     """A pair with an explicit prompt: its own, or what chosen and rejected begin with alike (messages or characters).
 
@@ -261,7 +279,10 @@ def with_prompt(row: Row, number: int) -> Row:
     shared = _shared_length(chosen, rejected)
     if not 0 < shared < min(len(chosen), len(rejected)):
         found = "begin with nothing alike" if not shared else "do not differ after what they begin with"
-        raise InputError(f"row {number} of the data has no prompt, and its chosen and rejected {found}; add a prompt")
+        raise InputError(
+            f"row {number} of the data has no prompt, and its chosen and rejected {found}; add a prompt, or leave the "
+            "row out"
+        )
     return row | {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 

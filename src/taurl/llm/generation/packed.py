@@ -52,7 +52,7 @@ class PackedLinears:
             apart, within = (factors, []) if is_half(linear.weight.dtype) else ([], factors)
             weights = (linear.weight, *(weight for a, b, _ in within for weight in (a, b)))
             scales = tuple(scale for _, _, scale in within)
-            packed = self._packed.get(layer)
+            packed = self._packed.pop(layer, None)  # one by one, so that there are never two copies of all
             if packed is None or packed.stale(weights, scales):
                 weight = torch.ops.mkldnn._reorder_linear_weight(merged(linear.weight, within), ROWS)
                 versions = tuple(map(version, weights))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from taurl.runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,22 @@ def ends(
     return any(text in tail for text in stop)
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], sampling: Sampling, context: int | None) -> None:
-    """Raise an InputError for prompts that are empty or leave no room for max_tokens in the model's context."""
+def check_prompts(prompts: Sequence[Sequence[int]], sampling: Sampling, model: PreTrainedModel) -> None:
+    """Raise an InputError for prompts that are empty, hold tokens that the model does not know, or leave no room for
+    max_tokens in its context."""
+    from taurl.llm.models.heads import context_length
+
+    context = context_length(model)
+    embedding: Any = model.get_input_embeddings()
+    known = embedding.weight.shape[0]
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise InputError(f"prompt {index} is empty, expected at least one token")
+        if max(prompt) >= known:
+            raise InputError(
+                f"prompt {index} holds token {max(prompt)}, and the model knows {known} tokens: is the tokenizer that "
+                "of another model, or were tokens added to it?"
+            )
         if context and len(prompt) + sampling.max_tokens > context:
             raise InputError(
                 f"prompt {index} has {len(prompt)} tokens; with max_tokens {sampling.max_tokens} that is more than the "

@@ -23,7 +23,6 @@ from taurl.llm.generation.draw import draw, require_finite, uniforms
 from taurl.llm.generation.graphs import DecodeGraphs, require_recordable
 from taurl.llm.generation.protocol import Completion, Sampling, check_prompts, ends
 from taurl.llm.generation.slot_model import SlotModel
-from taurl.llm.models.heads import context_length
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import free_memory_gb
 
@@ -44,7 +43,8 @@ class SlotSampler:
         tokenizer: needed for stop strings only.
         slots: sequences that decode together, at most.
         kv_memory_gb: GB that their keys and values may take: fewer decode together where more would not fit. (Prompts
-            on their way to a slot take room for PREFILL_TOKENS tokens more.) None: see `default_kv_memory_gb`.
+            on their way to a slot take room for PREFILL_TOKENS tokens more, or for a quarter more.) None: see
+            `default_kv_memory_gb`.
         cuda_graphs: record decode steps and repeat the record; see `DecodeGraphs`.
     Raises: InputError for a model with other layers, and for one whose steps cannot be recorded.
     """
@@ -87,7 +87,7 @@ class SlotSampler:
 
         Raises: InputError if not even one sequence fits in `kv_memory_gb`.
         """
-        check_prompts(prompts, sampling, context_length(self.model))
+        check_prompts(prompts, sampling, self.model)
         batch = Batch(self, prompts, count, sampling, key, on_token)
         with self.slot_model.sampling():
             while batch.waiting or batch.running:
@@ -167,9 +167,9 @@ class Batch:
         self.begins = worth_a_pass(list({draft.prompt_ids for draft in self.waiting}), self.device)
         self.beginning: SlotCache | None = None
         self.prefilled: Prefilled | None = None
-        longest = max(map(len, prompts), default=0) + sampling.max_tokens
-        self.slots = min(sampler.slots_for(longest), len(self.waiting))
-        self.cache = self.model.new_cache(self.slots, longest)
+        self.longest = max(map(len, prompts), default=0) + sampling.max_tokens
+        self.slots = min(sampler.slots_for(self.longest), len(self.waiting))
+        self.cache = self.model.new_cache(self.slots, self.longest)
         graphs = DecodeGraphs(self.model, self.cache) if sampler.records else None
         self.step = graphs.decode if graphs else partial(self.model.decode, self.cache)
 
@@ -188,11 +188,13 @@ class Batch:
             self._fork(branches, list(range(self.rows, self.rows + len(branches))), prefilled.cache)
             self.running += [draft for branch in branches for draft in branch]
             self.rows += len(branches)
+        if not self.waiting:
+            self.prefilled = self.beginning = None  # their memory is free for the decoding that is left
 
     def _prefilled(self) -> Prefilled:
-        """The next waiting prompt, prefilled, with others that the free slots can start on."""
+        """The next waiting prompt, prefilled, with others that wait after it."""
         if self.prefilled is None or self.waiting[0].prompt_ids not in self.prefilled.rows:
-            chosen = self._next_prompts(self.slots - len(self.running))
+            chosen = self._next_prompts()
             self.prefilled = None  # its memory is wanted for the next
             if self.begins and self.beginning is None:
                 self.beginning, _ = self.model.prefill([chosen[0][: self.begins]])
@@ -200,23 +202,26 @@ class Batch:
             self.prefilled = Prefilled({ids: row for row, ids in enumerate(chosen)}, cache, logits)
         return self.prefilled
 
-    def _next_prompts(self, free: int) -> list[tuple[int, ...]]:
-        """The distinct prompts of the next `free` waiting completions, one at least.
+    def _next_prompts(self) -> list[tuple[int, ...]]:
+        """The distinct prompts of the next waiting completions, one at least, also of those that no slot is free for.
 
-        As many as PREFILL_TOKENS and PREFILL_PADDED allow. They come in order of length: the newest is the longest.
+        As many as fill the slots, and as PREFILL_TOKENS and PREFILL_PADDED and the memory for their keys and values
+        allow. They come in order of length: the newest is the longest.
         """
         chosen: list[tuple[int, ...]] = []
-        tokens = 0
-        for _, draft in zip(range(free), self.waiting, strict=False):
+        tokens, room = 0, max(PREFILL_TOKENS, self.slots * self.longest // 4)
+        for draft in self.waiting:
             ids = draft.prompt_ids
             if chosen and ids == chosen[-1]:
                 continue
             length = len(ids) - self.begins
             tokens += length
-            padded = length * (len(chosen) + 1)
-            if chosen and padded > min(PREFILL_TOKENS, PREFILL_PADDED * tokens):
+            rows = len(chosen) + 1
+            if chosen and (rows * length > min(PREFILL_TOKENS, PREFILL_PADDED * tokens) or rows * len(ids) > room):
                 break
             chosen.append(ids)
+            if rows == self.slots:
+                break
         return chosen
 
     def decode(self) -> None:

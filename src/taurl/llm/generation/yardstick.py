@@ -17,7 +17,7 @@ from transformers import (
 
 from taurl.llm.generation.draw import draw, require_finite, uniforms
 from taurl.llm.generation.protocol import Completion, Sampling, check_prompts, ends
-from taurl.llm.models.heads import causal_lm, context_length, evaluating
+from taurl.llm.models.heads import causal_lm, evaluating
 
 
 class KeyedDraw(LogitsProcessor):
@@ -62,7 +62,7 @@ class TransformersSampler:
         progress: Callable[[int, int], None] | None = None,
     ) -> list[list[Completion]]:
         """See `Generator.generate`; `on_token` is called when a prompt's completions are all there."""
-        check_prompts(prompts, sampling, context_length(self.model))
+        check_prompts(prompts, sampling, self.model)
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=sampling.max_tokens,
             do_sample=False,

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from taurl.llm.models.heads import body, causal_lm
 from taurl.llm.models.loading import load_model, resolve_model, written_head
 from taurl.llm.models.policies import Policy, share_weights, switch_off_dropout
+from taurl.llm.models.reward_folder import RewardNote
 from taurl.runtime.errors import InputError
 
 ADAPTER = "critic"
@@ -92,13 +93,20 @@ class HeadCritic(Critic):
 
 
 def make_critic(
-    kind: str | PreTrainedModel, policy: Policy, dtype: torch.dtype, *, gradient_checkpointing: bool = False
+    kind: str | PreTrainedModel,
+    policy: Policy,
+    dtype: torch.dtype,
+    *,
+    normalized: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> Critic | None:
     """The critic of a policy.
 
     Args:
         kind: "copy", "head", "none", or what the critic starts from: a model's name or object, causal or of rewards.
         dtype: of the head.
+        normalized: whether rewards are normalised. The head of a reward model whose folder knows mean and deviation of
+            its scores then starts with values that are normalised so.
     Raises: InputError for a model that is not found or reads other tokens than the policy.
     """
     if kind == "none":
@@ -117,6 +125,8 @@ def make_critic(
         if isinstance(kind, str):  # a reward model comes with its head
             start = load_model(kind, dtype=model.dtype, head=written_head(Path(resolve_model(kind)))[0])
         head = started_head(start, policy, dtype)
+        if normalized:
+            normalize_head(head, start)
         trunk = started_trunk(start, policy)
     trunk.to(device=model.device, dtype=model.dtype)
     switch_off_dropout(trunk)
@@ -158,6 +168,16 @@ def started_head(start: Any, policy: Policy, dtype: torch.dtype) -> ValueHead:
             if score.bias is not None:
                 head.bias.copy_(score.bias)
     return head
+
+
+@torch.no_grad()
+def normalize_head(head: ValueHead, start: Any) -> None:
+    """Let V be (V − mean) / deviation of the scores of the reward model that it comes from, where those are known."""
+    name = causal_lm(start).config.name_or_path
+    note = RewardNote.of(Path(resolve_model(name))) if name else RewardNote()
+    if note.mean is not None and note.deviation:
+        head.weight.div_(note.deviation)
+        head.bias.sub_(note.mean).div_(note.deviation)
 
 
 def hidden_width(model: Any) -> int:

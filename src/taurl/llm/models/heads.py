@@ -32,11 +32,13 @@ class OutputHead:
     softcap: float | None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., d], in their dtype."""
+        """Logits [..., V] of hidden states [..., d]."""
         return self.finish(nn.functional.linear(hidden, self.weight, self.bias))
 
     def finish(self, logits: Tensor) -> Tensor:
-        """Scale and soft cap, for what the linear layer gave."""
+        """Scale and soft cap, for what the linear layer gave: in float32 at least, where there is one."""
+        if self.scale != 1 or self.softcap is not None:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -102,7 +104,7 @@ def check_head(model: PreTrainedModel) -> None:
     """Compare `output_head(model)` on the hidden states of two tokens with the model's own logits.
 
     A head's scale and soft cap stand in the config under names that not all models share or mean alike.
-    Raises: InputError if they disagree.
+    Raises: InputError if they disagree, or if the first token's hidden state changes with the second.
     """
     plain: Any = causal_lm(model)
     if body(plain) is plain:
@@ -111,12 +113,15 @@ def check_head(model: PreTrainedModel) -> None:
     with evaluating(plain):
         own = plain(input_ids=ids).logits
         hidden, head = body(plain)(input_ids=ids).last_hidden_state, output_head(plain)
+        first = body(plain)(input_ids=ids[:, :1]).last_hidden_state
         fits = hidden.shape[-1] == head.weight.shape[-1]  # else the model does something in between
     if not fits or (head(hidden) - own).abs().max() > HEAD_TOLERANCE * own.abs().max():
         raise InputError(
             f"{type(plain).__name__} does more to its logits than taurl knows (a linear layer, a scale, a soft cap): "
             "its log-probabilities would be wrong, choose another model"
         )
+    if (hidden[:, :1] - first).abs().max() > HEAD_TOLERANCE * first.abs().max():
+        raise InputError(f"{type(plain).__name__} sees the tokens that follow: choose a causal language model")
 
 
 @contextmanager

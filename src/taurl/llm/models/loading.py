@@ -268,6 +268,11 @@ def _adapter_base(path: str) -> str:
         raise InputError(f"{file} names no base model (base_model_name_or_path is {name!r})")
     if Path(name).is_absolute() and not Path(name).exists() and Path(name).parts[-2:] == ("models", embedded.NAME):
         return embedded.NAME  # in the cache of another machine
+    if _looks_like_path(name) and not Path(name).expanduser().exists():
+        raise InputError(
+            f"adapter '{path}' stands on the model in '{name}', which is not there; put it back, or write the place "
+            f"where it is into {file}"
+        )
     return name
 
 
@@ -283,6 +288,10 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # tokenizers raises bare Exception on a file that it cannot parse
+            if not any(Path(path).glob("*token*")) and not any(Path(path).glob("vocab*")):
+                raise InputError(
+                    f"model folder '{name_or_path}' holds no tokenizer: save it there too (tokenizer.save_pretrained)"
+                ) from error
             raise InputError(f"tokenizer of '{name_or_path}' cannot be loaded: {one_line(error)}") from error
     set_pad_token(tokenizer)
     return cast(PreTrainedTokenizerBase, tokenizer)

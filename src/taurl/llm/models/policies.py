@@ -168,12 +168,12 @@ class Policy:
     def add_adapter(self, name: str) -> None:
         """Put a copy of the policy's own adapter beside it on the frozen trunk, under this name; see `adapter`."""
         own = self.model.active_adapter
-        kept = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.model.add_adapter(name, copy.deepcopy(self.model.peft_config[own]))
+        with self._freezing_as_it_is():
+            self.model.add_adapter(name, copy.deepcopy(self.model.peft_config[own]))
         mine = dict(self.adapter_parameters(own))
         for path, weight in self.adapter_parameters(name):
             weight.data.copy_(mine[".".join(own if part == name else part for part in path.split("."))])
-        self._adapter_weights = [*kept, *(parameter for _, parameter in self.adapter_parameters(name))]
+            weight.requires_grad_(True)
         switch_off_dropout(self.model)
         self._activate(own)
 
@@ -192,9 +192,18 @@ class Policy:
             self._activate(own)
 
     def _activate(self, name: str) -> None:
-        self.model.set_adapter(name)
-        for weight in self._adapter_weights:  # peft freezes the adapters that are not active
-            weight.requires_grad_(True)
+        with self._freezing_as_it_is():
+            self.model.set_adapter(name)
+
+    @contextmanager
+    def _freezing_as_it_is(self) -> Iterator[None]:
+        """What is trained and what is frozen stays so: peft freezes what is not active, and thaws what is."""
+        trained = [(weight, weight.requires_grad) for weight in self.model.parameters()]
+        try:
+            yield
+        finally:
+            for weight, is_trained in trained:
+                weight.requires_grad_(is_trained)
 
     def use_reference(self, model: str | PreTrainedModel) -> None:
         """Take another model, by name or as an object, as the reference in place of the starting weights."""
@@ -215,7 +224,7 @@ class Policy:
             yield self._reference
         else:
             assert self.adapter_is_new, "made without keep_reference"
-            with self.model.disable_adapter():
+            with self._freezing_as_it_is(), self.model.disable_adapter():
                 yield self.model
 
     def exports_adapter(self, *, merge: bool) -> bool:

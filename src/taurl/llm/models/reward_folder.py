@@ -37,6 +37,13 @@ class RewardNote(ConversationSettings):
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path}: cannot be read ({reason(error)})") from error
 
+    def changed(self, settings: dict[str, Any]) -> Self:
+        """With other settings. Raises: InputError for a value that is none."""
+        try:
+            return type(self)(**(self.model_dump() | settings))
+        except ValidationError as error:
+            raise InputError(describe(error)) from error
+
     def write(self, folder: Path) -> None:
         """Put the note into a folder."""
         (folder / NAME).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -32,7 +32,7 @@ class RewardModel(Policy):
         if pad_token_id(self.model) is None:
             causal_lm(self.model).config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         pad = pad_token_id(self.model)
-        if pad is not None and pad < len(self.tokenizer):
+        if pad is not None and 0 <= pad < len(self.tokenizer):
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(pad)
         head_kind(self.model)
         check_scores(self.model)

@@ -51,7 +51,7 @@ def figures(
 
     Args:
         scores: of each row's completions, or of a process's steps.
-        binary: whether all labels of the data are 0 or 1, whatever these rows happen to hold.
+        binary: whether labels are 0 or 1, or shares between them: not of more than two classes.
     """
     if form == "process":
         labels = np.array([label for row in rows for label in row.step_labels])

@@ -14,20 +14,24 @@ COLOURS = ("#2a6fbb", "#d9822b")
 BARS = 24
 
 
-def pictures(form: Form, rows: Sequence[JudgedRow], scores: Sequence[Sequence[float]]) -> dict[str, str]:
-    """File name → SVG, of what the form of the data lets one draw."""
+def pictures(
+    form: Form, rows: Sequence[JudgedRow], scores: Sequence[Sequence[float]], *, binary: bool = True
+) -> dict[str, str]:
+    """File name → SVG, of what the form of the data lets one draw.
+
+    Args:
+        binary: as in `reward_figures.figures`.
+    """
     if any(len(row.completions) > 1 for row in rows):
         pairs = Comparisons.of(rows, scores)
         differences = pairs.better - pairs.worse
         groups = {"chosen": pairs.better, "rejected": pairs.worse}
         sure, right = 1 / (1 + np.exp(-np.abs(differences))), np.where(differences == 0, 0.5, differences > 0)
         axes = "probability of the higher score", "share of pairs where it is the chosen one"
-    elif form in ("label", "process"):
+    elif form == "process" or (form == "label" and binary):
         flat = np.array([value for values in scores for value in values])
         judged = [row.step_labels or row.values for row in rows]
         right = np.array([value for values in judged for value in values])
-        if right.max(initial=0) > 1:
-            return {"scores.svg": histogram({"all": flat}, "Held-out scores")}
         groups = {"label 1": flat[right > 0.5], "label 0": flat[right <= 0.5]}
         sure, axes = 1 / (1 + np.exp(-flat)), ("predicted probability of label 1", "share with label 1")
     else:

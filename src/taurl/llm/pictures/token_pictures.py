@@ -1,6 +1,7 @@
 """A completion with figures of its tokens as colours, and the importance ratios of a step, as pictures."""
 
 from collections.abc import Mapping, Sequence
+from unicodedata import east_asian_width
 from xml.sax.saxutils import escape
 
 import torch
@@ -59,7 +60,8 @@ def layout(texts: Sequence[str]) -> tuple[list[tuple[float, int]], int]:
 
 
 def token_width(text: str) -> float:
-    return len(text) * CHARACTER + 2 * PADDING
+    columns = sum(2 if east_asian_width(character) in "WF" else 1 for character in text)
+    return columns * CHARACTER + 2 * PADDING
 
 
 def _token(text: str, x: float, y: float, share: float) -> str:

@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from taurl.runtime.errors import InputError
+from taurl.runtime.errors import InputError, located
 
 PREFIX = "model:"
 FACTORY = "reward_model"
@@ -37,6 +37,8 @@ def reward_model(
     device: str = "auto",
     precision: str = "auto",
     tokenizer: Any = None,
+    prompt_format: str | None = None,
+    system_prompt: str | None = None,
 ) -> "ModelReward":
     """Make a reward function of a reward model.
 
@@ -47,9 +49,13 @@ def reward_model(
         precision: float32, bfloat16, or auto: float32 on a CPU, where measuring which is faster might choose
             differently when a run is resumed.
         tokenizer: of an object; by default the one of the name that it was loaded by.
+        prompt_format, system_prompt: how prompts are written for it, as in the settings of training (`text` for a
+            model that was trained on raw text elsewhere); by default as its folder says.
     Raises: InputError if it is no reward model, or does not know its mean.
     """
-    return ModelReward(model, normalize, tokens_per_part, device, precision, tokenizer)
+    written = {"prompt_format": prompt_format, "system_prompt": system_prompt}
+    given = {name: value for name, value in written.items() if value is not None}
+    return ModelReward(model, normalize, tokens_per_part, device, precision, tokenizer, given)
 
 
 class ModelReward:
@@ -61,7 +67,16 @@ class ModelReward:
 
     __name__ = FACTORY
 
-    def __init__(self, model: Any, normalize: bool, tokens_per_part: int, device: str, precision: str, tokenizer: Any):
+    def __init__(
+        self,
+        model: Any,
+        normalize: bool,
+        tokens_per_part: int,
+        device: str,
+        precision: str,
+        tokenizer: Any,
+        written: dict[str, Any],
+    ):
         from taurl.llm.data.completion_ids import Conversations
         from taurl.llm.models.heads import causal_lm, context_length
         from taurl.llm.models.loading import resolve_model
@@ -72,7 +87,7 @@ class ModelReward:
         self.name = model if isinstance(model, str) else model.config.name_or_path
         self.tokens_per_part = tokens_per_part
         folder = Path(resolve_model(self.name) if isinstance(model, str) else self.name)
-        note = RewardNote.of(folder) if self.name else RewardNote()
+        note = (RewardNote.of(folder) if self.name else RewardNote()).changed(written)
         if normalize and not note.deviation:
             raise InputError(
                 f"reward model '{self.name}' does not know the mean and deviation of its scores; leave normalize"
@@ -86,16 +101,33 @@ class ModelReward:
         self.of_steps = head_kind(self.model) == "token"
         check_scores(self.model)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | None]:
-        """One score a completion; see `scores`."""
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Sequence[Any] | None = None,
+        **_: Any,
+    ) -> list[float | None]:
+        """One score a completion; see `scores`. The named columns are what rows give their chat template."""
         count = len(completions)
-        return self.scores(prompts, completions, [f"completion {line} of {count}" for line in range(1, count + 1)])
+        places = [f"completion {line} of {count}" for line in range(1, count + 1)]
+        given = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
+        options = [{name: values[line] for name, values in given.items() if values} for line in range(count)]
+        return self.scores(prompts, completions, places, options)
 
-    def scores(self, prompts: Sequence[Any], completions: Sequence[Any], places: Sequence[str]) -> list[float | None]:
+    def scores(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        places: Sequence[str],
+        data: Sequence[Mapping[str, Any]],
+    ) -> list[float | None]:
         """One score a completion. None where a process model finds no step in it.
 
         Args:
             places: where each completion stands, for an error.
+            data: the row of each, of which `tools` and `chat_template_kwargs` go to the chat template.
         Raises: InputError for a conversation that the template refuses, or that is longer than the model's context.
         """
         from taurl.llm.data.preference_rows import JudgedRow
@@ -104,7 +136,7 @@ class ModelReward:
         lines: dict[tuple[int, ...], list[int]] = {}
         rows: list[JudgedRow] = []
         for line, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            rows.append(self._row(prompt, completion, places[line]))
+            rows.append(self._row(prompt, completion, places[line], data[line]))
             lines.setdefault(tuple(rows[-1].prompt), []).append(line)
         if self.of_steps:
             scores = row_scores(self.model, [row for row in rows if row.step_ends], self.tokens_per_part)
@@ -121,17 +153,19 @@ class ModelReward:
             found |= {line: self._scaled(score) for line, score in zip(members, scores_of, strict=True)}
         return [found[line] for line in range(len(rows))]
 
-    def _row(self, prompt: Any, completion: Any, where: str) -> Any:
+    def _row(self, prompt: Any, completion: Any, where: str, data: Mapping[str, Any]) -> Any:
         from taurl.llm.data.preference_rows import STEP_SEPARATOR, JudgedRow
         from taurl.llm.rewards.text import text_of
 
-        ids = self.conversations.prompt(prompt, where)
+        with located(where):
+            conversations = self.conversations.of_row(data)
+        ids = conversations.prompt(prompt, where)
         ends: list[int] = []
         if self.of_steps:
             steps = text_of(completion).split(STEP_SEPARATOR)
-            tokens, ends = self.conversations.steps(prompt, steps, STEP_SEPARATOR, ids, where)
+            tokens, ends = conversations.steps(prompt, steps, STEP_SEPARATOR, ids, where)
         else:
-            tokens = self.conversations.completion(prompt, completion, ids, where)
+            tokens = conversations.completion(prompt, completion, ids, where)
         if self.context is not None and len(ids) + len(tokens) > self.context:
             raise InputError(
                 f"{where}: {len(ids)} tokens of its prompt and {len(tokens)} of its own are more than the "

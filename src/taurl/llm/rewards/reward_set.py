@@ -59,7 +59,7 @@ class RewardSet:
         timeout: seconds for one call of an async function, which must not block its loop, and of a synchronous one if
             it runs in the worker process. None: no limit.
         worker_process: run the synchronous functions in one other process. They are loaded there by their spec, or
-            sent by pickle, and their state lives there.
+            sent by pickle, and their state lives there. Reward models stay in this one.
     Raises: InputError for a function that is not found, a wrong number of weights, one that pickle refuses, or a
         timeout that no function would keep.
     """
@@ -87,8 +87,11 @@ class RewardSet:
                 f"reward_timeout is {timeout:g} s, but none of the reward functions is async, and a synchronous one "
                 "can be stopped in a process of its own only: set reward_process, or leave reward_timeout out"
             )
-        in_worker = {index: source for index, source in enumerate(sources) if not self._async[index]}
-        self._worker = Worker(in_worker) if worker_process else None
+        self._in_worker: dict[int, Any] = {}
+        if worker_process:
+            stays = [alone or model_of(function) for alone, function in zip(self._async, self._functions, strict=True)]
+            self._in_worker = {index: source for index, source in enumerate(sources) if not stays[index]}
+        self._worker = Worker(self._in_worker) if self._in_worker else None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @classmethod
@@ -99,9 +102,9 @@ class RewardSet:
 
     @property
     def models(self) -> list[Any]:
-        """The models behind the functions of this process that are objects with one, as their `model`."""
-        found = [] if self._worker else [getattr(function, "model", None) for function in self._functions]
-        return [model for model in found if hasattr(model, "parameters")]
+        """The models behind the functions of this process."""
+        here = (function for index, function in enumerate(self._functions) if index not in self._in_worker)
+        return [model for function in here if (model := model_of(function)) is not None]
 
     def check_columns(self, available: Iterable[str]) -> None:
         """Refuse, before anything is called, a function that needs a column which the rows lack."""
@@ -169,7 +172,7 @@ class RewardSet:
 
     def _outcome(self, index: int, offered: Mapping[str, Any], count: int) -> Result | RewardFailure:
         try:
-            if self._worker is None:
+            if self._worker is None or index not in self._in_worker:
                 return evaluate(self._functions[index], offered, count)
             return self._worker.call(index, select(self._functions[index], offered), count, self.timeout)
         except RewardFailure as failure:
@@ -285,6 +288,12 @@ def _checked_weights(weights: Sequence[float] | None, names: list[str]) -> list[
         if not math.isfinite(weight):
             raise InputError(f"weight of reward function {name!r} is {weight}, expected a finite number")
     return [float(weight) for weight in weights]
+
+
+def model_of(function: Any) -> Any:
+    """The model behind a reward function that is an object with one, as its `model`; else None."""
+    model = getattr(function, "model", None)
+    return model if hasattr(model, "parameters") else None
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:

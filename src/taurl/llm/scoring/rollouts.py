@@ -105,9 +105,14 @@ class Rollout:
 
         pieces = [
             piece
-            for members in sorted(groups.values(), key=length)
-            for piece in fitting(members, lambda it: Size(1, lengths[it[0]]), tokens_per_part - prompt_length(members))
+            for members in groups.values()
+            for piece in fitting(
+                sorted(members, key=lambda it: lengths[it[0]]),
+                lambda it: Size(1, lengths[it[0]], 0, prompt_length([it])),
+                tokens_per_part - prompt_length(members),
+            )
         ]
+        pieces.sort(key=length)
         for run in fitting(pieces, lambda it: Size(len(it), length(it), 1, prompt_length(it)), tokens_per_part):
             yield self._part([copies for piece in run for copies in piece], max(map(length, run)))
 
