@@ -10,7 +10,7 @@ from test_grpo_run import ROWS
 from tiny_policy import high_ids, letter_a, save_tiny_policy, tiny_model, tiny_tokenizer, untimed
 from transformers import AutoModelForSequenceClassification
 
-from taurl.llm import PPO, PPOConfig
+from taurl.llm import PPO, PPOConfig, Reward, RewardConfig
 from taurl.llm.models.loading import load_model
 from taurl.llm.models.reward_folder import RewardNote
 from taurl.runtime.errors import InputError
@@ -490,6 +490,20 @@ def test_a_critic_that_starts_from_a_reward_model_has_the_scale_of_normalised_re
     ]
     hidden = torch.randn(3, 5, heads[0].weight.shape[1])
     torch.testing.assert_close(heads[1](hidden), (heads[0](hidden) - 2.0) / 4.0)
+
+
+def test_the_scale_of_an_adapter_is_that_of_its_own_folder(config, folder, tmp_path):
+    pairs = [{"prompt": f"{i}?", "chosen": "a", "rejected": "b"} for i in range(8)]
+    settings = RewardConfig(out=tmp_path / "rm", steps=1, lora_rank=2, threads=1, precision="float32", eval_rows=2)
+    Reward(str(folder), pairs, settings).train()
+    judge = tmp_path / "rm" / "final"
+    note = RewardNote.of(judge)
+    heads = [
+        PPO(str(folder), ROWS, high_ids, config(critic=str(judge), normalize_rewards=on, out=None)).critic.head
+        for on in (False, True)
+    ]
+    hidden = torch.randn(3, 5, heads[0].weight.shape[1])
+    torch.testing.assert_close(heads[1](hidden), (heads[0](hidden) - note.mean) / note.deviation)
 
 
 @pytest.mark.parametrize("critic", ["copy", "none"])

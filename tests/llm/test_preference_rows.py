@@ -4,7 +4,9 @@ import json
 
 import pytest
 from tiny_policy import TEMPLATE, tiny_model, tiny_tokenizer
-from tokenizers import normalizers
+from tokenizers import Tokenizer, normalizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from taurl.llm.data.completion_ids import Conversations
 from taurl.llm.data.datasets import Reading
@@ -120,6 +122,18 @@ def test_steps_end_where_they_should_with_a_tokenizer_that_puts_a_blank_before_a
     ids = row.completions[0]
     assert tokenizer.decode(ids) == f"{begins}1+1?2?ab<end>"  # the tokenizer has no line break
     assert row.step_ends == [len(begins) + place for place in (3, 5, 7)]
+
+
+def test_a_step_whose_token_merges_with_its_prompt_has_a_place():
+    """Then the completion's tokens are those that it has alone."""
+    vocabulary = {token: i for i, token in enumerate(["?", "a", "b", "ab", "<end>"])}
+    backend = Tokenizer(BPE(vocabulary, [("a", "b")], unk_token="?"))
+    backend.add_special_tokens(["<end>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    (row,) = (
+        reader("process", tokenizer=tokenizer).read([{"prompt": "ba", "completions": ["b"], "labels": [True]}]).judged
+    )
+    assert (row.prompt, row.completions, row.step_ends) == ([2, 1], [[2, 4]], [0])
 
 
 def test_what_an_assistant_has_begun_goes_on_with_its_calls():

@@ -444,6 +444,8 @@ def test_a_judge_stays_in_this_process_beside_functions_that_do_not(folder):
         rewards.close()
     assert values[0, 1] == 1
     assert values[0, 0] == judge(prompts=["1?"], completions=["1"])[0]
+    with pytest.raises(InputError, match=r"reward_timeout is 1 s, .*reward models stay in this one"):
+        RewardSet([judge], timeout=1, worker_process=True)
 
 
 def test_labels_that_are_shares_have_the_figures_of_labels(config, folder):

@@ -92,7 +92,7 @@ def test_a_directory_that_exists_is_refused(tmp_path):
     (tmp_path / "failed" / "config.yaml").write_text("steps: 1\n")
     for name, expected in {
         "run": "exists already, a run; resume it, or give another directory with out",
-        "failed": "exists already, a run that has taken no step; remove it, or give another directory with out",
+        "failed": "exists already, a run without a step yet; resume it, remove it if it has failed, or give",
         "file": "exists already, a file, or give another",
         "other": "exists already, a directory with files in it, or give another",
     }.items():

@@ -23,8 +23,7 @@ from taurl.runtime.machine import (
 )
 
 # Completions between two writes: enough to keep the slots busy to the end, few enough to lose.
-BATCH = {"cpu": 256}
-BATCH_ELSEWHERE = 2048
+BATCH, BATCH_ON_GPU = 256, 2048
 
 
 class Model:
@@ -58,7 +57,7 @@ class Model:
             prompts: P lists of token ids.
         Yields: lists of groups, in the order of the prompts.
         """
-        size = max(1, BATCH.get(self.model.device.type, BATCH_ELSEWHERE) // count)
+        size = max(1, (BATCH_ON_GPU if self.model.device.type == "cuda" else BATCH) // count)
         # Standard output stays the caller's, who prints what is yielded.
         with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
             task = bar.add_task("answering", total=len(prompts) * count)

@@ -152,9 +152,10 @@ class RewardSettings(Settings):
     reward_weights: tuple[float, ...] | None = None
     """One weight a reward function; 1 each by default."""
     reward_timeout: float | None = Field(None, gt=0, json_schema_extra=FREE)
-    """Seconds one call of a reward function may take: async ones, and all of them with reward_process."""
+    """Seconds one call of a reward function may take: async ones, and with reward_process all but reward models."""
     reward_process: bool = Field(False, json_schema_extra=FREE)
-    """Run the synchronous reward functions in a process of their own, so that reward_timeout can stop them."""
+    """Run the synchronous reward functions in a process of their own, so that reward_timeout can stop them; reward
+    models stay in the run's."""
 
     @model_validator(mode="after")
     def _rewards_fit_together(self) -> Self:
@@ -201,8 +202,8 @@ class PartSettings(Settings):
     """How much goes through the model at once: speed and memory, not the result."""
 
     tokens_per_part: int = Field(2048, ge=1, json_schema_extra=FREE)
-    """Tokens, padding included, that go forward and backward together; lower it if memory runs out. Speed and memory
-    only, the result stays."""
+    """Tokens that go forward and backward together, padding included, and a 32nd of its prompt for each completion;
+    lower it if memory runs out. Speed and memory only, the result stays."""
     gradient_checkpointing: bool = Field(False, json_schema_extra=FREE)
     """Compute activations again in the backward pass: less memory, more time, and prompts are not shared."""
     compile_layers: bool = False

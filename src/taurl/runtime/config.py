@@ -206,8 +206,9 @@ def describe(error: ValidationError) -> str:
 def refuse_unread(config: BaseModel, names: Iterable[str], why: str) -> None:
     """Raises: InputError for the first of these settings that is not at its default, since nothing would read it."""
     for name in names:
-        if (value := getattr(config, name)) != type(config).model_fields[name].get_default(call_default_factory=True):
-            raise InputError(f"{name} is {value!r}, but {why}: leave it out")
+        default = type(config).model_fields[name].get_default(call_default_factory=True)
+        if (value := getattr(config, name)) != default:
+            raise InputError(f"{name} is {value!r}, but {why}: leave it out, or at its default, {default!r}")
 
 
 def did_you_mean(name: str, known: Any) -> str:

@@ -38,7 +38,7 @@ def refuse_taken(directory: Path) -> None:
         found = "a file" if not directory.is_dir() else "a directory with files in it"
         if is_run:
             begun = (directory / "metrics.jsonl").exists() or (directory / "checkpoints").exists()
-            found = "a run; resume it" if begun else "a run that has taken no step; remove it"
+            found = "a run; resume it" if begun else "a run without a step yet; resume it, remove it if it has failed"
         raise InputError(f"{directory} exists already, {found}, or give another directory with out")
 
 

@@ -76,6 +76,7 @@ OTHER_NAMES = {
 
 def names_here(name: str, known: Container[str]) -> list[str]:
     """What a setting of another library is called among the known ones; more than one where it is several here."""
+    wanted = OTHER_NAMES.get(name, ())
     if name == "num_train_epochs":  # where completions are sampled, epochs are passes over those of a step
-        return ["steps" if "minibatches" in known else "epochs"]
-    return [here for here in OTHER_NAMES.get(name, ()) if here in known]
+        wanted = ("steps",) if "minibatches" in known or "epochs" not in known else ("epochs",)
+    return [here for here in wanted if here in known]

@@ -113,21 +113,11 @@ class OnlineTrainer(Trainer):
         if dropped:
             self.run.view.note(f"{dropped} training rows left out: their prompts are among the held-out ones")
         self.note_nothing_held_out()
-        self._note_long_prompts()
         for rows in (self.prompts.rows, self.held_out.rows):
             if rows:
                 self.rewards.check_columns(reward_columns(rows))
         repeat_data(self.run, self.prompts.fingerprint() + self.held_out.fingerprint())
         self.order = PromptOrder(len(self.prompts), config.seed)
-
-    def _note_long_prompts(self) -> None:
-        """Say it where prompts leave little of a part to their completions, so that they are forwarded many times."""
-        longest, tokens = max(map(len, self.prompts.ids)), self.config.tokens_per_part
-        if self.config.group_size > 1 and longest > tokens // 2:
-            self.run.view.note(
-                f"prompts of up to {longest} tokens go through the model once for every {max(1, tokens - longest)} "
-                f"tokens of their completions: a larger tokens_per_part than {tokens} is faster, where memory allows"
-            )
 
     def prompts_of(self, step: int) -> list[int]:
         """Where the prompts of a step stand in the data."""

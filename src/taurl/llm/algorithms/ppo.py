@@ -117,13 +117,13 @@ class PPO(RatioTrainer):
 
     def set_up(self, dtype: torch.dtype | None) -> None:
         config, reference, environment = self.config, self.given("reference"), self.given("environment")
+        self._refuse_unread()
         if environment is None:
             self.load_prompts()
         elif self.given("rewards") or self.given("dataset") is not None or self.given("eval_dataset") is not None:
             raise InputError(ENVIRONMENT_ALONE)
         else:
             self.held_out = range(held_out_count(config.eval_rows))  # episodes
-        self._refuse_unread()
         make = load_callable(environment, "environment") if isinstance(environment, str) else environment
         if reference is not None and config.kl_coefficient == 0:
             raise InputError("a reference is given, but kl_coefficient is 0: raise it, or leave the reference out")
@@ -220,7 +220,8 @@ class PPO(RatioTrainer):
             raise InputError(f"a reward of size {settled.abs().max():g} is beyond {rewards.dtype}: set reward_clip")
         if config.truncated == "mask":
             rollout.mask[truncated] = False
-        if bool(truncated.all()) and (config.truncated == "mask" or not (config.truncated == "penalty" or self.stage)):
+        unscored = config.truncated == "mask" or (config.truncated == "bootstrap" and self.stage is None)
+        if unscored and bool(truncated.all()):
             self._say_that_no_score_counts()
         rows, mask = range(len(rollout.completions)), rollout.mask
         rollout.old_logprobs = self._old_logprobs(rollout, step)
@@ -255,11 +256,10 @@ class PPO(RatioTrainer):
     def _say_that_no_score_counts(self) -> None:
         if not self.said:
             self.said = True
-            what, bound = ("completion", "max_tokens") if self.stage is None else ("episode", "max_turns")
-            self.run.view.note(
-                f"every {what} was cut off at {bound} {getattr(self.config, bound)}, so no score counts: "
-                "raise it, or set truncated to penalty"
-            )
+            found = f"every completion was cut off at max_tokens {self.config.max_tokens}"
+            if self.stage is not None:
+                found = f"every episode was cut off, by max_turns {self.config.max_turns} or by the model's context"
+            self.run.view.note(f"{found}, so no score counts: raise it, or set truncated to penalty")
 
     @torch.no_grad()
     def _values(self, rollout: Rollout, rows: Sequence[int]) -> tuple[Tensor, Tensor]:

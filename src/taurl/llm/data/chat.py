@@ -47,7 +47,8 @@ def prompt_problem(prompt: object, name: str = "the prompt") -> str | None:
             if not isinstance(message[key], str):
                 return f"message {position} has {shown(message[key])} as '{key}'; expected a string"
         role = message["role"]
-        if role not in ROLES and (meant := difflib.get_close_matches(role.lower(), ROLES, n=1, cutoff=0.8)):
+        another = role.startswith(ROLES)  # one of these, or a template's own kind of it: tools, user_2
+        if not another and (meant := difflib.get_close_matches(role.lower(), ROLES, n=1, cutoff=0.8)):
             return f"message {position} has the role {role!r}; did you mean {meant[0]!r}?"
     return None
 

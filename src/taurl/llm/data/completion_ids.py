@@ -123,9 +123,11 @@ class Conversations:
         """Which characters of the text its tokens `ids` hold, which `completion` took after the prompt, or alone."""
         for before in (opening, ""):
             encoded = self.tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
-            skipped = len(plain_ids(before, self.tokenizer))
-            found = encoded["input_ids"][skipped:]
-            if found[: len(ids)] == ids[: len(found)]:  # an end of sequence may follow, or white space be left out
+            prompt_ids = plain_ids(before, self.tokenizer)
+            skipped = len(prompt_ids)
+            stays, found = encoded["input_ids"][:skipped] == prompt_ids, encoded["input_ids"][skipped:]
+            # Of what `completion` gave, an end of sequence may follow, or white space be left out.
+            if stays and found[: len(ids)] == ids[: len(found)]:
                 places = encoded["offset_mapping"][skipped:][: len(ids)]
                 return [(first - len(before), last - len(before)) for first, last in places]
         raise AssertionError("a completion's tokens are those of its text, after the prompt or alone")

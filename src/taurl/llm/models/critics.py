@@ -126,7 +126,7 @@ def make_critic(
             start = load_model(kind, dtype=model.dtype, head=written_head(Path(resolve_model(kind)))[0])
         head = started_head(start, policy, dtype)
         if normalized:
-            normalize_head(head, start)
+            normalize_head(head, RewardNote.for_model(kind)[1])
         trunk = started_trunk(start, policy)
     trunk.to(device=model.device, dtype=model.dtype)
     switch_off_dropout(trunk)
@@ -171,10 +171,8 @@ def started_head(start: Any, policy: Policy, dtype: torch.dtype) -> ValueHead:
 
 
 @torch.no_grad()
-def normalize_head(head: ValueHead, start: Any) -> None:
+def normalize_head(head: ValueHead, note: RewardNote) -> None:
     """Let V be (V − mean) / deviation of the scores of the reward model that it comes from, where those are known."""
-    name = causal_lm(start).config.name_or_path
-    note = RewardNote.of(Path(resolve_model(name))) if name else RewardNote()
     if note.mean is not None and note.deviation:
         head.weight.div_(note.deviation)
         head.bias.sub_(note.mean).div_(note.deviation)

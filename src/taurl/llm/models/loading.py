@@ -288,7 +288,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # tokenizers raises bare Exception on a file that it cannot parse
-            if not any(Path(path).glob("*token*")) and not any(Path(path).glob("vocab*")):
+            if not any(any(Path(path).glob(pattern)) for pattern in ("*token*", "vocab*", "*.model")):
                 raise InputError(
                     f"model folder '{name_or_path}' holds no tokenizer: save it there too (tokenizer.save_pretrained)"
                 ) from error

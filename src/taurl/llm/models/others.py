@@ -66,7 +66,8 @@ def settle_judge(judge: Any, trained: list[Any], policy: Policy) -> str | None:
     if base and base == causal_lm(own).config.name_or_path and judge.dtype.itemsize > own.dtype.itemsize:
         judge.to(own.dtype)
     if saved := share_weights(judge, own):
-        return f"the reward model reads {saved / 1e6:.1f} MB of the policy's frozen weights"
+        dtype = str(own.dtype).removeprefix("torch.")
+        return f"the reward model reads {saved / 1e6:.1f} MB of the policy's frozen weights, in {dtype} as they are"
     dtypes = f"its weights are {judge.dtype}, the policy's {own.dtype}".replace("torch.", "")
     return f"the reward model shares nothing with the policy: {dtypes if judge.dtype != own.dtype else 'another base'}"
 

@@ -37,6 +37,17 @@ class RewardNote(ConversationSettings):
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path}: cannot be read ({reason(error)})") from error
 
+    @classmethod
+    def for_model(cls, model: Any) -> tuple[Path, Self]:
+        """The folder of a model given by name or as an object, and the note in it; an empty one where it has no folder.
+
+        Raises: InputError for a name that resolves to nothing, or a damaged note.
+        """
+        from taurl.llm.models.loading import resolve_model
+
+        folder = Path(resolve_model(model) if isinstance(model, str) else model.config.name_or_path)
+        return folder, cls.of(folder) if str(folder) != "." else cls()
+
     def changed(self, settings: dict[str, Any]) -> Self:
         """With other settings. Raises: InputError for a value that is none."""
         try:

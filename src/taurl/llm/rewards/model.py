@@ -79,15 +79,14 @@ class ModelReward:
     ):
         from taurl.llm.data.completion_ids import Conversations
         from taurl.llm.models.heads import causal_lm, context_length
-        from taurl.llm.models.loading import resolve_model
         from taurl.llm.models.policies import tokenizer_of
         from taurl.llm.models.reward_folder import RewardNote
         from taurl.llm.scoring.reward_scores import check_scores, head_kind
 
         self.name = model if isinstance(model, str) else model.config.name_or_path
         self.tokens_per_part = tokens_per_part
-        folder = Path(resolve_model(self.name) if isinstance(model, str) else self.name)
-        note = (RewardNote.of(folder) if self.name else RewardNote()).changed(written)
+        folder, note = RewardNote.for_model(model)
+        note = note.changed(written)
         if normalize and not note.deviation:
             raise InputError(
                 f"reward model '{self.name}' does not know the mean and deviation of its scores; leave normalize"

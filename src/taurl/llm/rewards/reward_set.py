@@ -82,15 +82,16 @@ class RewardSet:
         self.weights = _checked_weights(weights, self.names)
         self.timeout = timeout
         self._async = [is_async(function) for function in self._functions]
-        if timeout is not None and not worker_process and not any(self._async):
-            raise InputError(
-                f"reward_timeout is {timeout:g} s, but none of the reward functions is async, and a synchronous one "
-                "can be stopped in a process of its own only: set reward_process, or leave reward_timeout out"
-            )
         self._in_worker: dict[int, Any] = {}
         if worker_process:
             stays = [alone or model_of(function) for alone, function in zip(self._async, self._functions, strict=True)]
             self._in_worker = {index: source for index, source in enumerate(sources) if not stays[index]}
+        if timeout is not None and not any(self._async) and not self._in_worker:
+            raise InputError(
+                f"reward_timeout is {timeout:g} s, but none of the reward functions is async, and a synchronous one "
+                "can be stopped in a process of its own only (reward models stay in this one): set reward_process, or "
+                "leave reward_timeout out"
+            )
         self._worker = Worker(self._in_worker) if self._in_worker else None
         self._loop: asyncio.AbstractEventLoop | None = None
 
