@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from taurl.llm.models import attention
 from taurl.llm.models.loading import names_embedded
 from taurl.llm.rewards.model import PREFIX
 from taurl.runtime.config import Settings, TrainingConfig, validated
@@ -70,6 +71,9 @@ def choose_machine(run: Run, *, keep_dtype: bool) -> tuple[torch.device, torch.d
     if "precision" not in chosen:
         keep = keep_dtype and config.precision == "auto"
         chosen["precision"] = "" if keep else str(choose_precision(config.precision, device)).removeprefix("torch.")
+    if device.type == "cpu" and chosen["precision"] == "bfloat16":
+        known = chosen["attention"] == "float32" if "attention" in chosen else None
+        chosen["attention"] = "float32" if attention.choose(known) else "bfloat16"
     chosen["device"] = str(device)
     return device, getattr(torch, chosen["precision"]) if chosen["precision"] else None
 

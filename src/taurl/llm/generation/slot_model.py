@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from taurl.llm.generation.attention import NAME, attending_by_plain_products, pays
 from taurl.llm.generation.cache import SlotCache
 from taurl.llm.generation.packed import PackedLinears
+from taurl.llm.models.attention import NAME as IN_FLOAT32
 from taurl.llm.models.heads import body, causal_lm, check_head, evaluating, output_head
 from taurl.runtime.errors import InputError
 
@@ -140,7 +141,7 @@ def require_known(model: PreTrainedModel) -> None:
         found = f"{name} has layers of kind {', '.join(sorted(unknown))}"
     elif plain._is_stateful or not plain._supports_attention_backend:
         found = f"{name} has layers of its own kind"
-    elif config._attn_implementation not in ("sdpa", "eager"):
+    elif config._attn_implementation not in ("sdpa", "eager", IN_FLOAT32):
         found = f"{name} was loaded with attn_implementation={config._attn_implementation!r}, not 'sdpa' or 'eager'"
     else:
         return

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from taurl.llm.models import embedded
+from taurl.llm.models.attention import attending_as_chosen
 from taurl.llm.models.hub import hub_problem, quiet_transformers
 from taurl.runtime.errors import InputError, one_line
 from taurl.runtime.machine import is_out_of_memory
@@ -176,7 +177,7 @@ def load_model(
             f"model '{name_or_path}' lacks {len(missing)} weights, {missing[0]} first; "
             "its folder is incomplete or its config.json belongs to another model"
         )
-    return cast(PreTrainedModel, model.eval() if in_4bit else model.eval().to(device))
+    return attending_as_chosen(model.eval() if in_4bit else model.eval().to(device))
 
 
 def written_head(folder: Path) -> tuple[Head, str]:

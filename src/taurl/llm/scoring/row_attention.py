@@ -6,6 +6,7 @@ a GPU in half precision attention is one kernel for rows of varying lengths (fla
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from taurl.llm.models.attention import NAME as IN_FLOAT32
 from taurl.llm.models.heads import body, causal_lm, evaluating
 from taurl.runtime.errors import InputError
 
-NAME = "taurl_rows"
+NAME, NAME_IN_FLOAT32 = "taurl_rows", "taurl_rows_float32"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # What a model may ask of attention beyond a scale and a window, by the names that transformers passes it under.
 UNKNOWN = ("softcap", "s_aux", "position_bias")
@@ -36,6 +38,7 @@ def attend_within_rows(
     scaling: float | None = None,
     sliding_window: int | None = None,
     windows: list[int | None] | None = None,
+    widen: bool = False,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of each row to itself, as `transformers` calls it.
@@ -44,6 +47,7 @@ def attend_within_rows(
         query: [1, H, T, D]; key, value: [1, K, T, D] with K a divisor of H.
         row_lengths, row_bounds: as `laid_end_to_end` gives them; the sum of the lengths is T.
         sliding_window: how many tokens a token sees at most, itself included.
+        widen: compute in float32.
         windows: gets it from each layer; some models put it into their mask, which is none here, and not into the call.
     Returns: [1, T, H, D], and no weights.
     """
@@ -56,6 +60,9 @@ def attend_within_rows(
         return varlen(query, key, value, row_bounds, max(row_lengths), scaling, sliding_window), None
     if query.is_cuda and key.shape[1] != query.shape[1]:  # torch's fast attention in float32 knows no grouped heads
         key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
+    dtype = query.dtype
+    if widen:
+        query, key, value = query.float(), key.float(), value.float()
     outputs = []
     lengths = list(row_lengths)
     rows = (torch.split(tensor, lengths, 2) for tensor in (query, key, value))
@@ -70,7 +77,7 @@ def attend_within_rows(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
             )
         )
-    return torch.cat(outputs, 2).transpose(1, 2), None
+    return torch.cat(outputs, 2).transpose(1, 2).to(dtype), None
 
 
 def laid_end_to_end(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
@@ -111,6 +118,7 @@ def varlen(
 
 
 AttentionInterface.register(NAME, attend_within_rows)
+AttentionInterface.register(NAME_IN_FLOAT32, partial(attend_within_rows, widen=True))
 
 
 @contextmanager
@@ -120,7 +128,7 @@ def attending_within_rows(model: PreTrainedModel) -> Iterator[None]:
     configs = list({id(config): config for config in (plain.config, plain.config.get_text_config())}.values())
     before = [config._attn_implementation for config in configs]
     for config in configs:
-        config._attn_implementation = NAME
+        config._attn_implementation = NAME_IN_FLOAT32 if config._attn_implementation == IN_FLOAT32 else NAME
     try:
         yield
     finally:
