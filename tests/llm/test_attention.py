@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from taurl.llm import GRPO, SFT, GRPOConfig, SFTConfig
 from taurl.llm.generation import Sampling, SlotSampler
 from taurl.llm.models import attention
-from taurl.llm.models.attention import NAME, attend_in_float32, attending_as_chosen
+from taurl.llm.models.attention import LONGEST, NAME, attend_in_float32, attending_as_chosen
 from taurl.llm.models.loading import load_model
 from taurl.llm.scoring.likelihood import completion_logprobs
 from taurl.llm.scoring.row_attention import attending_within_rows
@@ -60,9 +60,10 @@ def test_it_is_sdpa_of_the_widened_inputs(mask):
     assert all(torch.equal(one.grad, other.grad.bfloat16()) for one, other in zip(tensors, wide, strict=True))
 
 
-def test_a_single_query_is_left_as_it_is():
+@pytest.mark.parametrize(("queries", "keys"), [(1, 9), (3, LONGEST + 1)])
+def test_a_single_query_and_long_rows_are_left_as_they_are(queries, keys):
     module = torch.nn.Module()
-    query, key, value = given(1, 9)
+    query, key, value = given(queries, keys)
     own, _ = sdpa_attention_forward(module, query, key.repeat(1, 2, 1, 1), value.repeat(1, 2, 1, 1), None)
     found, _ = attend_in_float32(module, query, key.repeat(1, 2, 1, 1), value.repeat(1, 2, 1, 1), None)
     assert torch.equal(found, own)

@@ -18,17 +18,18 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "taurl_float32"
 SHAPE = 8, 9, 16, 64, 64  # rows, heads, queries, keys, size: short completions with their prompt
+LONGEST = 256  # keys; of longer rows the products are large enough for bfloat16
 WORTH = 1.5  # times as fast, from which on float32 is taken: noise should not turn the choice
 
 
 def attend_in_float32(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rest: Any
 ) -> tuple[Tensor, None]:
-    """`transformers`' sdpa, in float32 where a row has more than one query; arguments and result are those of that.
+    """`transformers`' sdpa, in float32 for short rows of more than one query; arguments and result are those of that.
 
     A single query, as in decoding, has no backward pass and reads its keys as they are.
     """
-    if query.shape[2] == 1:
+    if query.shape[2] == 1 or key.shape[2] > LONGEST:
         alone: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
         return alone
     if attention_mask is not None and attention_mask.is_floating_point():

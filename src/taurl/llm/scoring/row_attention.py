@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from taurl.llm.models.attention import LONGEST
 from taurl.llm.models.attention import NAME as IN_FLOAT32
 from taurl.llm.models.heads import body, causal_lm, evaluating
 from taurl.runtime.errors import InputError
@@ -47,7 +48,7 @@ def attend_within_rows(
         query: [1, H, T, D]; key, value: [1, K, T, D] with K a divisor of H.
         row_lengths, row_bounds: as `laid_end_to_end` gives them; the sum of the lengths is T.
         sliding_window: how many tokens a token sees at most, itself included.
-        widen: compute in float32.
+        widen: compute in float32, where no row is longer than `attention.LONGEST`.
         windows: gets it from each layer; some models put it into their mask, which is none here, and not into the call.
     Returns: [1, T, H, D], and no weights.
     """
@@ -61,7 +62,7 @@ def attend_within_rows(
     if query.is_cuda and key.shape[1] != query.shape[1]:  # torch's fast attention in float32 knows no grouped heads
         key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
     dtype = query.dtype
-    if widen:
+    if widen and max(row_lengths) <= LONGEST:
         query, key, value = query.float(), key.float(), value.float()
     outputs = []
     lengths = list(row_lengths)
