@@ -7,6 +7,8 @@ from typing import Any, get_args
 from mkdocs.structure.pages import Page
 from pydantic.fields import FieldInfo
 
+from taurl.runtime.config import free_on_resume
+
 LINE = re.compile(r"^\{\{ settings (\S+):(\w+) \}\}$", re.MULTILINE)
 
 
@@ -15,7 +17,12 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
 
 
 def table(config: Any) -> str:
-    rows = [f"| `{name}` | {default(field)} | {meaning(field)} |" for name, field in config.model_fields.items()]
+    resumes = "steps" in config.model_fields
+    marks = {name: " ↻" if resumes and free_on_resume(config, name) else "" for name in config.model_fields}
+    rows = [
+        f"| `{name}`{marks[name]} | {default(field)} | {meaning(field)} |"
+        for name, field in config.model_fields.items()
+    ]
     return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
 
 
