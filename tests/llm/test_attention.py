@@ -15,7 +15,11 @@ from taurl.llm.models import attention
 from taurl.llm.models.attention import LONGEST, NAME, attend_in_float32, attending_as_chosen
 from taurl.llm.models.loading import load_model
 from taurl.llm.scoring.likelihood import completion_logprobs
-from taurl.llm.scoring.row_attention import attending_within_rows
+from taurl.llm.scoring.row_attention import (
+    attend_within_rows,
+    attend_within_rows_in_float32,
+    attending_within_rows,
+)
 
 ROWS = [{"prompt": f"{i}+{i % 3}?", "completion": str(i + i % 3)} for i in range(12)]
 CONFIG = GRPOConfig
@@ -90,6 +94,14 @@ def test_models_learn_and_sample_by_it(chosen, architecture):
         )
     assert (found - sampled).abs().mean() < 0.05
     assert (found - expected).abs().mean() < 1.5 * (without - expected).abs().mean()
+
+
+def test_rows_laid_end_to_end_are_widened_and_rounded_again():
+    rows = {"row_lengths": [3, 4], "row_bounds": torch.tensor([0, 3, 7], dtype=torch.int32)}
+    query, key, value = (tensor.detach()[:1] for tensor in given(7, 7))
+    found, _ = attend_within_rows_in_float32(torch.nn.Module(), query, key, value, None, **rows)
+    wide, _ = attend_within_rows(torch.nn.Module(), query.float(), key.float(), value.float(), None, **rows)
+    assert torch.equal(found, wide.bfloat16())
 
 
 def test_rows_laid_end_to_end_attend_by_it_too(chosen, folder):

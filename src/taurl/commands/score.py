@@ -72,7 +72,7 @@ def main(words: Sequence[str]) -> int:
 
 def readable(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
     """Rows with prompts, and the columns that hold their completions. Raises: InputError by row and column."""
-    from taurl.llm.data.chat import prompt_problem
+    from taurl.llm.data.chat import prompt_problem, says_nothing
     from taurl.llm.data.datasets import check_prompts, columns_of
     from taurl.llm.data.preference_rows import with_prompt
 
@@ -93,8 +93,7 @@ def readable(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[st
         if columns == ("completions",) and not isinstance(row["completions"], list):
             raise InputError(f"row {number} of the data: its completions is no list")
         for completion in completions_of(row, columns):
-            silent = isinstance(completion, str) and not completion.strip()  # a sampler may have said nothing
-            if not silent and (problem := prompt_problem(completion, "a completion")):
+            if not says_nothing(completion) and (problem := prompt_problem(completion, "a completion")):
                 raise InputError(f"row {number} of the data: {problem}")
     return rows, columns
 

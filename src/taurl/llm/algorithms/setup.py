@@ -71,7 +71,7 @@ def choose_machine(run: Run, *, keep_dtype: bool) -> tuple[torch.device, torch.d
     if "precision" not in chosen:
         keep = keep_dtype and config.precision == "auto"
         chosen["precision"] = "" if keep else str(choose_precision(config.precision, device)).removeprefix("torch.")
-    if device.type == "cpu" and chosen["precision"] == "bfloat16":
+    if device.type == "cpu" and chosen["precision"] != "float32":  # an object's own may be bfloat16
         known = chosen["attention"] == "float32" if "attention" in chosen else None
         chosen["attention"] = "float32" if attention.choose(known) else "bfloat16"
     chosen["device"] = str(device)

@@ -53,6 +53,11 @@ def prompt_problem(prompt: object, name: str = "the prompt") -> str | None:
     return None
 
 
+def says_nothing(completion: object) -> bool:
+    """Whether it is a string without words, which a sampler may well have drawn."""
+    return isinstance(completion, str) and not completion.strip()
+
+
 def shown(value: object) -> str:
     """A value and its type, short enough for an error message."""
     text = repr(value)

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, TypeAlias, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taurl.llm.data.chat import Prompt, prompt_problem
+from taurl.llm.data.chat import Prompt, prompt_problem, says_nothing
 from taurl.llm.data.completion_ids import Conversations
 from taurl.llm.data.data_files import Row
 from taurl.llm.data.datasets import Reading, Rows, check_prompts, columns_of, key
@@ -194,8 +194,7 @@ class PreferenceReader:
         else:
             names, given = ["completion"], [row["completion"]]
         for name, completion in zip(names, given, strict=True):
-            # What was sampled may be nothing but its end.
-            silent = names == ["completion"] and isinstance(completion, str) and not completion.strip()
+            silent = names == ["completion"] and says_nothing(completion)
             if not silent and (problem := prompt_problem(completion, f"its {name}")):
                 raise InputError(f"{where}: {problem}")
         completions = [conversations.completion(row["prompt"], completion, prompt, where) for completion in given]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from taurl.llm.models.heads import context_length
 from taurl.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -125,8 +126,6 @@ def ends(
 def check_prompts(prompts: Sequence[Sequence[int]], sampling: Sampling, model: PreTrainedModel) -> None:
     """Raise an InputError for prompts that are empty, hold tokens that the model does not know, or leave no room for
     max_tokens in its context."""
-    from taurl.llm.models.heads import context_length
-
     context = context_length(model)
     embedding: Any = model.get_input_embeddings()
     known = embedding.weight.shape[0]

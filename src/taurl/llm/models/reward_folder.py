@@ -45,8 +45,9 @@ class RewardNote(ConversationSettings):
         """
         from taurl.llm.models.loading import resolve_model
 
-        folder = Path(resolve_model(model) if isinstance(model, str) else model.config.name_or_path)
-        return folder, cls.of(folder) if str(folder) != "." else cls()
+        name = model if isinstance(model, str) else model.config.name_or_path
+        folder = Path(resolve_model(name) if isinstance(model, str) else name)
+        return folder, cls.of(folder) if name else cls()
 
     def changed(self, settings: dict[str, Any]) -> Self:
         """With other settings. Raises: InputError for a value that is none."""

@@ -6,7 +6,6 @@ a GPU in half precision attention is one kernel for rows of varying lengths (fla
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -39,7 +38,6 @@ def attend_within_rows(
     scaling: float | None = None,
     sliding_window: int | None = None,
     windows: list[int | None] | None = None,
-    widen: bool = False,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of each row to itself, as `transformers` calls it.
@@ -48,7 +46,6 @@ def attend_within_rows(
         query: [1, H, T, D]; key, value: [1, K, T, D] with K a divisor of H.
         row_lengths, row_bounds: as `laid_end_to_end` gives them; the sum of the lengths is T.
         sliding_window: how many tokens a token sees at most, itself included.
-        widen: compute in float32, where no row is longer than `attention.LONGEST`.
         windows: gets it from each layer; some models put it into their mask, which is none here, and not into the call.
     Returns: [1, T, H, D], and no weights.
     """
@@ -61,9 +58,6 @@ def attend_within_rows(
         return varlen(query, key, value, row_bounds, max(row_lengths), scaling, sliding_window), None
     if query.is_cuda and key.shape[1] != query.shape[1]:  # torch's fast attention in float32 knows no grouped heads
         key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
-    dtype = query.dtype
-    if widen and max(row_lengths) <= LONGEST:
-        query, key, value = query.float(), key.float(), value.float()
     outputs = []
     lengths = list(row_lengths)
     rows = (torch.split(tensor, lengths, 2) for tensor in (query, key, value))
@@ -78,7 +72,18 @@ def attend_within_rows(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
             )
         )
-    return torch.cat(outputs, 2).transpose(1, 2).to(dtype), None
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+def attend_within_rows_in_float32(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rest: Any
+) -> tuple[Tensor, None]:
+    """The same in float32, as `attention.attend_in_float32` does it for rows of that length."""
+    dtype = query.dtype
+    if max(rest["row_lengths"]) <= LONGEST:
+        query, key, value = query.float(), key.float(), value.float()
+    attended, _ = attend_within_rows(module, query, key, value, attention_mask, **rest)
+    return attended.to(dtype), None
 
 
 def laid_end_to_end(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
@@ -119,7 +124,7 @@ def varlen(
 
 
 AttentionInterface.register(NAME, attend_within_rows)
-AttentionInterface.register(NAME_IN_FLOAT32, partial(attend_within_rows, widen=True))
+AttentionInterface.register(NAME_IN_FLOAT32, attend_within_rows_in_float32)
 
 
 @contextmanager
