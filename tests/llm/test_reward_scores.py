@@ -5,7 +5,13 @@ import itertools
 import pytest
 import torch
 from tiny_policy import KeepFloat64, tiny_model
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, BertConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    LlamaForSequenceClassification,
+)
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from taurl.functional.preference import pairwise_loss
 from taurl.llm.data.preference_rows import JudgedRow
@@ -143,7 +149,38 @@ def test_the_check_lets_known_models_pass(pad):
     check_scores(scoring_model(torch.bfloat16, pad_token_id=pad))
 
 
+class RoundedForSequenceClassification(LlamaForSequenceClassification):
+    """Is 2% off, as a deep model in bfloat16 may be."""
+
+    def forward(self, input_ids):
+        hidden = self.model(input_ids=input_ids).last_hidden_state
+        noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
+        scores = self.score(hidden * (1 + 0.02 * noise))
+        return SequenceClassifierOutputWithPast(logits=scores[:, 2 if input_ids[0, 3] == 0 else 3])
+
+
+class PooledAtTheEndForSequenceClassification(LlamaForSequenceClassification):
+    """Scores its last token, padding or not."""
+
+    def forward(self, input_ids):
+        hidden = self.model(input_ids=input_ids).last_hidden_state
+        return SequenceClassifierOutputWithPast(logits=self.score(hidden)[:, -1])
+
+
+def test_the_check_passes_over_rounding_however_near_to_0_the_scores_are():
+    model = scoring_model(torch.float32)
+    model.__class__ = RoundedForSequenceClassification
+    for head in 100 * torch.randn(40, 1, 32, generator=torch.Generator().manual_seed(3)):
+        score_head(model).weight.data = head
+        check_scores(model)
+
+
 def test_the_check_refuses_what_is_scored_otherwise():
+    model = scoring_model(torch.float32)
+    check_scores(model)
+    model.__class__ = PooledAtTheEndForSequenceClassification
+    with pytest.raises(InputError, match="PooledAtTheEndForSequenceClassification scores otherwise"):
+        check_scores(model)
     config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     config.num_labels = 1
     with pytest.raises(InputError, match="BertForSequenceClassification"):

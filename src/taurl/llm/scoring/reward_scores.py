@@ -19,7 +19,9 @@ from taurl.llm.scoring.budget import Size, fitting
 from taurl.llm.scoring.likelihood import completion_hidden
 from taurl.runtime.errors import InputError
 
-TOLERANCE = 0.03  # what rounding may do to a bfloat16 score; one that is pooled elsewhere is off by far more
+# How far a hidden state may be from the model's own, as a share of its length. SmolLM2-135M in bfloat16 rounds by 0.005
+# to 0.013; the place beside the right one differs by 0.4 and more.
+TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,17 @@ def _part(rows: Sequence[JudgedRow], chosen: list[int], device: torch.device | s
     )
 
 
+def part_hidden(model: PreTrainedModel, part: ScoringPart) -> Tensor:
+    """Hidden states [M, d] that a part is scored by."""
+    return completion_hidden(model, part.prompts, part.prompt_of, part.tokens)[part.at_row, part.at_token]
+
+
 def part_scores(model: PreTrainedModel, part: ScoringPart) -> Tensor:
     """Scores [M] of a part, with gradient, each prompt forwarded once.
 
     The head computes in float32 at least: in bfloat16 scores from 4 to 8 would be multiples of 1/32, and many equal.
     """
-    hidden = completion_hidden(model, part.prompts, part.prompt_of, part.tokens)[part.at_row, part.at_token]
+    hidden = part_hidden(model, part)
     head, dtype = score_head(model), torch.promote_types(hidden.dtype, torch.float32)
     weights = {name: weight.to(dtype) for name, weight in head.named_parameters()}
     scores: Tensor = torch.func.functional_call(head, weights, (hidden.to(dtype),))
@@ -177,26 +184,42 @@ def head_kind(model: PreTrainedModel) -> Head:
 
 @torch.inference_mode()
 def check_scores(model: PreTrainedModel) -> None:
-    """Compare scores with the model's own output, on two short sequences of which one is padded.
+    """Compare what is scored with what the model's own pass gives its head, on two sequences, one of them padded.
+
+    Hidden states are compared, not scores: rounding in bfloat16 may move a score as far as another place does.
 
     Raises: InputError where they disagree: a model that is not causal, pools otherwise, or does more in its head.
     """
     plain: Any = causal_lm(model)
-    pad = pad_token_id(model)
-    token, other = [token for token in range(3) if token != pad][:2]
-    steps = [1] if head_kind(model) == "token" else []
+    pad, kind = pad_token_id(model), head_kind(model)
+    size = plain.config.get_text_config().vocab_size
+    # From the middle of the vocabulary: on rows of special tokens SmolLM2 is chaotic, 0.66 off in bfloat16.
+    a, b, c = [token for token in range(size // 3, size) if token != pad][:3]
     rows = [
-        JudgedRow([token, other], [completion], step_ends=steps)
-        for completion in ([token, token], [other, token if pad is None else pad])
+        JudgedRow([a, b], [[c, end]], step_ends=[1] if kind == "token" else [])
+        for end in (a, a if pad is None else pad)
     ]
     with evaluating(plain):
-        ours = torch.tensor(row_scores(model, rows, 1)).flatten()
-        whole = torch.tensor([row.prompt + row.completions[0] for row in rows], device=plain.device)
-        own = [plain(input_ids=ids[None]).logits.float().cpu() for ids in whole]
-    own = [logits[:, -1].flatten() if steps else logits.flatten() for logits in own]
-    differences = (torch.cat(own) - ours).abs().max() if all(len(logits) == 1 for logits in own) else torch.inf
-    if differences > TOLERANCE * max(1.0, float(ours.abs().max())):
-        raise InputError(
-            f"{type(plain).__name__} scores otherwise than taurl knows (one label, a causal model, pooled at the last "
-            "token that is no padding, one linear layer): choose another model"
-        )
+        if not all(_scores_as_known(model, row, kind) for row in rows):
+            raise InputError(
+                f"{type(plain).__name__} scores otherwise than taurl knows (one label, a causal model, pooled at the "
+                "last token that is no padding, one linear layer): choose another model"
+            )
+
+
+def _scores_as_known(model: PreTrainedModel, row: JudgedRow, kind: Head) -> bool:
+    """Whether the model's own score of a row of one completion is its head's, where `part_hidden` reads it."""
+    plain: Any = causal_lm(model)
+    part = next(scoring_parts([row], 1, pad=pad_token_id(model), device=plain.device))
+    hidden, place = part_hidden(model, part)[0], len(part.prompts[0]) + int(part.at_token) - 1
+    passed: list[tuple[Tensor, Tensor]] = []
+    watch = score_head(model).register_forward_hook(lambda _, given, found: passed.append((given[0], found)))
+    try:
+        logits = plain(input_ids=torch.tensor([row.prompt + row.completions[0]], device=plain.device)).logits
+    finally:
+        watch.remove()
+    if not passed or passed[0][1].shape != (1, len(row.prompt + row.completions[0]), 1):
+        return False  # several labels, or a head that sees one place only
+    given, found = (values[0, place].float() for values in passed[0])
+    own = logits.float().flatten()[-1 if kind == "token" else 0]
+    return bool((hidden.float() - given).norm() <= TOLERANCE * given.norm() and torch.isclose(own, found[0]))
