@@ -167,6 +167,14 @@ class PooledAtTheEndForSequenceClassification(LlamaForSequenceClassification):
         return SequenceClassifierOutputWithPast(logits=self.score(hidden)[:, -1])
 
 
+class Mixing(torch.nn.Linear):
+    """A head whose score at one token is taken off the mean of all."""
+
+    def forward(self, input):
+        scores = super().forward(input)
+        return scores - scores.mean(-2, keepdim=True)
+
+
 def test_the_check_passes_over_rounding_however_near_to_0_the_scores_are():
     model = scoring_model(torch.float32)
     model.__class__ = RoundedForSequenceClassification
@@ -180,6 +188,10 @@ def test_the_check_refuses_what_is_scored_otherwise():
     check_scores(model)
     model.__class__ = PooledAtTheEndForSequenceClassification
     with pytest.raises(InputError, match="PooledAtTheEndForSequenceClassification scores otherwise"):
+        check_scores(model)
+    model = scoring_model(torch.float32)
+    model.score = Mixing(32, 1, bias=False)
+    with pytest.raises(InputError, match="scores otherwise"):
         check_scores(model)
     config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     config.num_labels = 1
