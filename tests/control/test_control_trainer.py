@@ -106,7 +106,7 @@ def test_a_run_that_fails_leaves_its_policy_and_says_where_the_environment_faile
     with pytest.raises(RunError, match=rf"step 50 of 4 copies failed with JSONDecodeError.*{__file__}, line {line}"):
         trainer.train()
     assert trainer.run.step == 192
-    assert f"the policy so far is in {tmp_path / 'run' / 'final'}" in capsys.readouterr().err.replace("\n", "")
+    assert f"what 192 steps have made is in {tmp_path / 'run' / 'final'}" in capsys.readouterr().err.replace("\n", "")
     ours, left = trainer.policy.actor.state_dict(), load(tmp_path / "run").actor.state_dict()
     assert all(ours[name].equal(left[name]) for name in ours)
     assert load(tmp_path / "run").facts["steps"] == 192

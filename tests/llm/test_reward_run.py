@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +19,7 @@ from taurl.llm.data.preference_rows import PreferenceReader
 from taurl.llm.models.loading import load_model
 from taurl.llm.rewards import RewardSet, reward_model
 from taurl.llm.scoring.reward_scores import pad_token_id, row_scores
-from taurl.runtime.errors import InputError
+from taurl.runtime.errors import InputError, Interrupted
 
 CONFIG = RewardConfig
 SETTINGS = {
@@ -244,6 +246,22 @@ def test_the_scale_is_that_of_the_training_rows(trained):
     note = trained.policy.note
     assert note.mean == pytest.approx(sum(scores) / len(scores), rel=1e-4)
     assert note.deviation == pytest.approx(float(torch.tensor(scores).std(correction=0)), rel=1e-4)
+
+
+def test_an_interrupted_run_leaves_a_reward_model_that_does_not_know_its_scale(config, folder):
+    trainer = Reward(str(folder), PAIRS, config(steps=4))
+    trainer.run.callbacks = [lambda record: record["step"] == 2 and os.kill(os.getpid(), signal.SIGINT)]
+    with pytest.raises(Interrupted):
+        trainer.train()
+    final = trainer.run.directory / "final"
+    assert "Steps: 2 of 4." in (final / "README.md").read_text()
+    rows = {"prompts": ["1+1?"], "completions": ["ab"]}
+    trainer.export(final.with_name("again"))
+    assert reward_model(str(final))(**rows) == reward_model(str(final.with_name("again")))(**rows)
+    with pytest.raises(InputError, match="does not know the mean and deviation of its scores"):
+        reward_model(str(final), normalize=True)
+    trainer.train()
+    assert math.isfinite(reward_model(str(final), normalize=True)(**rows)[0])
 
 
 @pytest.mark.parametrize("loss", ["bradley_terry", "process"])

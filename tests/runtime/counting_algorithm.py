@@ -56,9 +56,14 @@ class Counting:
         self.before_update: Callable[[int], None] = lambda step: None
 
     def train(self) -> "Counting":
-        for _ in self.steps():
-            pass
+        with self.run.leaving(self.write):
+            for _ in self.steps():
+                pass
         return self
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "count").write_text(str(self.counter.changes))
 
     def steps(self):
         run, config = self.run, self.config

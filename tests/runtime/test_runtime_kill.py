@@ -75,6 +75,7 @@ def test_a_second_signal_is_obeyed_at_once(tmp_path, number, code):
     child.signal(number)
     assert child.wait()[0] == code  # long before the step would have ended
     assert not (out / "checkpoints").exists()
+    assert not (out / "final").exists()
 
 
 def signalled_between_steps(out):

@@ -148,6 +148,28 @@ def test_a_step_that_fails_loses_nothing_finished(tmp_path, broken_at):
     assert_same_end(tmp_path / "run", tmp_path / "whole", 7)
 
 
+@pytest.mark.parametrize("broken_at", [1, 3])
+def test_a_run_that_fails_leaves_what_its_steps_have_made(tmp_path, capsys, broken_at):
+    final = tmp_path / "run" / "final"
+    with pytest.raises(Broken):
+        break_at(new(tmp_path / "run", steps=7), broken_at).train()
+    said = f"what 2 steps have made is in {final}" in capsys.readouterr().err
+    assert (final.exists(), said) == (broken_at > 1, broken_at > 1)
+
+
+def test_a_result_so_far_that_cannot_be_written_hides_no_failure(tmp_path):
+    trainer = break_at(new(tmp_path / "run", steps=7), 3)
+
+    def write(folder):
+        folder.mkdir()
+        raise MemoryError
+
+    trainer.write = write
+    with pytest.raises(Broken):
+        trainer.train()
+    assert not [path for path in (tmp_path / "run").iterdir() if "final" in path.name]
+
+
 def test_a_callback_that_fails_loses_nothing_finished(tmp_path):
     def callback(record):
         if record["step"] == 3:
@@ -241,8 +263,10 @@ def test_a_run_that_was_interrupted_is_taken_up_again_from_python(tmp_path):
     with pytest.raises(Interrupted):
         trainer.train()
     assert read_environment(tmp_path / "run")["ended"].startswith("SIGTERM: stopped after step 2 of 4")
+    assert (tmp_path / "run" / "final" / "count").read_text() == "2"
     trainer.train()
     assert trainer.run.step == 4
+    assert (tmp_path / "run" / "final" / "count").read_text() == "4"
     assert "ended" not in read_environment(tmp_path / "run")
 
 

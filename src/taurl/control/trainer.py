@@ -3,7 +3,6 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -168,26 +167,15 @@ class Trainer(ABC):
 
     def train(self) -> Self:
         """Run all steps that are left, and write the policy to `final/`."""
-        before = self.run.step
         try:
-            for _ in self.steps():
-                pass
-        except BaseException:
-            if self.run.step > before:
-                self._leave_policy()
-            raise
+            with self.run.leaving(self.save):
+                for _ in self.steps():
+                    pass
         finally:
             self.environments.close()
-        write_folder(self.run.directory / "final", self.save)
         if self.config.video:
             self._record()
         return self
-
-    def _leave_policy(self) -> None:
-        """Where a run was interrupted or has failed: its policy as it stands, to be evaluated and watched."""
-        with suppress(Exception):  # what ended the run is what to tell
-            write_folder(self.run.directory / "final", self.save)
-            self.run.view.note(f"the policy so far is in {self.run.directory / 'final'}")
 
     def _record(self) -> None:
         """Leave a GIF of the policy for the report, where the environment can draw; a failure is only said."""

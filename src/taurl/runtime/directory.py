@@ -98,7 +98,8 @@ def write_folder(folder: Path, export: Callable[[Path], None]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise RunError(
             f"{folder}: the model could not be written ({reason(error)}); free space, then --resume {folder.parent}"
         ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # nothing, once it is the folder

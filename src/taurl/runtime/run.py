@@ -21,7 +21,14 @@ from taurl.runtime.checkpoints import (
     save_checkpoint,
 )
 from taurl.runtime.config import RunConfig, read_config
-from taurl.runtime.directory import describe_environment, read_environment, refuse_other_past, refuse_taken, unused
+from taurl.runtime.directory import (
+    describe_environment,
+    read_environment,
+    refuse_other_past,
+    refuse_taken,
+    unused,
+    write_folder,
+)
 from taurl.runtime.errors import InputError, Interrupted, RunError, one_line, reason
 from taurl.runtime.files import write_whole, writing
 from taurl.runtime.machine import give_back_free_memory
@@ -328,6 +335,28 @@ class Run:
         tensors = {name: holder.tensors() for name, holder in self.state.items()}
         checkpoints = self.directory / "checkpoints"
         return save_checkpoint(checkpoints, self.step, tensors, values, keep=self.config.keep_checkpoints)
+
+    @contextmanager
+    def leaving(self, export: Callable[[Path], None], early: Callable[[Path], None] | None = None) -> Iterator[None]:
+        """Around all steps: write their result to `final/`, also where they are interrupted or fail after the first.
+
+        A second signal ends the run at once, and leaves nothing more.
+
+        Args:
+            export: writes the result into a folder.
+            early: the same, of what the steps have made so far, where `export` takes long.
+        Raises: RunError when the result of all steps cannot be written.
+        """
+        final = self.directory / "final"
+        try:
+            yield
+        except Exception:
+            if self.step:
+                with suppress(Exception):  # what ended the run is what to tell
+                    write_folder(final, early or export)
+                    self.view.note(f"what {self.step:,} steps have made is in {final}")
+            raise
+        write_folder(final, export)
 
     def stop(self, why: str) -> None:
         """Note that the run needs no more steps, and save it as it stands; the caller leaves its loop."""

@@ -179,11 +179,18 @@ class Reward(Trainer):
 
     def export(self, directory: str | Path) -> None:
         """Write a folder that `transformers` (with an adapter: `peft`) loads, with the scale of its scores."""
+        self._export(directory, self.config.scale_rows)
+
+    def export_early(self, directory: Path) -> None:
+        """The same without the scale, which may take minutes to find."""
+        self._export(directory, 0)
+
+    def _export(self, directory: str | Path, scale_rows: int) -> None:
         config = self.config
         written: dict[str, Any] = {
             name: getattr(config, name) for name in RewardNote.model_fields if hasattr(config, name)
         }
-        if count := min(config.scale_rows, len(self.train_rows)):
+        if count := min(scale_rows, len(self.train_rows)):
             picked = np.random.default_rng(config.seed).choice(len(self.train_rows), count, replace=False)
             scores = self._scores(self.train_rows.take(sorted(picked.tolist())))
             if self.form == "process":

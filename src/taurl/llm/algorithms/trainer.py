@@ -23,7 +23,7 @@ from taurl.llm.models.policies import Policy, make_generator, tokenizer_of
 from taurl.llm.rewards import RewardSet
 from taurl.llm.scoring.likelihood import shares_prompts
 from taurl.runtime.config import TrainingConfig, read_config
-from taurl.runtime.directory import require_algorithm, write_folder
+from taurl.runtime.directory import require_algorithm
 from taurl.runtime.errors import InputError
 from taurl.runtime.given import own_callbacks, own_config, require_given_again, with_changes
 from taurl.runtime.machine import out_of_memory_names, peak_memory_gb
@@ -223,9 +223,9 @@ class Trainer(ABC):
 
     def train(self) -> Self:
         """Run all steps that are left, and export the result to `final/`."""
-        for _ in self.steps():
-            pass
-        write_folder(self.run.directory / "final", self.export)
+        with self.run.leaving(self.export, self.export_early):
+            for _ in self.steps():
+                pass
         return self
 
     def note_updates(self, step: Step, figures: Record) -> None:
@@ -284,6 +284,10 @@ class Trainer(ABC):
     def export(self, directory: str | Path) -> None:
         """Write a folder that `transformers` (with an adapter: `peft`) loads, as `Policy.export` says."""
         self.policy.export(Path(directory), merge=self.config.merge_adapter, card=self.card())
+
+    def export_early(self, directory: Path) -> None:
+        """What `train` leaves in `final/` where it was interrupted or has failed."""
+        self.export(directory)
 
     def card(self) -> str:
         """The model card of what `export` writes, with the figures there are so far."""

@@ -30,6 +30,7 @@ def model_card(algorithm: str, config: Any, records: Sequence[dict[str, Any]], *
     if data and is_on_hub(data):
         header["datasets"] = [data.partition(":")[0]]
     settings = {name: getattr(config, name) for name in PRINTED if getattr(config, name, None) is not None}
+    taken = max((record["step"] for record in records), default=0)
     lines = [
         "---",
         yaml.safe_dump(header, sort_keys=False).strip(),
@@ -40,7 +41,7 @@ def model_card(algorithm: str, config: Any, records: Sequence[dict[str, Any]], *
         f"{'An adapter for' if adapter else 'Weights of'} {shown(base)}, trained on {shown(data)} by `taurl llm "
         f"{algorithm}` (taurl {__version__}).",
         "",
-        f"Steps: {max((record['step'] for record in records), default=0)}. "
+        f"Steps: {taken}{f' of {config.steps}' if taken < config.steps else ''}. "
         + " ".join(f"{name.replace('_', ' ').capitalize()}: {value}." for name, value in settings.items()),
         "",
         *held_out_table(records),
