@@ -82,6 +82,38 @@ def test_the_evaluation_before_the_first_step_is_no_step():
     assert console.file.getvalue().splitlines()[1] == "step 1/12  left 0:00"
 
 
+def test_a_long_silence_is_broken_by_what_goes_on(monkeypatch):
+    monkeypatch.setattr("taurl.runtime.terminal.SILENCE_SECONDS", 0.1)
+    console = plain()
+
+    def lines():
+        return console.file.getvalue().splitlines()
+
+    def wait_for(count):
+        deadline = time.monotonic() + 60
+        while len(lines()) < count:
+            assert time.monotonic() < deadline, lines()
+            time.sleep(0.01)
+
+    view = View(12, HEADLINE, console)
+    view.start(1000)
+    view.status("sampling [3] prompts")
+    wait_for(1)
+    time.sleep(0.5)  # what goes on is said once
+    view.status("updating")
+    wait_for(2)
+    view.record({"step": 1001, "reward": 0.5})
+    view.status("updating")
+    wait_for(4)
+    view.stop()
+    view.status("nothing is shown of what comes after the end")
+    time.sleep(0.3)
+    assert [line.partition("  left")[0] for line in lines()] == [
+        *("after step 1,000: sampling [3] prompts", "after step 1,000: updating"),
+        *("step 1,001/12  reward 0.5", "after step 1,001: updating"),
+    ]
+
+
 def test_notes_stay_one_line():
     console = plain(width=40)
     View(12, HEADLINE, console).note("runs/demo/checkpoints/step-000020/state.pt: damaged [x]; " * 3)

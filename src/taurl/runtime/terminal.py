@@ -1,6 +1,7 @@
 """What a run shows while it works: a live view in a terminal, one line a step elsewhere."""
 
 import math
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from rich.text import Text
 SAMPLE_EVERY_SECONDS = 10  # long enough to read a completion before the next one replaces it
 SAMPLE_LINES = 8
 SAMPLE_CHARACTERS = 800
+SILENCE_SECONDS = 60.0  # without a line, where no terminal shows what goes on
 SPEED_SECONDS = 3600  # time left is reckoned from the last hour; rich's half minute may hold no two steps
 
 
@@ -86,6 +88,9 @@ class View:
         self.sample_shown, self.sample_title, self.sample_time = "", "", -math.inf
         self.live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=False)
         self.started, self.first_step = time.monotonic(), 0
+        self.spoke, self.said = time.monotonic(), ""
+        self.stopped = threading.Event()
+        self.watch: threading.Thread | None = None
 
     def set_total(self, steps: int) -> None:
         """How many steps there are in all."""
@@ -99,11 +104,19 @@ class View:
         self.progress.update(self.task, completed=done)
         if self.console.is_terminal:
             self.live.start()
+        else:
+            self.stopped.clear()
+            self.watch = threading.Thread(target=self._break_silence, daemon=True)
+            self.watch.start()
 
     def stop(self) -> None:
         """Leave the last figures standing."""
         self.status("")
         self.live.stop()
+        self.stopped.set()
+        if self.watch:
+            self.watch.join()
+            self.watch = None
 
     def status(self, text: str) -> None:
         """What is going on within the step."""
@@ -118,7 +131,7 @@ class View:
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(Text(text, style="yellow"), soft_wrap=True)
+        self._print(Text(text, style="yellow"))
 
     def record(self, record: Mapping[str, Any]) -> None:
         """A step's metrics."""
@@ -127,13 +140,26 @@ class View:
         if record["step"] == self.first_step:  # the evaluation before the first step is none of them
             self.started = time.monotonic()
         if not self.console.is_terminal:
-            self.console.print(Text(self._line(record)), soft_wrap=True)
+            self.said = ""
+            self._print(Text(self._line(record)))
 
     def sample(self, title: str, text: str) -> None:
         """Something that was sampled; shown when the one before has had its time."""
         now = time.monotonic()
         if now - self.sample_time >= SAMPLE_EVERY_SECONDS:
             self.sample_shown, self.sample_title, self.sample_time = excerpt(text), title, now
+
+    def _print(self, text: Text) -> None:
+        self.spoke = time.monotonic()
+        self.console.print(text, soft_wrap=True)
+
+    def _break_silence(self) -> None:
+        """Where no terminal shows what goes on: say it after a minute without a line, unless it was the last said."""
+        while not self.stopped.wait(SILENCE_SECONDS / 4):
+            activity = self.activity.plain
+            if activity not in ("", self.said) and time.monotonic() - self.spoke >= SILENCE_SECONDS:
+                self.said = activity
+                self._print(Text(f"after step {self.progress.tasks[0].completed:,.0f}: {activity}", style="dim"))
 
     def _line(self, record: Mapping[str, Any]) -> str:
         step = record["step"]
