@@ -191,3 +191,5 @@ def test_settings_that_do_not_fit_are_refused():
         GRPOConfig(environments=8, minibatches=9)
     with pytest.raises(ValidationError, match="vectorization"):
         GRPOConfig(vectorization="auto")
+    with pytest.raises(ValidationError, match=r"clip_low is 0\.1, but loss_type cispo does not read it"):
+        GRPOConfig(loss_type="cispo", clip_low=0.1)

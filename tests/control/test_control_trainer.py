@@ -113,13 +113,13 @@ def test_a_run_that_fails_leaves_its_policy_and_says_where_the_environment_faile
 
 
 def test_an_evaluation_says_how_many_episodes_it_has_cut(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("taurl.control.trainer.LONGEST_OF_OTHERS", 12)
+    monkeypatch.setattr("taurl.control.evaluation.LONGEST_OF_OTHERS", 12)
 
     def make():
         return Endless(limit=10**9)
 
     PPO(make, PPOConfig(out=tmp_path / "run", steps=64, **SMALL)).train()
-    assert "4 of the evaluation's 4 episodes were cut after 12 steps" in capsys.readouterr().err.replace("\n", " ")
+    assert "4 of 4 episodes were cut after 12 steps" in capsys.readouterr().err.replace("\n", " ")
     found = evaluate_policy(load(tmp_path / "run"), make, 3)
     assert (found.lengths, found.cut) == ([12, 12, 12], 3)
     assert evaluate_policy(load(tmp_path / "run"), lambda: Endless(limit=5), 3).cut == 0

@@ -180,13 +180,38 @@ def test_after_a_step_that_failed_they_begin_anew():
     assert after.observations[:, 1].tolist() == [0, 0]
 
 
-def test_between_single_episodes_there_is_nothing_to_hold():
-    environments = SingleEpisodes(Hidden, 2, seed=0)
-    environments.reset()
-    environments.step(np.zeros(2, dtype=int))
+def played(environment):
+    environments = SingleEpisodes(environment, 2, seed=0)
+    for _ in range(3):
+        environments.reset()
+        while not environments.finished.all():
+            environments.step(np.zeros(2, dtype=int))
     environments.take_episodes()
-    environments.tensors()
-    assert environments.unsaved is None
+    return environments
+
+
+def test_between_single_episodes_what_the_copies_keep_is_held():
+    before, after = played(Counting), SingleEpisodes(Counting, 2, seed=0)
+    after.load_tensors(before.tensors())
+    assert before.unsaved is after.unsaved is None
+    assert after.observations[:, 0].tolist() == [6, 6]  # three played, and begun as often on their own
+    assert equal(before.observations, after.observations)
+
+
+def test_single_episodes_whose_copies_hide_their_state_say_so():
+    before, after = played(Hidden), SingleEpisodes(Hidden, 2, seed=0)
+    after.load_tensors(before.tensors())
+    assert "world is of type object" in before.unsaved
+    assert after.unsaved == before.unsaved
+
+
+def test_one_object_that_an_evaluation_has_moved_on_is_held_all_the_same():
+    before, environment = moved(Counting(), 3, count=1), Counting()
+    before.begin_anew()
+    after = Environments(environment, 1, seed=1)
+    after.load_tensors(before.tensors())
+    assert environment.episode == before.vector.envs[0].unwrapped.episode > 0
+    assert equal(before.observations, after.observations)
 
 
 def test_it_is_text_of_plain_values():

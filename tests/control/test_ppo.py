@@ -241,6 +241,7 @@ def test_with_a_price_only_the_bound_of_the_value_falls(value_clip, said, tmp_pa
     bounds = trainer._clips(751)
     assert bounds.ratio == math.inf
     assert bounds.value == (value_clip and pytest.approx(0.1))
+    assert trainer.config.spread_over_steps == (value_clip and "anneal_clip")
 
 
 def test_saving_changes_nothing_where_the_state_can_be_had(tmp_path):

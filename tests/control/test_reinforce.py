@@ -238,6 +238,19 @@ def test_without_a_critic_truncated_episodes_count_or_do_not(tmp_path):
     assert not left_out.counted.any()
 
 
+def test_episodes_that_are_left_out_count_nowhere(tmp_path):
+    trainer = trainer_of(tmp_path, Endless, baseline="none", discount=0.5)
+    scored = trainer._scored(trainer.collector.collect_episodes(trainer.policy.actor, trainer.critic))
+
+    def loss(*episodes):
+        counted = torch.zeros_like(scored.counted)
+        counted[:, list(episodes)] = True
+        return trainer._loss(scored._replace(counted=counted), True)[0]
+
+    torch.testing.assert_close(loss(0, 1), (loss(0) + loss(1)) / 2)
+    assert loss().item() == 0
+
+
 def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ValidationError, match="count_truncated is for baseline none or constant"):
         REINFORCEConfig(count_truncated=False)

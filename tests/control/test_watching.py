@@ -97,14 +97,22 @@ def frames_of(content):
 
 def test_a_video_shows_every_step_from_the_reset_to_the_end(tmp_path):
     for name in ("new/out.mp4", "new/out.gif"):
-        returns = play(First(), "Drawn-v0", {}, video=tmp_path / name, episodes=2, seed=0, sampled=False)
-        assert returns == [7.0, 7.0]
+        found = play(First(), "Drawn-v0", {}, video=tmp_path / name, episodes=2, seed=0, sampled=False)
+        assert found == ([7.0, 7.0], [7, 7], 0)
     shown = [*range(8), *range(8)]
     assert places(frames_of(tmp_path / "new/out.gif")) == shown
     film = imageio.imread(tmp_path / "new/out.mp4")
     assert film.shape == (16, 40, 60, 3)
     assert places(film) == shown
     assert imageio.immeta(tmp_path / "new/out.mp4")["fps"] == 10
+
+
+def test_an_episode_without_an_end_is_cut_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("taurl.control.evaluation.LONGEST_OF_OTHERS", 5)
+    for length, expected in ((5, ([5.0], [5], 1)), (4, ([4.0], [4], 0)), (10**9, ([5.0], [5], 1))):
+        env = Drawn(length=length)
+        assert play(First(), env, {}, video=tmp_path / "out.gif", episodes=1, seed=0, sampled=False) == expected
+    assert places(frames_of(tmp_path / "out.gif")) == [*range(6)]
 
 
 def test_a_gif_takes_fewer_frames_of_what_is_fast_and_rests_on_the_last(tmp_path):

@@ -42,11 +42,16 @@ def evaluate(words: Sequence[str]) -> int:
     show_evaluation(found.returns, found.lengths)
     if (steps := policy.facts.get("steps")) is not None:  # fewer than asked where the run was interrupted
         Console().print(f"{'policy':<14} after {steps:,} steps", highlight=False)
+    say_cut(found)
+    return 0
+
+
+def say_cut(found: Any) -> None:
+    """Say where episodes (of an `Evaluation`) were cut."""
     if found.cut:
         from taurl.control.evaluation import cut_short
 
         Console(stderr=True).print(cut_short(found), style="yellow", highlight=False, soft_wrap=True)
-    return 0
 
 
 def show_evaluation(returns: Sequence[float], lengths: Sequence[int]) -> None:
@@ -85,7 +90,7 @@ def play(words: Sequence[str]) -> int:
 
     from taurl.control import playing
 
-    returns = playing.play(
+    found = playing.play(
         policy,
         env,
         policy.facts["env_args"],
@@ -95,10 +100,11 @@ def play(words: Sequence[str]) -> int:
         sampled=config.sampled,
     )
     console = Console()
-    for number, total in enumerate(figures(*returns), 1):
+    for number, total in enumerate(figures(*found.returns), 1):
         console.print(f"episode {number}: return {total}", highlight=False)
     if config.video:
         console.print(f"video: {config.video}", highlight=False, soft_wrap=True)
+    say_cut(found)
     return 0
 
 

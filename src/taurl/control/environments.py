@@ -40,7 +40,7 @@ class Transition(NamedTuple):
     """What one step of all B copies gave.
 
     observations: what to act on next (batched as the space batches them).
-    rewards: float64 [B].
+    rewards: float [B], as the environment gives them.
     terminated, truncated: bool [B].
     only_reset: bool [B], copies whose step ignored the action and reset: no transition at all.
     last_observations: for copies whose episode ended and which have reset already, what they ended with, by copy.
@@ -221,9 +221,12 @@ class Environments:
                 self.vector.close()
 
     def tensors(self) -> dict[str, Tensor]:
-        """For the checkpoint: the last episodes, and where the copies stand if that can be had."""
+        """For the checkpoint: the last episodes, and where the copies stand if that can be had.
+
+        Between episodes too, for what a copy keeps from one to the next.
+        """
         state, self.unsaved = None, None
-        if self._observations is not None:
+        if self._steps or self._observations is not None:
             try:
                 if self._steps != self._recorded:
                     raise NoState("a step that failed has moved it on")
@@ -294,7 +297,7 @@ class Environments:
 class SingleEpisodes(Environments):
     """Copies that play one episode each, and wait for the longest: what a copy is stepped beyond is no transition.
 
-    Episodes begin with `reset`, so there is nothing under way between them that a checkpoint would have to hold.
+    Episodes begin with `reset`, so a checkpoint holds none under way.
     """
 
     def reset(self, seeds: Sequence[int] | None = None) -> Any:

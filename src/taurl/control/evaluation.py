@@ -29,17 +29,19 @@ def evaluation_seed(seed: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=EVALUATION_KEY).generate_state(1)[0])
 
 
-def with_limit(environment: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+def with_limit(environment: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
     """The arguments of an environment, with a limit to its episodes if it is named by an id, has none and takes one;
-    and whether it has none of its own, so that the evaluation is to cut at `LONGEST`."""
-    if not isinstance(environment, str) or (name := registered(environment)) not in gymnasium.registry:
-        return arguments, False
+    and the steps after which they are to be cut, None where the environment has a limit of its own."""
+    if not isinstance(environment, str):
+        return arguments, LONGEST_OF_OTHERS
+    if (name := registered(environment)) not in gymnasium.registry:
+        return arguments, None
     spec = gymnasium.spec(name)
     if spec.max_episode_steps is not None or is_atari(name) or "max_episode_steps" in arguments:
-        return arguments, False
+        return arguments, None
     if spec.vector_entry_point is not None:  # a class of its own, which need not know the argument
-        return arguments, True
-    return {"max_episode_steps": LONGEST, **arguments}, True
+        return arguments, LONGEST
+    return {"max_episode_steps": LONGEST, **arguments}, LONGEST
 
 
 class Acting(Protocol):
@@ -66,9 +68,9 @@ class Evaluation(NamedTuple):
 
 
 def cut_short(found: Evaluation) -> str:
-    """What to say where an evaluation has cut episodes."""
+    """What to say where an evaluation, or who has watched, has cut episodes."""
     return (
-        f"{found.cut} of the evaluation's {len(found.lengths)} episodes were cut after {max(found.lengths):,} steps: "
+        f"{found.cut} of {len(found.lengths)} episodes were cut after {max(found.lengths):,} steps: "
         "the environment sets no limit (max_episode_steps)"
     )
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
+from itertools import count, islice
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import numpy as np
 
 from taurl.control.action_masks import single_mask
 from taurl.control.environments import Array
-from taurl.control.evaluation import LONGEST
+from taurl.control.evaluation import Evaluation, with_limit
 from taurl.control.making import EnvironmentLike, make_single
 from taurl.control.videos import gif, stride, write_mp4
 from taurl.runtime.errors import InputError, one_line
@@ -40,27 +41,29 @@ def play(
     episodes: int,
     seed: int,
     sampled: bool,
-) -> list[float]:
-    """Play episodes in a window, or write them to a .mp4 or .gif file. Returns their returns.
+) -> Evaluation:
+    """Play episodes in a window, or write them to a .mp4 or .gif file.
 
     Args:
         env: a gymnasium id, a function that makes an environment, or an environment; the last two with the render_mode
             that is needed: "human" for a window, "rgb_array" for a file.
         arguments: of a gymnasium id.
+    Returns: returns and lengths of the episodes, and how many were cut here, as in an evaluation.
     Raises: InputError for another kind of file, or an environment that cannot be rendered.
     """
     if video is not None and video.suffix not in (".mp4", ".gif"):
         raise InputError(f"video is {video}, expected a name that ends in .mp4 or .gif")
     if video is not None:
         require_writable(video)
+    arguments, longest = with_limit(env, arguments)
     environment = rendering(env, arguments, "rgb_array" if video else "human")
     rate = frame_rate(environment)
-    returns = [0.0] * episodes
+    returns, lengths = [0.0] * episodes, [0] * episodes
 
     def steps() -> Iterator[None]:
         for number in range(episodes):
-            for returned in episode(policy, environment, seed=seed + number, sampled=sampled):
-                returns[number] = returned
+            played = episode(policy, environment, seed=seed + number, sampled=sampled)
+            for lengths[number], returns[number] in enumerate(islice(played, longest and longest + 1)):
                 yield
 
     with nullcontext() if environment is env else closing(environment):
@@ -73,7 +76,7 @@ def play(
             every = stride(rate)
             content = gif([picture(environment) for place, _ in enumerate(steps()) if place % every == 0], rate / every)
             write_whole(video, content)
-    return returns
+    return Evaluation(returns, lengths, cut=sum(longest is not None and length >= longest for length in lengths))
 
 
 def recorded(policy: Any, env: EnvironmentLike, arguments: dict[str, Any], *, seed: int) -> bytes:
@@ -149,7 +152,7 @@ def episode(policy: Any, environment: gymnasium.Env[Any, Any], *, seed: int, sam
     observation, info = environment.reset(seed=seed)
     returned = 0.0
     yield returned
-    for step in range(LONGEST):
+    for step in count():
         told = {"episode_start": step == 0} if getattr(policy, "remembers", False) else {}
         if getattr(policy, "masks_actions", False):
             told["action_mask"] = single_mask(environment, info)

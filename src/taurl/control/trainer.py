@@ -11,8 +11,6 @@ import torch
 
 from taurl.control.environments import Environments
 from taurl.control.evaluation import (
-    LONGEST,
-    LONGEST_OF_OTHERS,
     Acting,
     Evaluation,
     copies_for,
@@ -329,7 +327,7 @@ def evaluate_policy(
     """
     require_episodes(episodes)
     copies = 1 if isinstance(environment, gymnasium.Env) else copies_for(episodes)
-    arguments, limited = with_limit(environment, arguments or {})
+    arguments, longest = with_limit(environment, arguments or {})
     environments = Environments(
         environment,
         copies,
@@ -340,7 +338,6 @@ def evaluate_policy(
         mask_actions=getattr(policy, "masks_actions", False),
     )
     try:
-        longest = LONGEST_OF_OTHERS if not isinstance(environment, str) else LONGEST if limited else None
         found = evaluate(policy, environments, episodes, deterministic=deterministic, longest=longest)
         return found if longest is None else found._replace(cut=sum(length >= longest for length in found.lengths))
     finally:

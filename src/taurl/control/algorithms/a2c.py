@@ -79,5 +79,5 @@ class A2C(Trainer):
 
 
 def mean(values: Tensor, valid: Tensor) -> Tensor:
-    """The mean of what counts, [T, B] → []; at least one step does, since no copy resets twice in a row."""
+    """The mean of what counts, [T, B] → []; 0 where nothing does."""
     return torch.where(valid, values, 0.0).sum() / valid.sum().clamp(min=1)

@@ -5,6 +5,10 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from taurl.control.settings import ControlConfig, NetworkSettings
+from taurl.runtime.config import refuse_unread
+
+# What each loss type in place of the clip does not read.
+UNREAD = {"cispo": ("clip_low",), "sapo": ("clip_low", "clip_high"), "vespo": ("clip_low", "clip_high")}
 
 
 class GRPOConfig(NetworkSettings, ControlConfig):
@@ -52,6 +56,7 @@ class GRPOConfig(NetworkSettings, ControlConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        refuse_unread(self, UNREAD.get(self.loss_type, ()), f"loss_type {self.loss_type} does not read it")
         if self.environments % self.group_size:
             raise ValueError(f"environments {self.environments} is not a multiple of group_size {self.group_size}")
         if self.minibatches > self.environments:

@@ -59,7 +59,8 @@ class PPOConfig(NetworkSettings, ControlConfig):
 
     @property
     def spread_over_steps(self) -> str | None:
-        spread = [super().spread_over_steps, "anneal_clip" if self.anneal_clip else None]
+        annealed = self.anneal_clip and (self.kl_penalty_target is None or self.value_clip is not None)
+        spread = [super().spread_over_steps, "anneal_clip" if annealed else None]
         return " and ".join(filter(None, spread)) or None
 
     @model_validator(mode="after")

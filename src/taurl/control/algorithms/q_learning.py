@@ -98,7 +98,9 @@ class QLearning(Trainer):
         rate = learning_rate(taken + len(states), config)
         self.table.learn(cells, targets[learns], rate=rate, visit_exponent=config.visit_exponent)
 
-        if ahead:  # a copy that has reset already acts from where its next episode begins
+        if ahead:
+            self.table.next_actions = next_actions
+        if ahead and transition.last_observations:  # of copies that have reset, and act from where they begin
             reset = followed != self.states
             self.table.next_actions = torch.where(reset, self._draw(self.states, epsilon), next_actions)
         return float(errors.abs().mean()) if len(errors) else 0.0

@@ -129,7 +129,7 @@ class REINFORCE(Trainer):
         return Episodes(rollout, returns, baselines, counted)
 
     def _loss(self, episodes: Episodes, on_policy: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """The policy gradient: the mean over episodes of the sum over steps."""
+        """The policy gradient: the mean over the episodes that count of the sum over steps."""
         rollout, counted, distribution = episodes.rollout, episodes.counted, self.policy.distribution
         parameters = self.policy.actor(rollout.observations)
         logprobs = distribution.logprobs(parameters, rollout.actions)
@@ -139,12 +139,13 @@ class REINFORCE(Trainer):
             losses, weights = self._weighted(logprobs, episodes)
         entropies = distribution.entropy(parameters)
         losses = torch.where(counted, losses - self.config.entropy_coefficient * entropies, 0.0)
-        loss = losses.sum() / losses.shape[1]
+        count = counted.any(0).sum().clamp(min=1)
+        loss = losses.sum() / count
         figures = {
             "loss": loss.detach(),
             "entropy": entropies.detach()[rollout.valid].mean(),
             # Of the last update: how many of the episodes still count, 1 when all do alike.
-            "train/effective_samples": effective_sample_size(weights) / len(weights),
+            "train/effective_samples": effective_sample_size(weights, counted.any(0)) / count,
         }
         return loss, figures
 
