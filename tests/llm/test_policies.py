@@ -148,6 +148,21 @@ def test_an_adapter_is_merged_into_a_copy_made_on_the_cpu(monkeypatch):
     assert all(torch.equal(weight, before[name]) for name, weight in adapted.state_dict().items())
 
 
+def test_what_an_adapter_has_learned_in_a_few_steps_is_merged_and_not_rounded_away(tmp_path):
+    adapted = get_peft_model(tiny_model().bfloat16(), LoraConfig(r=2, target_modules=["q_proj"]))
+    weights = dict(adapted.named_parameters())
+    name = next(name for name in weights if "lora_B" in name)
+    weights[name].data.fill_(1e-5)
+    a = weights[name.replace("lora_B", "lora_A")]
+    base = adapted.get_submodule(name.partition(".lora_B")[0]).base_layer.weight
+    learned = adapted.peft_config["default"].lora_alpha / 2 * weights[name].float() @ a.float()
+    Policy(adapted, tiny_tokenizer()).export(tmp_path / "out", merge=True)
+    loaded = load_model(str(tmp_path / "out"), dtype=None)
+    found = loaded.get_parameter(name.partition("base_model.model.")[2].partition(".lora_B")[0] + ".weight")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found - base.float(), learned, atol=1e-7, rtol=0.01)
+
+
 @pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["q_proj"]])
 def test_a_merged_adapter_of_the_embeddings_leaves_the_head_that_shares_them_as_it_was(tmp_path, targets):
     adapted = get_peft_model(tiny_model(tie_word_embeddings=True), LoraConfig(r=2, target_modules=targets))

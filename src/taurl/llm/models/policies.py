@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from taurl.llm.data.chat import stop_token_ids
 from taurl.llm.generation import Generator, SlotSampler, TransformersSampler
+from taurl.llm.generation.packed import is_half
 from taurl.llm.models.heads import causal_lm, check_head
 from taurl.llm.models.hub import quiet_transformers
 from taurl.llm.models.loading import load_model, load_tokenizer
@@ -259,14 +260,18 @@ class Policy:
             (directory / "README.md").write_text(card, encoding="utf-8")
 
     def merged(self) -> PreTrainedModel:
-        """A copy of the model on the CPU with its adapter merged into the weights, these in 16 or 32 bits."""
+        """A copy of the model on the CPU with its adapter merged into the weights, in 32 bits at least.
+
+        In 16 bits much of what a few steps have learned is less than the rounding of a weight.
+        """
         if not self.in_4bit:
-            return merged_into_base(copied_to_cpu(self.model))
+            copied = copied_to_cpu(self.model)
+            return merged_into_base(copied.float() if is_half(self.model.dtype) else copied)
         from peft import PeftModel
 
         with tempfile.TemporaryDirectory() as folder:  # onto weights that were never rounded to 4 bits
             self.model.save_pretrained(folder, safe_serialization=True)
-            base = self._load(self.name, dtype=self.model.dtype, device="cpu")
+            base = self._load(self.name, dtype=torch.float32, device="cpu")
             adapted: Any = PeftModel.from_pretrained(base, folder)
             merged = merged_into_base(adapted)
             merged.generation_config = self.model.generation_config  # with the stop tokens that the run has set
