@@ -183,6 +183,23 @@ def test_what_has_not_changed_is_not_packed_again(monkeypatch):
     assert sum(packed._packed[layer].weight is not weight for layer, weight in weights.items()) == 1
 
 
+def test_what_is_trained_is_let_go_before_the_update(monkeypatch):
+    model = tiny_model("llama")
+    model.model.layers[0].requires_grad_(False)
+    packed = PackedLinears(model)
+    before = logits(model, packed)
+    kept = [layer for layer in packed._packed if not layer.weight.requires_grad]
+    packed.release()
+    assert list(packed._packed) == kept
+    assert len(kept) == 7
+    torch.testing.assert_close(logits(model, packed), before, atol=0, rtol=0)
+    half = with_lora(tiny_model("llama", dtype=torch.bfloat16))
+    packed = PackedLinears(half)
+    logits(half, packed)
+    packed.release()
+    assert len(packed._packed) == (2 * 7 + 1 if can_pack(torch.bfloat16) else 0)  # adapters stay apart
+
+
 def test_float64_and_processors_without_the_operator_compute_as_before(monkeypatch):
     assert packed_count(tiny_model("llama", torch.float64)) == 0
     monkeypatch.setattr("taurl.llm.generation.packed.can_pack", lambda dtype: False)

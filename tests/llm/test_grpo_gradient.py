@@ -57,6 +57,9 @@ class Mismatched:
                 self.groups[-1][-1] = self.groups[-1][0]
         return self.groups
 
+    def release(self):
+        self.generator.release()
+
 
 def settings(tmp_path, **changes):
     values = {

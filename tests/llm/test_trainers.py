@@ -103,6 +103,9 @@ class Noting:
         self.asked.append((prompts, count, sampling, keywords.get("key")))
         return self.generator.generate(prompts, count, sampling, **keywords)
 
+    def release(self):
+        self.generator.release()
+
 
 @pytest.mark.parametrize("name", ONLINE)
 def test_every_step_has_prompts_and_draws_of_its_own(make, monkeypatch, name):

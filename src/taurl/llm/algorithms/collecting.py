@@ -80,6 +80,7 @@ def collect_episodes(trainer: "PPO", stage: Stage, step: int) -> Collected:
     seeds = [seed for seed in drawn for _ in range(config.group_size)]
     sampling = Sampling(config.max_tokens, temperature=config.temperature, stop=config.stop)
     episodes = stage.play(seeds, trainer.generator, sampling, key=(config.seed, step))
+    trainer.generator.release()
     # Each is a group of its own: an environment may begin two episodes of one seed with different words.
     rollout = Rollout.of([e.prompt for e in episodes], [[e.completion] for e in episodes], trainer.device)
     rewards = torch.zeros(rollout.mask.shape, dtype=torch.float64)

@@ -156,6 +156,7 @@ class OnlineTrainer(Trainer):
         config = self.config
         sampling = Sampling(config.max_tokens, temperature=config.temperature, stop=config.stop)
         groups = self.generator.generate(prompts, group_size, sampling, key=(config.seed, step))
+        self.generator.release()
         return Rollout.of(prompts, groups, self.device)
 
     def score(self, rows: Sequence[Record], completions: Sequence[Completion], step: int) -> Scores:

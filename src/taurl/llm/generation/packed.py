@@ -45,6 +45,14 @@ class PackedLinears:
             for layer in layers:
                 vars(layer).pop("forward", None)
 
+    def release(self) -> None:
+        """Let go of what was packed of weights that are trained: after an update it would have to be packed again."""
+        self._packed = {
+            layer: packed
+            for layer, packed in self._packed.items()
+            if not any(source.requires_grad for source in packed.sources)
+        }
+
     def _refreshed(self) -> dict[nn.Module, "Packed"]:
         """The layers as they are by now: new and changed ones packed, the others taken over."""
         layers = {}

@@ -104,6 +104,10 @@ class Generator(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Let go, before an update, of the memory for what was made from the weights that it changes."""
+        ...
+
 
 def ends(
     tokens: Sequence[int],

@@ -97,6 +97,10 @@ class SlotSampler:
                     progress(len(batch.done), len(prompts) * count)
         return [[batch.done[prompt, completion] for completion in range(count)] for prompt in range(len(prompts))]
 
+    def release(self) -> None:
+        """See `Generator.release`."""
+        self.slot_model.packed.release()
+
     def slots_for(self, tokens: int) -> int:
         """How many sequences of up to `tokens` tokens, prompt included, decode together."""
         gb = self.slot_model.bytes_of(tokens) / 1e9

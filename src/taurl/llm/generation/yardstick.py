@@ -85,6 +85,9 @@ class TransformersSampler:
                     progress((prompt + 1) * count, len(prompts) * count)
         return groups
 
+    def release(self) -> None:
+        """Nothing is made from the weights."""
+
     def _generate(self, copies: Tensor, keyed: KeyedDraw) -> list[list[int]]:
         """What `generate` puts after the prompt's copies [G, L]."""
         model: Any = causal_lm(self.model)
