@@ -448,6 +448,9 @@ class Everything:
             groups.append([Completion(r, p.tolist(), "stop") for r, p in zip(rows, exact, strict=True)])
         return groups
 
+    def release(self):
+        pass
+
     def tables(self, model, prompt):
         """Log-probabilities of the first token [V] and of the second after each first one [V, V]."""
         vocabulary = model.config.vocab_size

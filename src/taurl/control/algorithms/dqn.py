@@ -77,6 +77,7 @@ class DQN(Trainer):
                 if self.reached(record):
                     return
 
+    @torch.no_grad()
     def _act(self, taken: int) -> None:
         """Act ε-greedily for `train_every` steps and keep them."""
         environments, values = self.environments, of_arrays(self.network)

@@ -24,7 +24,7 @@ from taurl.llm.algorithms.collecting import Collected, collect_completions, coll
 from taurl.llm.algorithms.figures import Tally
 from taurl.llm.algorithms.online import HEADLINE, RatioTrainer, RewardFunction
 from taurl.llm.algorithms.ppo_config import ENVIRONMENT_ALONE, UNREAD_BY_ENVIRONMENTS, PPOConfig
-from taurl.llm.algorithms.ppo_estimates import Estimates, kl_prices, settled_rewards, whitened
+from taurl.llm.algorithms.ppo_estimates import Estimates, kl_figures, kl_prices, settled_rewards, whitened
 from taurl.llm.algorithms.ppo_state import Controls
 from taurl.llm.algorithms.setup import loading_model
 from taurl.llm.data.tasks import held_out_count
@@ -188,6 +188,8 @@ class PPO(RatioTrainer):
                     estimates, figures = self._estimate(collected, step.number)
                 with step.phase("update", "updating"):
                     figures |= self._update(collected.rollout, estimates, step)
+                if self.has_reference:
+                    figures |= kl_figures(collected.rollout, self.controls.coefficient)
                 if self._may_stray(step.number) and collected.rollout.mask.any():  # else nothing was measured
                     self.controls.adapt(figures["kl_per_completion"])
                 self._log_step(step, collected, estimates)
@@ -229,8 +231,10 @@ class PPO(RatioTrainer):
         if self.has_reference:
             with self.policy.reference() as reference:
                 rollout.reference_logprobs = self.logprobs(rollout, rows, reference)
-            prices, figures = kl_prices(rollout, config, self.controls.coefficient)
-            rewards = rewards - prices
+            if config.kl_place == "reward":
+                prices = kl_prices(rollout, config, self.controls.coefficient)
+                rewards = rewards - prices
+                figures["reward/kl_penalty"] = float(prices.sum() / max(1, int(mask.any(1).sum())))
         values, ends = self._values(rollout, rows)
         cut = {"truncated": truncated, "final_values": ends} if config.truncated == "bootstrap" else {}
         factors = {"discount": config.discount, "trace_decay": config.trace_decay}
@@ -245,13 +249,14 @@ class PPO(RatioTrainer):
     def _old_logprobs(self, rollout: Rollout, step: int) -> Tensor:
         """What current log-probabilities are compared with, and what the divergence is taken of [N, L].
 
-        The trainer's own take a pass of all rows where there is a reference; else only of those that are not in the
-        first minibatch, which is forwarded before its update anyway and then fills its own in.
+        The trainer's own take a pass of all rows where a divergence is part of the rewards; else only of those that
+        are not in the first minibatch, which is forwarded before its update anyway and then fills its own in. In the
+        value warm-up there is no such update, and nothing but the divergence to take them for.
         """
-        rows = set(range(len(rollout.completions)))
-        if not self.has_reference:
-            rows -= set(self.minibatches(rollout, step, 0)[0])
-        return self.compared_with(rollout, rows)
+        rows, moves = set(range(len(rollout.completions))), step > self.config.value_warmup_steps
+        if self.has_reference and (self.config.kl_place == "reward" or not moves):
+            return self.compared_with(rollout, rows)
+        return self.compared_with(rollout, rows - set(self.minibatches(rollout, step, 0)[0]) if moves else set())
 
     def _say_that_no_score_counts(self) -> None:
         if not self.said:

@@ -54,21 +54,24 @@ def settled_rewards(collected: Collected, config: PPOConfig, controls: Controls)
     return rewards
 
 
-def kl_prices(rollout: Rollout, config: PPOConfig, beta: float) -> tuple[Tensor, Record]:
-    """β times each token's divergence from the reference, [N, L], or 0 where that is in the loss; and its figures."""
+def kl_prices(rollout: Rollout, config: PPOConfig, beta: float) -> Tensor:
+    """β times each token's divergence from the reference, [N, L]."""
+    assert rollout.old_logprobs is not None
+    assert rollout.reference_logprobs is not None
+    return beta * ESTIMATORS[config.kl_estimator](rollout.old_logprobs, rollout.reference_logprobs)
+
+
+def kl_figures(rollout: Rollout, beta: float) -> Record:
+    """How far the policy that sampled is from the reference, and what a nat of it costs."""
     assert rollout.old_logprobs is not None
     assert rollout.reference_logprobs is not None
     given = rollout.old_logprobs, rollout.reference_logprobs  # both 0 where masked
     rows, tokens = max(1, int(rollout.mask.any(1).sum())), max(1, int(rollout.mask.sum()))
-    prices = beta * ESTIMATORS[config.kl_estimator](*given)
-    figures = {
+    return {
         "kl": float(k3(*given).sum() / tokens),
         "kl_per_completion": float(k1(*given).sum() / rows),
         "kl_coefficient": beta,
     }
-    if config.kl_place == "loss":
-        return torch.zeros_like(prices), figures
-    return prices, figures | {"reward/kl_penalty": float(prices.sum() / rows)}
 
 
 def whitened(advantages: Tensor, mask: Tensor, config: PPOConfig) -> Tensor:
