@@ -129,7 +129,7 @@ def test_an_evaluation_ends_where_a_vector_class_sets_no_limit(tmp_path, monkeyp
     gymnasium.register(
         "taurl/Unlimited-v0", entry_point=lambda: Endless(limit=10**9), vector_entry_point=lambda **_: None
     )
-    monkeypatch.setattr("taurl.control.trainer.LONGEST", 7)
+    monkeypatch.setattr("taurl.control.evaluation.LONGEST", 7)
     policy = PPO(lambda: Endless(limit=9), PPOConfig(out=tmp_path / "run", steps=64, **SMALL)).policy
     found = evaluate_policy(policy, "taurl/Unlimited-v0", 2)
     assert (found.lengths, found.cut) == ([7, 7], 2)
