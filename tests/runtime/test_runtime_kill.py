@@ -78,6 +78,19 @@ def test_a_second_signal_is_obeyed_at_once(tmp_path, number, code):
     assert not (out / "final").exists()
 
 
+def unread(out):
+    """The reader of standard error goes away before the run has said anything."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 2)
+    new(out, **SETTINGS).train()
+
+
+def test_a_run_that_nobody_reads_goes_on(tmp_path, whole):
+    assert Child(unread, tmp_path / "run").wait()[0] == 0
+    assert_same_end(tmp_path / "run", whole, STEPS)
+
+
 def signalled_between_steps(out):
     """The signal comes in the caller's loop, when the step has been finished and was not saved."""
     trainer = new(out, **{**SETTINGS, "save_every": 0})

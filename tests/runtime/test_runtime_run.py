@@ -157,6 +157,14 @@ def test_a_run_that_fails_leaves_what_its_steps_have_made(tmp_path, capsys, brok
     assert (final.exists(), said) == (broken_at > 1, broken_at > 1)
 
 
+def test_a_resumed_run_that_fails_at_once_leaves_its_result_as_it_was(tmp_path):
+    new(tmp_path / "run", steps=2).train()
+    (tmp_path / "run" / "final" / "count").write_text("whole")
+    with pytest.raises(Broken):
+        break_at(resumed(tmp_path / "run", steps=5), 3).train()
+    assert (tmp_path / "run" / "final" / "count").read_text() == "whole"
+
+
 def test_a_result_so_far_that_cannot_be_written_hides_no_failure(tmp_path):
     trainer = break_at(new(tmp_path / "run", steps=7), 3)
 

@@ -347,14 +347,16 @@ class Run:
             early: the same, of what the steps have made so far, where `export` takes long.
         Raises: RunError when the result of all steps cannot be written.
         """
-        final = self.directory / "final"
+        final, before = self.directory / "final", self.step
         try:
             yield
         except Exception:
-            if self.step:
-                with suppress(Exception):  # what ended the run is what to tell
+            if self.step > before or (self.step and not final.exists()):
+                try:
                     write_folder(final, early or export)
                     self.view.note(f"what {self.step:,} steps have made is in {final}")
+                except Exception as error:  # what ended the run is what to raise
+                    self.view.note(f"{final} was not written: {one_line(error)}")
             raise
         write_folder(final, export)
 

@@ -1,6 +1,7 @@
 """What a run shows while it works: a live view in a terminal, one line a step elsewhere."""
 
 import math
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -60,6 +61,15 @@ def excerpt(text: str) -> str:
     return "\n".join(lines)
 
 
+class LastingConsole(Console):
+    """Standard error that may lose its reader (`2>&1 | tee log`, and Ctrl-C ends both): the run goes on, unseen."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self.file.fileno())  # what is printed there by others shall not fail either
+
+
 class View:
     """Shows a run's progress, its headline figures, and now and then a sample.
 
@@ -70,7 +80,7 @@ class View:
     """
 
     def __init__(self, total: int, headline: Mapping[str, str], console: Console | None = None):
-        self.console = console or Console(stderr=True)
+        self.console = console or LastingConsole(stderr=True)
         self.total, self.headline = total, headline
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -100,6 +110,7 @@ class View:
     def start(self, done: int) -> None:
         """Begin to show, with this many steps done already."""
         self.started, self.first_step = time.monotonic(), done
+        self.pinned, self.said = Text(""), ""
         self.progress.start_task(self.task)
         self.progress.update(self.task, completed=done)
         if self.console.is_terminal:
