@@ -183,7 +183,7 @@ def test_what_has_not_changed_is_not_packed_again(monkeypatch):
     assert sum(packed._packed[layer].weight is not weight for layer, weight in weights.items()) == 1
 
 
-def test_what_is_trained_is_let_go_before_the_update(monkeypatch):
+def test_what_is_trained_is_let_go_before_the_update():
     model = tiny_model("llama")
     model.model.layers[0].requires_grad_(False)
     packed = PackedLinears(model)
