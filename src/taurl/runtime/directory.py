@@ -91,12 +91,15 @@ def describe_environment(known: dict[str, Any]) -> dict[str, Any]:
 
 def write_folder(folder: Path, export: Callable[[Path], None]) -> None:
     """Write a run's `final/` or `best/`, whole or not at all. Raises: RunError when it cannot be written."""
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial, before = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "before"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         export(partial)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+        if folder.exists():
+            folder.rename(before)  # until the new one is there
         partial.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"{folder}: the model could not be written ({reason(error)}); free space, then --resume {folder.parent}"
