@@ -223,7 +223,7 @@ def test_an_environment_of_a_module_in_the_current_folder_is_named_with_it(tmp_p
     assert "return         5.000 ± 0.000" in command("evaluate run --episodes 2")
     assert "episode 1: return 5.000" in command("play run --video out.gif")
     assert "64 steps in" in command("ppo --resume run --steps 64")
-    assert with_limit("own_lamps:Lamps-v0", {}) == ({"max_episode_steps": LONGEST}, True)
+    assert with_limit("own_lamps:Lamps-v0", {}) == ({"max_episode_steps": LONGEST}, LONGEST)
     missing = failing(["control", "ppo", "--env", "no_lamps:Lamps-v0"], 2)
     assert "env is 'no_lamps:Lamps-v0': no_lamps cannot be imported (No module named 'no_lamps')" in missing
     unknown = failing(["control", "ppo", "--env", "own_lamps:Lamp-v0"], 2)
@@ -246,6 +246,6 @@ def test_of_a_run_from_python_it_is_said_how_python_goes_on_with_it(tmp_path, mo
         assert "taurl.control.evaluate_policy(policy, make, 100) scores it" in said
         assert "taurl.control.playing.play(policy, make, ...) shows it" in said
     assert len(PPO.resume("run", env=make).evaluate(3).returns) == 3  # as it was said
-    returns = play(load("run"), make, {}, video=Path("out.gif"), episodes=1, seed=0, sampled=False)
-    assert returns[0] > 0
+    played = play(load("run"), make, {}, video=Path("out.gif"), episodes=1, seed=0, sampled=False)
+    assert played.returns[0] == played.lengths[0] > 0
     assert Path("out.gif").stat().st_size > 100

@@ -32,8 +32,9 @@ from taurl.runtime.errors import InputError, one_line
 from taurl.runtime.given import own_callbacks, own_config, require_given_again, with_changes
 from taurl.runtime.machine import peak_memory_gb, set_threads
 from taurl.runtime.optimization import learning_rate
-from taurl.runtime.run import GIVEN, Callback, Record, Run, Stateful, Step
+from taurl.runtime.run import GIVEN, Callback, Record, Run, Stateful
 from taurl.runtime.seeding import drawn_apart, seed_everything
+from taurl.runtime.step import Step
 
 HEADLINE = {
     "return": "rollout/ep_rew_mean",

@@ -31,9 +31,9 @@ from taurl.runtime.directory import (
 )
 from taurl.runtime.errors import InputError, Interrupted, RunError, one_line, reason
 from taurl.runtime.files import write_whole, writing
-from taurl.runtime.machine import give_back_free_memory
 from taurl.runtime.seeding import random_states, restore_random_states
 from taurl.runtime.signals import StopSignals
+from taurl.runtime.step import Step
 from taurl.runtime.terminal import View
 
 GIVEN = "given_from_python"  # in environment.json: the names of what came as objects
@@ -41,8 +41,6 @@ ENDED = "ended"  # there too: the interruption or failure that ended the run ear
 STOPPED = "stopped"  # and why it needs no more steps, where it stopped before the last
 
 Record = dict[str, Any]
-
-STEPS_BETWEEN_TRIMS = 3  # each costs what the next step needs to fault its memory in again
 Callback = Callable[[Record], None]
 
 
@@ -171,7 +169,7 @@ class Run:
             restore_random_states(self._random)
             self._random = {}
         self._open_directory()
-        self._mark()
+        self.mark()
         self._started = self._started or time.monotonic()
         return self
 
@@ -266,11 +264,11 @@ class Run:
     def _changes(self) -> int:
         return sum(holder.changes for holder in self.state.values())
 
-    def _mark(self) -> None:
+    def mark(self) -> None:
         """Note that the state is the one after `self.step` steps."""
         self._whole = random_states(), self._changes()
 
-    def steps(self, width: int = 1, unit: int = 1) -> "Iterator[Step]":
+    def steps(self, width: int = 1, unit: int = 1) -> Iterator[Step]:
         """The steps still to do. SIGINT and SIGTERM let the step finish, save, and raise Interrupted.
 
         Args:
@@ -282,7 +280,7 @@ class Run:
         try:
             while self.step < self.config.steps:
                 self._stop_if_interrupted()
-                self._mark()
+                self.mark()
                 left = -(-(self.config.steps - self.step) // unit) * unit
                 yield Step(self, self.step + min(width, left))
             self._stop_if_interrupted()
@@ -386,39 +384,3 @@ class Run:
             f"go on with {self._way_on()}",
             number,
         )
-
-
-class Step:
-    """One step under way: times its phases, and is finished with its metrics."""
-
-    def __init__(self, run: Run, number: int):
-        self.run, self.number = run, number
-        self.times: dict[str, float] = {}
-        self._started = time.perf_counter()
-
-    @contextmanager
-    def phase(self, name: str, status: str) -> Iterator[None]:
-        """Time a phase as `time/NAME` and show what goes on."""
-        self.run.view.status(status)
-        start = time.perf_counter()
-        yield
-        self.times[f"time/{name}"] = self.times.get(f"time/{name}", 0.0) + time.perf_counter() - start
-
-    def elapsed(self) -> float:
-        """Seconds since the step began."""
-        return time.perf_counter() - self._started
-
-    def finish(self, **figures: Any) -> Record:
-        """Log the step's metrics, and save a checkpoint if one is due. Returns the record."""
-        run = self.run
-        record = {"step": self.number, **figures, **self.times, "time/step": self.elapsed()}
-        before, run.step = run.step, self.number
-        run._mark()
-        run.log(record)
-        if self.number % STEPS_BETWEEN_TRIMS == 0:
-            give_back_free_memory()
-        every = run.config.save_every
-        due = every and run.step // every > before // every
-        if run.step >= run.config.steps or run.stop_signals.received or due:
-            run.save()
-        return record

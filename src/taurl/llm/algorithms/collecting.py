@@ -18,7 +18,8 @@ from taurl.llm.models.heads import context_length
 from taurl.llm.models.policies import Policy
 from taurl.llm.rewards import Scores
 from taurl.llm.scoring.rollouts import Rollout
-from taurl.runtime.run import Record, Step
+from taurl.runtime.run import Record
+from taurl.runtime.step import Step
 
 if TYPE_CHECKING:
     from taurl.llm.algorithms.ppo import PPO

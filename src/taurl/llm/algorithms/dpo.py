@@ -31,7 +31,8 @@ from taurl.runtime.config import refuse_unread
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import out_of_memory_names
 from taurl.runtime.optimization import learning_rate
-from taurl.runtime.run import Callback, Record, Step
+from taurl.runtime.run import Callback, Record
+from taurl.runtime.step import Step
 
 HEADLINE = {
     "loss": "loss",

@@ -22,7 +22,8 @@ from taurl.llm.models.others import settle_judge
 from taurl.llm.rewards import RewardSet, Scores
 from taurl.llm.scoring.likelihood import completion_logprobs
 from taurl.llm.scoring.rollouts import Part, Rollout
-from taurl.runtime.run import Record, Step
+from taurl.runtime.run import Record
+from taurl.runtime.step import Step
 
 RewardFunction = str | Callable[..., Any]
 

@@ -23,7 +23,7 @@ from taurl.functional.value_losses import clipped_value_loss, explained_variance
 from taurl.llm.algorithms.collecting import Collected, collect_completions, collect_episodes, make_stage, play_held_out
 from taurl.llm.algorithms.figures import Tally
 from taurl.llm.algorithms.online import HEADLINE, RatioTrainer, RewardFunction
-from taurl.llm.algorithms.ppo_config import ENVIRONMENT_ALONE, UNREAD_BY_ENVIRONMENTS, PPOConfig
+from taurl.llm.algorithms.ppo_config import ENVIRONMENT_ALONE, PPOConfig, refuse_unread_by_ppo
 from taurl.llm.algorithms.ppo_estimates import Estimates, kl_figures, kl_prices, settled_rewards, whitened
 from taurl.llm.algorithms.ppo_state import Controls
 from taurl.llm.algorithms.setup import loading_model
@@ -36,10 +36,10 @@ from taurl.llm.pictures.token_pictures import ratio_picture, token_picture
 from taurl.llm.rewards.specs import load_callable
 from taurl.llm.scoring.likelihood import completion_hidden, hidden_logprobs
 from taurl.llm.scoring.rollouts import Part, Rollout
-from taurl.runtime.config import refuse_unread
 from taurl.runtime.errors import InputError
 from taurl.runtime.optimization import Optimizer, Update, learning_rate
-from taurl.runtime.run import Callback, Record, Step
+from taurl.runtime.run import Callback, Record
+from taurl.runtime.step import Step
 
 
 @dataclass
@@ -117,7 +117,7 @@ class PPO(RatioTrainer):
 
     def set_up(self, dtype: torch.dtype | None) -> None:
         config, reference, environment = self.config, self.given("reference"), self.given("environment")
-        self._refuse_unread()
+        refuse_unread_by_ppo(config, environment=environment is not None, critic=self.given("critic"))
         if environment is None:
             self.load_prompts()
         elif self.given("rewards") or self.given("dataset") is not None or self.given("eval_dataset") is not None:
@@ -157,22 +157,6 @@ class PPO(RatioTrainer):
         self.stage = make_stage(make, config, self.policy) if make is not None else None
         if self.stage is None:
             self.settle_judges()
-
-    def _refuse_unread(self) -> None:
-        """Refuse settings that this way of running does not read."""
-        config, critic = self.config, self.given("critic")
-        if self.given("environment") is None:
-            refuse_unread(config, ["max_turns"], "there is no environment that has turns")
-        else:
-            refuse_unread(config, UNREAD_BY_ENVIRONMENTS, "an environment gives prompts and rewards itself")
-        if config.truncated != "penalty":
-            refuse_unread(config, ["missing_eos_penalty"], f"truncated is {config.truncated}, not penalty")
-        if critic != "head":
-            refuse_unread(config, ["value_coefficient"], "the critic is no head on the policy's own weights")
-        if config.kl_coefficient == 0:
-            refuse_unread(config, ["kl_estimator", "kl_place"], "kl_coefficient is 0")
-        if config.kl_target is None:
-            refuse_unread(config, ["kl_gain"], "without a kl_target β stays as it is")
 
     def trained_models(self) -> list[Any]:
         """The policy, and the critic if it is a model of its own."""

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from taurl.llm.algorithms.online_config import OnlineConfig
+from taurl.runtime.config import refuse_unread
 
 UNREAD_BY_ENVIRONMENTS = (
     "reward_weights",
@@ -119,3 +120,24 @@ class PPOConfig(OnlineConfig):
                 "would only fade on its way back: set trace_decay to 1"
             )
         return self
+
+
+def refuse_unread_by_ppo(config: PPOConfig, *, environment: bool, critic: object) -> None:
+    """Refuse settings that were given and that this way of running does not read.
+
+    Args:
+        environment: whether one gives prompts and rewards.
+        critic: as the run has it, a word of `PPOConfig.critic` or a model.
+    """
+    if not environment:
+        refuse_unread(config, ["max_turns"], "there is no environment that has turns")
+    else:
+        refuse_unread(config, UNREAD_BY_ENVIRONMENTS, "an environment gives prompts and rewards itself")
+    if config.truncated != "penalty":
+        refuse_unread(config, ["missing_eos_penalty"], f"truncated is {config.truncated}, not penalty")
+    if critic != "head":
+        refuse_unread(config, ["value_coefficient"], "the critic is no head on the policy's own weights")
+    if config.kl_coefficient == 0:
+        refuse_unread(config, ["kl_estimator", "kl_place"], "kl_coefficient is 0")
+    if config.kl_target is None:
+        refuse_unread(config, ["kl_gain"], "without a kl_target β stays as it is")

@@ -28,8 +28,9 @@ from taurl.runtime.errors import InputError
 from taurl.runtime.given import own_callbacks, own_config, require_given_again, with_changes
 from taurl.runtime.machine import out_of_memory_names, peak_memory_gb
 from taurl.runtime.optimization import Optimizer
-from taurl.runtime.run import GIVEN, Callback, Record, Run, Stateful, Step
+from taurl.runtime.run import GIVEN, Callback, Record, Run, Stateful
 from taurl.runtime.seeding import seed_everything
+from taurl.runtime.step import Step
 
 
 class Trainer(ABC):
