@@ -126,6 +126,16 @@ def test_stacked_lines_of_a_long_run_have_the_same_steps():
     assert 500 <= len(sample["x"]) <= 1000
 
 
+def test_stacked_lines_keep_their_ends_and_peaks():
+    records = [{"step": step, "time/sample": 1.0, "time/update": 2.0} for step in range(1, 5001)]
+    records[1233]["time/update"] = 90.0
+    sample, update = charts(record(*records))["Speed", "Time per phase"].figure["data"]
+    assert sample["x"] == update["x"]
+    assert {1, 1234, 5000} <= {*update["x"]}
+    assert max(update["y"]) == 90.0
+    assert len(update["x"]) <= MAXIMUM_POINTS
+
+
 def test_a_single_point_shows_as_a_marker():
     for chart in charts(record(training_record(1))).values():
         assert all("markers" in trace["mode"] for trace in chart.figure["data"])

@@ -86,6 +86,7 @@ def test_an_unknown_setting_without_a_neighbour_lists_those_there_are():
     ("content", "expected"),
     [
         (b"steps: [1\n", "not valid YAML"),
+        (b"out: 2026-02-30\n", "not valid YAML: "),  # would be a date
         (b"- steps\n", "expected `setting: value` lines, found list"),
         (b"false\n", "expected `setting: value` lines, found bool"),
         (b"steps: \xff\n", "cannot read the settings"),

@@ -13,7 +13,7 @@ import yaml
 from counting_algorithm import CountingConfig, new, resumed, without_times
 
 from taurl.runtime.checkpoints import checkpoint_steps, load_checkpoint
-from taurl.runtime.config import validated
+from taurl.runtime.config import read_config, validated
 from taurl.runtime.directory import read_environment
 from taurl.runtime.errors import InputError, Interrupted, RunError
 from taurl.runtime.metrics import read_lines
@@ -80,6 +80,18 @@ def test_a_directory_of_its_own_name_is_told(tmp_path, monkeypatch, capsys):
     assert f"run directory: {run.directory}" in capsys.readouterr().err
     new(tmp_path / "named", steps=1).train()
     assert "run directory" not in capsys.readouterr().err
+
+
+def test_runs_without_a_name_that_begin_together_do_not_meet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda *_: "20261127")
+    first, second = (Run.start(CountingConfig(), algorithm="counting", headline={}) for _ in range(2))
+    assert first.directory == second.directory  # nothing is written before they begin
+    for run in (first, second):
+        run.begin()
+        run.close()
+        assert read_config(run.directory, CountingConfig).out == run.directory
+    assert [run.directory.name for run in (first, second)] == ["counting-20261127", "counting-20261127-2"]
 
 
 def test_a_directory_that_exists_is_refused(tmp_path):
@@ -209,6 +221,17 @@ def test_a_checkpoint_that_was_refused_is_not_said_to_be_saved(tmp_path, monkeyp
     assert f"the steps up to 2 are saved; go on with --resume {tmp_path / 'saved'}" in capsys.readouterr().err
 
 
+def test_a_rescue_that_fails_does_not_hide_what_failed_before(tmp_path, monkeypatch, capsys):
+    def exhausted(*_, **__):
+        raise MemoryError("out of memory")
+
+    trainer = break_at(new(tmp_path / "run", steps=5), 3)
+    monkeypatch.setattr("taurl.runtime.run.save_checkpoint", exhausted)
+    with pytest.raises(Broken):
+        trainer.train()
+    assert "the steps up to 2 are not saved: out of memory" in capsys.readouterr().err
+
+
 def test_a_state_in_the_middle_of_a_step_is_not_saved_and_that_is_said(tmp_path, capsys):
     trainer = new(tmp_path / "run", steps=5, save_every=2)
 
@@ -223,6 +246,7 @@ def test_a_state_in_the_middle_of_a_step_is_not_saved_and_that_is_said(tmp_path,
         trainer.train()
     assert checkpoint_steps(tmp_path / "run" / "checkpoints") == [2]
     said = "".join(capsys.readouterr().err.split())
+    assert f"what3steps,andapartofthenext,havemadeisin{tmp_path / 'run' / 'final'}" in said
     last = tmp_path / "run" / "checkpoints" / "step-000002"
     assert f"thestepsupto3arenotsaved:theonethatfailedhadchangedthestatealready;thelastgoodcheckpointis{last}" in said
 

@@ -114,6 +114,16 @@ def test_a_long_silence_is_broken_by_what_goes_on(monkeypatch):
     ]
 
 
+def test_a_terminal_that_cannot_show_the_view_gets_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    console = terminal()
+    view = View(12, HEADLINE, console)
+    view.start(0)
+    view.record({"step": 1, "reward": 0.5})
+    view.stop()
+    assert console.export_text().startswith("step 1/12  reward 0.5")
+
+
 def test_notes_stay_one_line():
     console = plain(width=40)
     View(12, HEADLINE, console).note("runs/demo/checkpoints/step-000020/state.pt: damaged [x]; " * 3)

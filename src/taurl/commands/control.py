@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
 from taurl.commands.control_play import figures
 from taurl.commands.options import RESUMING, parse, take_option
 from taurl.commands.training import stored, train_and_report
@@ -14,6 +12,7 @@ from taurl.control import ALGORITHMS
 from taurl.control.presets import preset
 from taurl.runtime.config import read_yaml, validated
 from taurl.runtime.errors import InputError
+from taurl.runtime.terminal import plain_console
 
 NO_PRESET = "\n    --no-preset leaves out the settings tuned for the environment."
 
@@ -38,7 +37,7 @@ def train(name: str, words: Sequence[str]) -> int:
     keep_freed_memory()
     if tuned is not None:
         said = f"settings tuned for {tuned.stem} ({command}); options win, --no-preset leaves them out"
-        Console(stderr=True).print(said, style="dim", highlight=False, soft_wrap=True)
+        plain_console(stderr=True).print(said, style="dim", soft_wrap=True)
     trainer_class = getattr(importlib.import_module(f"taurl.control.algorithms.{module}"), name)
     trainer = trainer_class.resume(Path(resume), config) if resume else trainer_class(config=config)
     train_and_report(trainer)
@@ -60,18 +59,18 @@ def show(run: object) -> None:
     from taurl.runtime.run import Run
 
     assert isinstance(run, Run)
-    console = Console()
+    console = plain_console()
     evaluations = [record for record in run.records() if "eval/mean_reward" in record]
     if evaluations:
         last = evaluations[-1]
         mean, spread = figures(last["eval/mean_reward"], last["eval/std_reward"])
         episodes = run.config.model_dump()["eval_episodes"]
-        console.print(f"return         {mean} ± {spread} over {episodes:,} episodes", highlight=False)
+        console.print(f"return         {mean} ± {spread} over {episodes:,} episodes")
         best = max(evaluations, key=lambda record: record["eval/mean_reward"])
         if best["eval/mean_reward"] > last["eval/mean_reward"]:
             mean, spread = figures(best["eval/mean_reward"], best["eval/std_reward"])
             said = f"best           {mean} ± {spread} at step {best['step']:,}: {run.directory / 'best'}"
-            console.print(said, highlight=False, soft_wrap=True)
+            console.print(said, soft_wrap=True)
     show_places(run, "policy")
 
 

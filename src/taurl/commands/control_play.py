@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from taurl.commands.options import parse
 from taurl.control.play_config import EvaluateConfig, PlayConfig
 from taurl.runtime.errors import InputError
 from taurl.runtime.files import require_new
+from taurl.runtime.terminal import plain_console
 
 
 def take_run(words: Sequence[str], command: str) -> tuple[Path, list[str]]:
@@ -41,7 +40,7 @@ def evaluate(words: Sequence[str]) -> int:
     )
     show_evaluation(found.returns, found.lengths)
     if (steps := policy.facts.get("steps")) is not None:  # fewer than asked where the run was interrupted
-        Console().print(f"{'policy':<14} after {steps:,} steps", highlight=False)
+        plain_console().print(f"{'policy':<14} after {steps:,} steps")
     say_cut(found)
     return 0
 
@@ -51,7 +50,7 @@ def say_cut(found: Any) -> None:
     if found.cut:
         from taurl.control.evaluation import cut_short
 
-        Console(stderr=True).print(cut_short(found), style="yellow", highlight=False, soft_wrap=True)
+        plain_console(stderr=True).print(cut_short(found), style="yellow", soft_wrap=True)
 
 
 def show_evaluation(returns: Sequence[float], lengths: Sequence[int]) -> None:
@@ -70,7 +69,7 @@ def show_evaluation(returns: Sequence[float], lengths: Sequence[int]) -> None:
         "episodes": f"{len(returns):,}",
     }
     for name, text in lines.items():
-        Console().print(f"{name:<14} {text}", highlight=False, soft_wrap=True)
+        plain_console().print(f"{name:<14} {text}", soft_wrap=True)
 
 
 def figures(*values: float) -> list[str]:
@@ -99,11 +98,11 @@ def play(words: Sequence[str]) -> int:
         seed=config.seed,
         sampled=config.sampled,
     )
-    console = Console()
+    console = plain_console()
     for number, total in enumerate(figures(*found.returns), 1):
-        console.print(f"episode {number}: return {total}", highlight=False)
+        console.print(f"episode {number}: return {total}")
     if config.video:
-        console.print(f"video: {config.video}", highlight=False, soft_wrap=True)
+        console.print(f"video: {config.video}", soft_wrap=True)
     say_cut(found)
     return 0
 

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from taurl.commands.options import parse
 from taurl.llm.inference_config import EvaluateConfig
 from taurl.runtime.errors import InputError
 from taurl.runtime.files import require_new
+from taurl.runtime.terminal import plain_console
 
 
 def main(words: Sequence[str]) -> int:
@@ -64,4 +64,4 @@ def show(metrics: dict[str, float], rows: int, seconds: float) -> None:
     for name, value in metrics.items():
         if not name.endswith("/seconds"):
             table.add_row(name.removeprefix("eval/"), f"{value:.4g}")
-    Console().print(table)
+    plain_console().print(table)

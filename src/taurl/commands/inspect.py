@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.text import Text
 
 from taurl.commands.options import parse
 from taurl.llm.inference_config import InspectConfig
 from taurl.runtime.errors import InputError, located
+from taurl.runtime.terminal import plain_console
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ def main(words: Sequence[str]) -> int:
     from taurl.llm.models.loading import load_outline, load_tokenizer
 
     reader = RowReader.of(config, load_tokenizer(config.model), load_outline(config.model))
-    console, counts = Console(highlight=False), Counter[str]()
+    console, counts = plain_console(), Counter[str]()
     for index, (own, name) in enumerate(reader.sources(config.dataset)):
         with named(name):
             raw = list(islice(iterate_rows(name, arguments=own.settings.dataset_args), config.rows))

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from taurl.commands.options import parse
 from taurl.llm.inference_config import ScoreConfig
 from taurl.runtime.errors import InputError
 from taurl.runtime.files import require_new
+from taurl.runtime.terminal import plain_console
 
 ROWS_AT_ONCE = 256  # between two writes
 FORMS = (("completion",), ("chosen", "rejected"), ("completions",))
@@ -162,7 +162,7 @@ def show(scored: list[dict[str, Any]], written: list[dict[str, Any]], columns: t
     for name, values in groups.items():
         known = np.array([value for value in values if value is not None] or [np.nan])
         table.add_row(name, *(f"{value:.4g}" for value in (known.mean(), known.std(), known.min(), known.max())))
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     console.print(table)
     if columns == ("chosen", "rejected"):
         better = np.array([[row["score_chosen"], row["score_rejected"]] for row in scored], dtype=np.float64)
@@ -171,4 +171,4 @@ def show(scored: list[dict[str, Any]], written: list[dict[str, Any]], columns: t
             return
         right = float(((better[:, 0] > better[:, 1]) + 0.5 * (better[:, 0] == better[:, 1])).sum())
         low, high = wilson_interval(right, len(better))
-        console.print(f"accuracy {right / len(better):.3f} (95% interval {low:.3f} to {high:.3f})", highlight=False)
+        console.print(f"accuracy {right / len(better):.3f} (95% interval {low:.3f} to {high:.3f})")

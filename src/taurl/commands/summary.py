@@ -2,19 +2,18 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from taurl.runtime.run import Run
-from taurl.runtime.terminal import duration, excerpt, is_score
+from taurl.runtime.terminal import duration, excerpt, is_score, plain_console
 
 ANSWERS = 3
 
 
 def show_summary(run: Run) -> None:
     """Print before and after, wall time, and where everything is."""
-    console = Console()
+    console = plain_console()
     evaluations = [record for record in run.records() if any(key.startswith("eval/") for key in record)]
     if evaluations:
         console.print(scores(evaluations[0], evaluations[-1]))
@@ -29,7 +28,7 @@ def show_places(run: Run, what: str) -> None:
     lines = [f"{run.step:,} steps in {duration(run.elapsed())}"]
     lines += [f"{name:<15}{run.directory / place}" for name, place in places.items()]
     for line in lines:
-        Console().print(line, highlight=False, soft_wrap=True)
+        plain_console().print(line, soft_wrap=True)
 
 
 def scores(before: dict[str, Any], after: dict[str, Any]) -> Table:

@@ -212,11 +212,11 @@ def _layout(panel: Panel, lines: list[Line], step_name: str) -> dict[str, Any]:
     }
 
 
-def thin(points: Points) -> Points:
-    """At most MAXIMUM_POINTS: the first, the last, and the lowest and highest of each stretch, so that peaks stay."""
-    if len(points) <= MAXIMUM_POINTS:
+def thin(points: Points, most: int = MAXIMUM_POINTS) -> Points:
+    """At most so many: the first, the last, and the lowest and highest of each stretch, so that peaks stay."""
+    if len(points) <= most:
         return points
-    buckets = max(1, (MAXIMUM_POINTS - 2) // 2)
+    buckets = max(1, (most - 2) // 2)
     kept = {0, len(points) - 1}
     for bucket in range(buckets):
         stretch = range(bucket * len(points) // buckets, (bucket + 1) * len(points) // buckets)
@@ -226,9 +226,10 @@ def thin(points: Points) -> Points:
 
 
 def thin_alike(lines: list[Line]) -> list[Points]:
-    """At most so many points of each line, all at the same steps, as lines that are stacked need them."""
-    steps = sorted({step for line in lines for step, _ in line.points})
-    kept = set(steps[:: -(-len(steps) // MAXIMUM_POINTS)])
+    """At most MAXIMUM_POINTS of each line, all at the steps that `thin` keeps of any, as stacked lines need them."""
+    if len({step for line in lines for step, _ in line.points}) <= MAXIMUM_POINTS:
+        return [line.points for line in lines]
+    kept = {step for line in lines for step, _ in thin(line.points, MAXIMUM_POINTS // len(lines))}
     return [[point for point in line.points if point[0] in kept] for line in lines]
 
 

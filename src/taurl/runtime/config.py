@@ -160,7 +160,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), SettingsLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read the settings: {reason(error)}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: 2026-02-30, which looks like a date
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if values is None:  # an empty file, or comments only
         return {}

@@ -42,6 +42,24 @@ def refuse_taken(directory: Path) -> None:
         raise InputError(f"{directory} exists already, {found}, or give another directory with out")
 
 
+def claim(directory: Path, *, unnamed: bool) -> Path:
+    """Make the directory of a new run; where nobody named it, a further one if another run took it meanwhile.
+
+    Raises: InputError when it is taken, or cannot be created.
+    """
+    while True:
+        if unnamed:
+            directory = unused(directory)
+        else:
+            refuse_taken(directory)
+        try:
+            directory.mkdir(parents=True, exist_ok=not unnamed)
+            return directory
+        except OSError as error:
+            if not (unnamed and isinstance(error, FileExistsError)):
+                raise InputError(f"{directory}: cannot be created ({reason(error)}); give another out") from error
+
+
 def refuse_other_past(directory: Path, stored: RunConfig, config: RunConfig) -> None:
     """Raises: InputError when resuming with this config would alter what the run has computed with the stored one."""
     for name in config.changed_from(stored):

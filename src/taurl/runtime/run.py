@@ -22,6 +22,7 @@ from taurl.runtime.checkpoints import (
 )
 from taurl.runtime.config import RunConfig, read_config
 from taurl.runtime.directory import (
+    claim,
     describe_environment,
     read_environment,
     refuse_other_past,
@@ -29,7 +30,7 @@ from taurl.runtime.directory import (
     unused,
     write_folder,
 )
-from taurl.runtime.errors import InputError, Interrupted, RunError, one_line, reason
+from taurl.runtime.errors import InputError, Interrupted, RunError, one_line
 from taurl.runtime.files import write_whole, writing
 from taurl.runtime.seeding import random_states, restore_random_states
 from taurl.runtime.signals import StopSignals
@@ -175,11 +176,8 @@ class Run:
 
     def _open_directory(self) -> None:
         if not self._owned:
-            refuse_taken(self.directory)  # once more: another run may have begun meanwhile
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{self.directory}: cannot be created ({reason(error)}); give another out") from error
+            self.directory = claim(self.directory, unnamed=self._unnamed)
+            self.config = self.config.model_copy(update={"out": self.directory})
         discard_leftovers(self.directory / "checkpoints", after=self.step)
         last = self.step or -1  # without a checkpoint everything is done again, the evaluation of step 0 too
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -251,8 +249,8 @@ class Run:
         try:
             self.save(random)
             self.view.note(f"the steps up to {self.step} are saved; go on with {self._way_on()}")
-        except RunError as error:
-            self.view.note(str(error))
+        except Exception as error:  # of memory, for example; what failed before is what to raise
+            self.view.note(f"the steps up to {self.step} are not saved: {one_line(error)}")
 
     def _way_on(self) -> str:
         """How the run is resumed: on the command line, or from Python where it was given objects."""
@@ -352,7 +350,8 @@ class Run:
             if self.step > before or (self.step and not final.exists()):
                 try:
                     write_folder(final, early or export)
-                    self.view.note(f"what {self.step:,} steps have made is in {final}")
+                    more = "" if self._changes() == self._whole[1] else ", and a part of the next,"
+                    self.view.note(f"what {self.step:,} steps{more} have made is in {final}")
                 except Exception as error:  # what ended the run is what to raise
                     self.view.note(f"{final} was not written: {one_line(error)}")
             raise

@@ -61,6 +61,11 @@ def excerpt(text: str) -> str:
     return "\n".join(lines)
 
 
+def plain_console(*, stderr: bool = False) -> Console:
+    """One that prints what it is given: a path or a name with [brackets] in it is no markup, figures get no colours."""
+    return Console(stderr=stderr, markup=False, highlight=False)
+
+
 class LastingConsole(Console):
     """Standard error that may lose its reader (`2>&1 | tee log`, and Ctrl-C ends both): the run goes on, unseen."""
 
@@ -81,6 +86,7 @@ class View:
 
     def __init__(self, total: int, headline: Mapping[str, str], console: Console | None = None):
         self.console = console or LastingConsole(stderr=True)
+        self.is_live = self.console.is_terminal and not self.console.is_dumb_terminal  # which shows no live view
         self.total, self.headline = total, headline
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -113,7 +119,7 @@ class View:
         self.pinned, self.said = Text(""), ""
         self.progress.start_task(self.task)
         self.progress.update(self.task, completed=done)
-        if self.console.is_terminal:
+        if self.is_live:
             self.live.start()
         else:
             self.stopped.clear()
@@ -137,7 +143,7 @@ class View:
         """Show this below everything from now on."""
         self.pinned = Text(text, style="yellow")
         self.console.show_cursor()  # what is pinned is that the run stops, and a second signal ends it without `stop`
-        if not self.console.is_terminal:
+        if not self.is_live:
             self.note(text)
 
     def note(self, text: str) -> None:
@@ -150,7 +156,7 @@ class View:
         self.progress.update(self.task, completed=record["step"])
         if record["step"] == self.first_step:  # the evaluation before the first step is none of them
             self.started = time.monotonic()
-        if not self.console.is_terminal:
+        if not self.is_live:
             self.said = ""
             self._print(Text(self._line(record)))
 

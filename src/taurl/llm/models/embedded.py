@@ -54,7 +54,7 @@ def embedded_model() -> Path:
     folder = cache_folder() / "models" / NAME
     if damage(folder) is None:
         return folder
-    console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    console = Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _hold(FileLock(folder.with_name(f".{NAME}.lock")), console):
