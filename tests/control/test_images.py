@@ -234,6 +234,15 @@ def test_images_are_not_normalised(tmp_path):
         trainer_of(tmp_path, steps=256, normalize_observations=True)
 
 
+@pytest.mark.parametrize("setting", [{"hidden": (8,)}, {"activation": "relu"}])
+def test_hidden_layers_are_refused_where_images_alone_have_none(tmp_path, setting):
+    pixels = spaces.Box(0, 255, (84, 84, 3), np.uint8)
+    with pytest.raises(InputError, match="but images alone go through convolutions to the outputs"):
+        PPO(lambda: Showing(pixels), PPOConfig(out=tmp_path / "run", **setting))
+    both = spaces.Dict({"pixels": pixels, "speed": spaces.Box(-1, 1, (2,))})
+    PPO(lambda: Showing(both), PPOConfig(out=tmp_path / "run", **setting))
+
+
 def test_images_have_no_memory(tmp_path):
     with pytest.raises(InputError, match="memory is 16, which is for observations without images"):
         trainer_of(tmp_path, steps=256, memory=16)

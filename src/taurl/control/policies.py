@@ -16,7 +16,8 @@ from taurl.control.networks import Actor, Critic, Seeing, actor_for, critic_for
 from taurl.control.normalization import Normalizer
 from taurl.control.policy_files import facts_of, read_policy, write_policy
 from taurl.control.recurrent import RecurrentActor, forgotten
-from taurl.control.spaces import encode, has_images, require_member, space_of, width
+from taurl.control.spaces import encode, has_images, is_image, leaves, require_member, space_of, width
+from taurl.runtime.config import refuse_unread
 from taurl.runtime.errors import InputError
 
 
@@ -66,6 +67,10 @@ class Policy:
                 raise InputError("normalize_observations is true, but images are scaled by their range; leave it out")
             if memory:
                 raise InputError(f"memory is {memory}, which is for observations without images; stack frames instead")
+            if all(map(is_image, leaves(environments.observation_space))):
+                refuse_unread(config, ["hidden", "activation"], "images alone go through convolutions to the outputs")
+        if not isinstance(environments.action_space, gymnasium.spaces.Box):
+            refuse_unread(config, ["initial_log_std"], f"action space {environments.action_space} is no box")
         policy = cls._of(facts)
         for name, parameter in policy.actor.named_parameters():
             if name.endswith("log_std"):
