@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from taurl.llm.models.heads import body, causal_lm
 from taurl.llm.models.loading import load_model, resolve_model, written_head
 from taurl.llm.models.policies import Policy, share_weights, switch_off_dropout
+from taurl.llm.models.precision import cast_weights
 from taurl.llm.models.reward_folder import RewardNote
 from taurl.runtime.errors import InputError
 
@@ -128,7 +129,7 @@ def make_critic(
         if normalized:
             normalize_head(head, RewardNote.for_model(kind)[1])
         trunk = started_trunk(start, policy)
-    trunk.to(device=model.device, dtype=model.dtype)
+    cast_weights(trunk, model.dtype, model.device)
     switch_off_dropout(trunk)
     if gradient_checkpointing:
         trunk.activation_checkpointing_enable()
@@ -143,7 +144,7 @@ def started_trunk(start: Any, policy: Policy) -> Any:
     The adapter's base then is the policy's own where they are equal.
     """
     if hasattr(start, "peft_config") and policy.has_adapter:
-        start.to(device=policy.model.device, dtype=policy.model.dtype)
+        cast_weights(start, policy.model.dtype, policy.model.device)
         for name, weight in start.named_parameters():
             weight.requires_grad_("lora_" in name)
         share_weights(start, policy.model)

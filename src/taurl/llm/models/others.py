@@ -6,6 +6,7 @@ from typing import Any
 from taurl.llm.models.heads import causal_lm, context_length
 from taurl.llm.models.loading import load_outline, load_tokenizer, resolve_model
 from taurl.llm.models.policies import Policy, share_weights
+from taurl.llm.models.precision import cast_weights
 from taurl.runtime.errors import InputError
 
 
@@ -64,7 +65,7 @@ def settle_judge(judge: Any, trained: list[Any], policy: Policy) -> str | None:
         return None
     base = causal_lm(judge).config.name_or_path
     if base and base == causal_lm(own).config.name_or_path and judge.dtype.itemsize > own.dtype.itemsize:
-        judge.to(own.dtype)
+        cast_weights(judge, own.dtype)
     if saved := share_weights(judge, own):
         dtype = str(own.dtype).removeprefix("torch.")
         return f"the reward model reads {saved / 1e6:.1f} MB of the policy's frozen weights, in {dtype} as they are"

@@ -17,6 +17,7 @@ from taurl.llm.generation.packed import is_half
 from taurl.llm.models.heads import causal_lm, check_head
 from taurl.llm.models.hub import quiet_transformers
 from taurl.llm.models.loading import load_model, load_tokenizer
+from taurl.llm.models.precision import cast_weights
 from taurl.llm.models.trainable import freeze_parameters, layer_factors
 from taurl.llm.settings import LoraSettings
 from taurl.runtime.config import TrainingConfig
@@ -77,9 +78,7 @@ class Policy:
         elif self.in_4bit:
             raise InputError("load_in_4bit loads a model by its name; this one came as an object, loaded already")
         else:
-            self.model = model
-            if not getattr(model, "is_quantized", False):  # which is where it is, in its own precision
-                self.model = cast(Any, model).to(device=device, dtype=dtype)
+            self.model = cast_weights(model, dtype, device)
         self.has_adapter = hasattr(self.model, "peft_config")
         self.adapter_is_new = False
         self.new_tokens: tuple[int, ...] = ()
@@ -209,10 +208,10 @@ class Policy:
     def use_reference(self, model: str | PreTrainedModel) -> None:
         """Take another model, by name or as an object, as the reference in place of the starting weights."""
         loaded = load_model(model, dtype=self.model.dtype) if isinstance(model, str) else model
-        other: Any = loaded
-        self._reference = other.to(device=self.model.device, dtype=self.model.dtype).eval().requires_grad_(False)
-        switch_off_dropout(other)
-        share_weights(other, self.model)
+        other: Any = cast_weights(loaded, self.model.dtype, self.model.device)
+        self._reference = other.eval().requires_grad_(False)
+        switch_off_dropout(loaded)
+        share_weights(loaded, self.model)
 
     def reference_weights(self) -> Iterable[Tensor]:
         """Those of a reference that is a model of its own."""
