@@ -159,6 +159,7 @@ def test_a_config_file_is_overridden_by_options_and_written_back_the_same(tmp_pa
         (["--config", "--steps", "3"], "--config needs a value"),
         (["--config", "absent.yaml"], "absent.yaml: cannot read the settings: No such file or directory"),
         (["word"], "'word' stands where an option was expected; did you mean --model word"),
+        (["rows.jsonl"], "'rows.jsonl' stands where an option was expected; did you mean --dataset rows.jsonl"),
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # tyro frames its errors by it

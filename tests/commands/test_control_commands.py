@@ -105,7 +105,11 @@ def test_each_file_of_tuned_settings_is_for_its_algorithm_and_environment(path):
     config = validated(getattr(taurl.control, f"{name}Config"), read_yaml(path), source=str(path))
     of_many = path.stem == "ALE"
     assert config.env == (None if of_many else path.stem)
-    for env in ("ALE/Pong-v5", "ale_py:ALE/Pong-v5") if of_many else (path.stem, f"my_module:{path.stem}"):
+    for env in (
+        ("ALE/Pong-v5", "ale_py:ALE/Pong-v5", "PongNoFrameskip-v4")
+        if of_many
+        else (path.stem, f"my_module:{path.stem}")
+    ):
         assert preset(path.parent.name, env) == path
 
 
@@ -150,7 +154,7 @@ def test_each_file_of_tuned_settings_is_for_its_algorithm_and_environment(path):
         ("q-learning --env CartPole-v1", "not one of Discrete, .* take an algorithm with a network"),
         ("dqn --env Pendulum-v1", "is not Discrete, which action values need; take ppo or trpo"),
         ("evaluate", "no run given: taurl control evaluate runs/NAME"),
-        ("evaluate nothing", "nothing: no policy here: policy.json is missing"),
+        ("evaluate nothing", "nothing: there is no such folder; expected a run's"),
         ("evaluate run --episodes 0", "episodes is 0: Input should be greater than or equal to 1"),
         ("play run", r"give either --video FILE.mp4 \(or .gif\) or --render human"),
         ("play run --video out.avi", r"video is out.avi, expected a name that ends in .mp4 or .gif"),

@@ -30,12 +30,6 @@ def test_rows_are_printed_with_their_targets_in_brackets(rows, capsys):
         "data.jsonl, row 1: 4 tokens, 2 trained",
         "<end><assistant>⟦2<end>⟧",
         "",
-        "data.jsonl, row 2, chosen: 4 tokens, 2 trained",
-        "<end><assistant>⟦2<end>⟧",
-        "",
-        "data.jsonl, row 2, rejected: 4 tokens, 2 trained",
-        "<end><assistant>⟦3<end>⟧",
-        "",
         "data.jsonl, row 3, prompt alone: 7 tokens, 0 trained",
         "<user>1+1?<end><assistant>",
         "",
@@ -45,7 +39,7 @@ def test_rows_are_printed_with_their_targets_in_brackets(rows, capsys):
         "data.jsonl, row 4, part 2 of 2: 4 tokens, 3 trained",
         "f⟦gh<end>⟧",
         "",
-        "4 split",
+        "1 dropped, 2 split",  # a pair is never cut
     ]
     assert main([*rows, "--rows", "1"]) == 0
     assert "<user>1+1?<end><assistant>⟦2<end>⟧" in capsys.readouterr().out

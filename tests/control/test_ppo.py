@@ -239,6 +239,8 @@ def test_with_a_price_only_the_bound_of_the_value_falls(value_clip, said, tmp_pa
     trainer = trainer_of(tmp_path, steps=1000, **settings)
     assert f"kl_penalty_target takes the place of the clip, so {said}\n" in capsys.readouterr().err
     bounds = trainer._clips(751)
+    trainer_of(tmp_path / "another", **settings, clip=0.1)  # as the preset of an environment has it
+    assert "so clip 0.1 does nothing\n" in capsys.readouterr().err
     assert bounds.ratio == math.inf
     assert bounds.value == (value_clip and pytest.approx(0.1))
     assert trainer.config.spread_over_steps == (value_clip and "anneal_clip")

@@ -34,10 +34,12 @@ def test_it_stays_within_bounds():
     assert coefficients == [SMALLEST, LARGEST]
 
 
-@pytest.mark.parametrize(("coefficient", "target"), [(0.0, 0.01), (1.0, 0.0), (math.nan, 0.01)])
+@pytest.mark.parametrize(("coefficient", "target"), [(0.0, 0.01), (1.0, 0.0), (math.nan, 0.01), (1.0, math.inf)])
 def test_numbers_that_are_not_positive_are_refused(coefficient, target):
-    with pytest.raises(ValueError, match="expected positive numbers"):
+    with pytest.raises(ValueError, match="expected a positive, finite number"):
         adapted_kl_coefficient(coefficient, 0.01, target=target)
+    with pytest.raises(ValueError, match="expected a positive, finite number"):
+        proportional_kl_coefficient(coefficient, 0.01, target=target, gain=0.1)
 
 
 # --- the controller of the divergence from a reference

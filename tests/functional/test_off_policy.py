@@ -59,3 +59,13 @@ def test_with_weights_of_one_it_is_the_return_less_the_baseline():
 def test_shapes_that_differ_are_refused():
     with pytest.raises(ValueError, match="weights"):
         per_decision_advantages(**episodes() | {"weights": torch.ones(STEPS, 1)}, discount=DISCOUNT)
+
+
+def test_ends_that_are_no_booleans_are_refused_and_half_precision_is_widened_first():
+    one = torch.full((1, 1), 300.0, dtype=torch.float16)
+    ends = torch.zeros(1, 1, dtype=torch.bool)
+    arguments = {"rewards": one, "baselines": one * 0, "next_values": one * 0, "weights": one}
+    found = per_decision_advantages(**arguments, terminated=~ends, truncated=ends, discount=1.0)
+    assert found.item() == 90_000
+    with pytest.raises(ValueError, match=r"expected torch\.bool for both"):
+        per_decision_advantages(**arguments, terminated=one, truncated=ends, discount=1.0)

@@ -201,7 +201,7 @@ def test_sapo_gate():
         [-a * r / math.cosh(tau * (r - 1) / 2) ** 2 for tau, (r, a) in cases],
     )
     assert torch.autograd.gradcheck(lambda x: sapo(x, advantages), ratios.detach().requires_grad_())
-    with pytest.raises(ValueError, match="negative_temperature 0"):
+    with pytest.raises(ValueError, match="negative_temperature is 0"):
         sapo(ratios, advantages, negative_temperature=0)
 
 
@@ -379,3 +379,23 @@ def test_bad_input_is_named():
         kl_penalized(square, square, square, kl_coefficient=-0.1)
     with pytest.raises(ValueError, match=r"clip_high is -1"):
         cispo(square, square, square, clip_high=-1)
+
+
+def test_a_weight_of_zero_outweighs_a_token_that_cannot_be_drawn():
+    """p_θ(τ) = 0 is a weight of 0, and so is VESPO's φ at W = 0; the loss is then 0, as those of PPO and GRPO are."""
+    logprobs = torch.tensor([[-math.inf, -1.0]], requires_grad=True)
+    advantages, zero = torch.ones(1, 2), torch.zeros(1, 2)
+    for loss in (
+        reinforce(logprobs, advantages, weights=zero),
+        vespo(logprobs, torch.tensor([-math.inf]), advantages),
+    ):
+        assert torch.equal(loss, zero)
+        (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
+        assert torch.equal(gradient, zero)
+
+
+def test_parameters_of_vespo_that_are_no_positive_numbers_are_refused():
+    row = torch.zeros(1, 1)
+    for bad in (0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=rf"positive λ is {bad}, expected a positive, finite number"):
+            vespo(row, row[0], row, positive=(2.0, bad))

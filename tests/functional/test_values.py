@@ -199,6 +199,8 @@ def test_bad_input_is_named():
         td_target(three, square, flags, discount=0.9)
     with pytest.raises(ValueError, match=r"terminated is torch\.float32"):
         td_target(three, three, three, discount=0.9)
+    with pytest.raises(ValueError, match=r"terminated is torch\.float32"):
+        sarsa_target(three, square, three.long(), three, discount=0.9)
     with pytest.raises(ValueError, match=r"discount is 1\.5"):
         q_learning_target(three, square, flags, discount=1.5)
     with pytest.raises(ValueError, match=r"discount reaches from 0\.0 to 2\.0"):

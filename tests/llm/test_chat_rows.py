@@ -172,6 +172,7 @@ def test_tools_that_the_template_does_not_read_are_refused():
         ({"messages": talk, "tools": [{"type": "function", "function": {"name": "add"}}]}, "the row has tools, which"),
         ({"messages": [talk[0], call, says("tool", "4"), talk[1]]}, "the row has tool_calls, which"),
         ({"conversations": [{"from": "human", "value": "?"}, {"from": "function_call", "value": "{}"}]}, "tool_calls"),
+        ({"messages": [talk[0], {**talk[1], "thinking": "2 and 2"}]}, "the row has thinking, which"),
     ]
     for row, message in rows:
         with pytest.raises(InputError, match=f"row 1 of the data: .*{message}"):
@@ -179,6 +180,26 @@ def test_tools_that_the_template_does_not_read_are_refused():
     pair = {"prompt": "2+2?", "chosen": "four", "rejected": "five", "tools": json.dumps([{"name": "add"}])}
     with pytest.raises(InputError, match="row 1 of the data: the row has tools, which"):
         PreferenceReader("pairs", Conversations(tokenizer), 999).read([pair])
+
+
+def test_thinking_of_any_name_goes_to_a_template_that_reads_one():
+    tokenizer = character_tokenizer(
+        CHATML_TEXT.replace("message['content'] +", "(message.thinking or '') + message.content +")
+    )
+    row = {"messages": [says("user", "2+2?"), {**says("assistant", "four"), "reasoning_content": "so: "}]}
+    (found,) = RowReader.of(RowSettings(), tokenizer, None).read([row]).token_rows
+    assert trained(found, tokenizer) == ["so: four<|im_end|>"]
+
+
+@pytest.mark.parametrize("tools", ["[]", "null", [], None, ""])
+def test_no_tools_are_no_tools_in_whatever_form(tools):
+    tokenizer = character_tokenizer(
+        "{% if tools is defined and tools is not none %}{{ 'tools' }}{% endif %}" + CHATML_TEXT
+    )
+    talk = [says("user", "2+2?"), says("assistant", "four")]
+    rows = [{"messages": talk, "tools": tools, "chat_template_kwargs": "null"}, {"messages": talk}]
+    one, other = RowReader.of(RowSettings(), tokenizer, None).read(rows).token_rows
+    assert one == other
 
 
 def test_tools_of_a_pair_and_what_a_row_gives_its_template_reach_the_model():

@@ -92,6 +92,14 @@ def test_the_mismatched_answers_of_pairs_are_of_both_kinds(config, folder):
     assert [answers.answers[i][1] for i in range(24)] == [answers.answers[(i + 2) % 24][0] for i in range(24)]
 
 
+def test_a_mismatched_answer_is_cut_to_what_fits_behind_its_prompt(config, folder):
+    rows = [{"prompt": "a" * 9, "completion": "b", "label": 1}, {"prompt": "c", "completion": "d" * 9, "label": 0}]
+    trainer = DPO(str(folder), rows, config=config(loss_type="kto", eval_rows=0, max_length=14))
+    answers = trainer.train_answers
+    both = zip(answers.prompts, answers.answers, strict=True)
+    assert [len(prompt) + len(other) for prompt, (_, other) in both] == [14, 6]
+
+
 def test_of_rows_with_one_prompt_each_has_an_answer_to_another():
     assert _of_another_prompt([[1], [1], [1], [2], [2], [3], [1]]) == [3, 4, 3, 5, 5, 6, 3]
 

@@ -81,6 +81,30 @@ def test_ten_lines_with_a_model_object_a_dataset_and_plain_functions(tmp_path):
     assert load_tokenizer(tmp_path / "run" / "final").chat_template
 
 
+def test_what_reward_functions_are_given_is_theirs(config, folder):
+    """As in TRL, where rows are read anew: a change in it reaches neither the data nor what is trained."""
+    rows = [{"prompt": [{"role": "user", "content": f"{i}+1?"}], "answer": str(i + 1), "facts": [i]} for i in range(12)]
+    seen = []
+
+    def careless(prompts, completion_ids, facts, **kwargs):
+        seen.append(max(len(prompt) for prompt in prompts) + max(map(len, facts)))
+        for prompt, ids, known in zip(prompts, completion_ids, facts, strict=True):
+            prompt.append({"role": "assistant", "content": "?"})
+            ids.clear()
+            known.append("more")
+        return [float(place) for place in range(len(prompts))]
+
+    def careful(prompts, **kwargs):
+        return [float(place) for place in range(len(prompts))]
+
+    place = config().out.parent
+    runs = [GRPO(str(folder), rows, f, config(out=place / f.__name__)).train().run for f in (careless, careful)]
+    assert set(seen) == {2}
+    one, other = (untimed(run.records()) for run in runs)
+    assert [record["reward"] for record in one if "reward" in record] == [r["reward"] for r in other if "reward" in r]
+    assert [record.get("grad_norm") for record in one] == [record.get("grad_norm") for record in other]
+
+
 def test_evaluating_writes_nothing_and_needs_no_run(config, folder):
     trainer = GRPO(str(folder), ROWS, letter_a, config(steps=1))
     before = trainer.evaluate()

@@ -191,3 +191,11 @@ def test_equal_frozen_weights_are_shared_a_tied_head_with_them():
     assert share_weights(other, trunk) == size
     assert other.lm_head.weight is other.model.embed_tokens.weight is trunk.lm_head.weight
     assert share_weights(other, trunk) == 0
+
+
+def test_one_name_of_a_module_is_enough_for_an_adapter():
+    for targets in ("q_proj", ("q_proj",)):
+        policy = Policy(tiny_model(), tiny_tokenizer(), LoraSettings(lora_rank=1, lora_targets=targets))
+        factors = [name for name, _ in policy.model.named_parameters() if "lora_" in name]
+        assert len(factors) == 4  # two in each of two layers
+        assert all("q_proj" in name for name in factors)

@@ -42,12 +42,40 @@ def assistant(text):
         {"prompt": [user("1+1?")], "chosen": "2", "rejected": "3"},
         {"chosen": [user("1+1?"), assistant("2")], "rejected": [user("1+1?"), assistant("3")]},
         {"prompt": "1+1?", "chosen": [user("1+1?"), assistant("2")], "rejected": [user("1+1?"), assistant("3")]},
+        {"prompt": [user("1+1?")], "chosen": [user("1+1?"), assistant("2")], "rejected": [assistant("3")]},
     ],
 )
 def test_all_forms_of_a_pair_give_the_same_tokens(row):
     (found,) = reader().read([row]).judged
     assert texts(found) == ["<user>1+1?<end><assistant>", "2<end>", "3<end>"]
     assert found.margin == 0
+
+
+def test_a_completion_that_is_the_whole_conversation_is_what_follows_its_prompt():
+    talk = [{"role": "system", "content": "s"}, user("1+1?"), assistant("2")]
+    rows = [
+        {"prompt": "1+1?", "completion": talk[1:], "label": 1},
+        {"prompt": talk[:2], "completion": talk, "label": 1},
+    ]
+    assert [texts(row)[-1] for row in reader("label").read(rows).judged] == ["2<end>", "2<end>"]
+    for completion in (talk, [user("2+2?"), assistant("4")], [user("1+1?")]):
+        with pytest.raises(
+            InputError, match=r"row 1 of the data: its completion begins with a message of role '\w+', and"
+        ):
+            reader("label").read([{"prompt": "1+1?", "completion": completion, "label": 1}])
+
+
+def test_a_completion_ends_where_the_same_answer_ends_in_supervised_training():
+    """Behind the first of several tokens that end a turn; with the end of sequence where the template has none."""
+    tokenizer = tiny_tokenizer()
+    end = "<end>" + "{% if loop.last and not add_generation_prompt %}<system>{% endif %}"  # as Phi's end of sequence
+    tokenizer.chat_template = TEMPLATE.replace("'<end>' }}", "'<end>' }}" + end.removeprefix("<end>"))
+    tokenizer.eos_token = "<system>"
+    answers = texts(reader(tokenizer=tokenizer).read([PAIR]).judged[0], tokenizer)[1:]
+    assert answers == ["2<end>", "3<end>"]
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace(" + '<end>'", "")
+    assert texts(reader(tokenizer=tokenizer).read([PAIR]).judged[0])[1:] == ["2<end>", "3<end>"]
 
 
 def test_a_blank_before_what_differs_belongs_to_the_completion():

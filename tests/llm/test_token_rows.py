@@ -95,6 +95,16 @@ def test_every_form_by_hand():
     assert reader_of().read([padded]).token_rows == [TokenRow([5, 6], [False, True])]
 
 
+def test_a_mask_of_token_ids_trains_all_of_them_or_is_refused():
+    row = {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}
+    assert reader_of(mask="all").read([row]).token_rows == [TokenRow([5, 6, 7], [False, True, True])]
+    for mask in ("completion", "assistant", "last"):
+        with pytest.raises(
+            InputError, match=f"row 1 of the data: mask {mask} needs a conversation, and this row is token"
+        ):
+            reader_of(mask=mask).read([row])
+
+
 def test_masks_of_token_ids_by_trls_names():
     for name in ("completion_mask", "assistant_masks"):
         (row,) = reader_of().read([{"input_ids": [5, 6, 7, 8], name: [0, 0, 1, 0]}]).token_rows
@@ -349,6 +359,12 @@ def test_spare_rows_of_the_embedding_are_used_first():
     weight = model.get_input_embeddings().weight
     assert len(weight) == known + 10
     assert torch.allclose(weight[known], weight[:known].mean(dim=0), atol=1e-6)
+
+
+def test_a_template_of_another_family_whose_end_of_turn_the_model_does_not_know_is_refused(tmp_path):
+    (tmp_path / "other.jinja").write_text(CHATML_TEXT.replace("im_end", "eot"))
+    with pytest.raises(InputError, match=r"it ends a turn with <\|eot\|>, which is no token of this model"):
+        reader_of(chat_template=str(tmp_path / "other.jinja"))
 
 
 def test_another_template_by_name_file_or_folder(tmp_path):

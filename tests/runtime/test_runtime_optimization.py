@@ -414,7 +414,7 @@ def test_eight_bits_are_refused_in_one_line_where_they_cannot_be_had(monkeypatch
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(
-        InputError, match=r"needs the package bitsandbytes: pip install 'taurl\[bitsandbytes\]'"
+        InputError, match=r"needs the package bitsandbytes: in taurl's folder, pip install -e '.\[bitsandbytes\]'"
     ) as caught:
         Optimizer(network().named_parameters(), settings)
     assert "\n" not in str(caught.value)

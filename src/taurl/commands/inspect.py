@@ -54,27 +54,34 @@ def main(words: Sequence[str]) -> int:
 def versions(reader: RowReader, row: Row, number: int, counts: Counter[str]) -> Iterator[tuple[str, TokenRow]]:
     """What a row is trained as, with a title for each: one token row, several, or none if it is dropped."""
     from taurl.llm.data.completion_ids import Conversations
-    from taurl.llm.data.preference_rows import check_implicit_prompt, with_prompt
+    from taurl.llm.data.preference_rows import answer_to, check_implicit_prompt, with_prompt
     from taurl.llm.data.token_rows import TokenRow
 
     def has(name: str) -> bool:
         return row.get(name) is not None
 
-    if has("chosen") and has("rejected"):
-        check_implicit_prompt(row, number, Conversations.of(reader.settings, reader.tokenizer))
+    where = f"row {number} of the data"
+    conversations = Conversations.of(reader.settings, reader.tokenizer)
+    if has("chosen") and has("rejected"):  # as preferences and reward models read them
+        check_implicit_prompt(row, number, conversations)
         pair = with_prompt(row, number)
-        for side in ("chosen", "rejected"):
-            judged = {name: pair.get(name) for name in ("prompt", "tools", "chat_template_kwargs")}
-            for shown in reader.encode({**judged, "completion": pair[side]}, number, counts):
-                yield f", {side}", shown
+        with located(where):
+            conversations = conversations.of_row(row)
+            answers = {side: answer_to(pair["prompt"], pair[side], side) for side in ("chosen", "rejected")}
+        ids = conversations.prompt(pair["prompt"], where)
+        tokens = {side: conversations.completion(pair["prompt"], said, ids, where) for side, said in answers.items()}
+        if reader.longest is not None and len(ids) + max(map(len, tokens.values())) > reader.longest:
+            counts["dropped"] += 1
+            return
+        for side, own in tokens.items():
+            yield f", {side}", TokenRow(ids + own, [False] * len(ids) + [True] * len(own))
     elif any(map(has, ("input_ids", "messages", "conversations", "completion", "text"))) or not has("prompt"):
         parts = reader.encode(row, number, counts)
         for place, shown in enumerate(parts, start=1):
             yield f", part {place} of {len(parts)}" if len(parts) > 1 else "", shown
     else:
-        where = f"row {number} of the data"
         with located(where):
-            conversations = Conversations.of(reader.settings, reader.tokenizer).of_row(row)
+            conversations = conversations.of_row(row)
         ids = conversations.prompt(row["prompt"], where)
         yield ", prompt alone", TokenRow(ids, [False] * len(ids))
 

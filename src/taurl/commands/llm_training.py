@@ -24,10 +24,7 @@ def train(name: str, words: Sequence[str]) -> int:
     keep_freed_memory()
     trainer_class = _named(name)
     trainer = trainer_class.resume(Path(resume), config) if resume else trainer_class(config=config)
-    try:
-        train_and_report(trainer)
-    finally:
-        trainer.close()
+    train_and_report(trainer)
     show_summary(trainer.run)
     return 0
 

@@ -21,6 +21,7 @@ Config = TypeVar("Config", bound=BaseModel)
 
 RESUMING = "\n    --resume RUN goes on with the run in that directory."
 
+DATA_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML takes 1e-2 for a text
 
 registry = tyro.constructors.ConstructorRegistry()
@@ -178,5 +179,7 @@ def with_flags(words: Sequence[str], config: type[BaseModel]) -> list[str]:
 def refuse_bare(words: Sequence[str], config: type[BaseModel]) -> None:
     """Raises: InputError when the words begin with one that is no option, naming the option it may be meant for."""
     if words and not words[0].startswith("-"):
-        option = "--env" if "env" in config.model_fields else "--model"
+        is_data = words[0].endswith(DATA_ENDINGS) or words[0].startswith("reasoning-gym:")
+        likely = ("env", *(("dataset", "prompts") if is_data else ()), "model")
+        option = "--" + next(name for name in likely if name in config.model_fields)
         raise InputError(f"{words[0]!r} stands where an option was expected; did you mean {option} {words[0]}?")

@@ -155,7 +155,7 @@ def with_extra(module: str, extra: str, what: str) -> Any:
     try:
         return importlib.import_module(f"taurl.control.{module}")
     except ModuleNotFoundError as error:
-        raise InputError(f"{what}: needs {error.name}; pip install 'taurl[{extra}]'") from error
+        raise InputError(f"{what}: needs {error.name}; in taurl's folder, pip install -e '.[{extra}]'") from error
 
 
 def from_makers(makers: list[Callable[[], gymnasium.Env[Any, Any]]], vectorization: str) -> VectorEnv[Any, Any, Any]:

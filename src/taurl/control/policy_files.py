@@ -50,6 +50,8 @@ def read_policy(directory: str | Path, kind: str | None) -> tuple[dict[str, Tens
 def policy_folder(directory: str | Path) -> Path:
     """The folder that a policy was saved to: this one, or `final/` of a run. Raises: InputError when there is none."""
     directory = Path(directory)
+    if not directory.exists():
+        raise InputError(f"{directory}: there is no such folder; expected a run's, or one that a policy was saved to")
     for folder in (directory, directory / "final"):
         if (folder / FACTS).exists():
             return folder

@@ -65,9 +65,9 @@ class ControlConfig(RunConfig, EnvironmentSettings):
     discount: float = Field(0.99, ge=0, le=1)
     """γ: what a reward one step later counts."""
 
-    eval_every: int = Field(0, ge=0)
+    eval_every: int = Field(0, ge=0, json_schema_extra=FREE)
     """Environment steps between evaluations; 0 evaluates at the end only."""
-    eval_episodes: int = Field(20, ge=0)
+    eval_episodes: int = Field(20, ge=0, json_schema_extra=FREE)
     """Episodes of an evaluation, in environments of its own; 0 evaluates nothing."""
     stop_at: float | None = Field(None, json_schema_extra=FREE)
     """Stop when the mean return of an evaluation reaches this."""

@@ -33,6 +33,16 @@ def require_rows(**tensors: Tensor) -> None:
         raise ValueError(f"{name} is {first.dtype}, expected a floating dtype")
 
 
+def require_steps(terminated: Tensor, truncated: Tensor, **floats: Tensor) -> None:
+    """Raise a ValueError unless both ends are boolean, [T, B], and shaped like every other tensor given."""
+    if terminated.dtype != torch.bool or truncated.dtype != torch.bool:
+        found = f"terminated {terminated.dtype} and truncated {truncated.dtype}"
+        raise ValueError(f"found {found}, expected torch.bool for both")
+    if terminated.dim() != 2:
+        raise ValueError(f"terminated is {list(terminated.shape)}, expected time-major [T, B]")
+    require_same_shape(**floats, terminated=terminated, truncated=truncated)
+
+
 def require_positive(**numbers: float) -> None:
     """Raise a ValueError unless every number is positive and finite."""
     for name, number in numbers.items():

@@ -19,7 +19,7 @@ x_t or of the sequence's, X = Σ_t x_t. The expected gradients, for descent on t
     estimator, level  in the reward                  as a loss     as a weighted loss
     k1, token         ∇KL(π‖π_ref)                   0             ∇KL(π‖π_ref) by prefix ratios, F by token ratios
     k1, sequence      ∇KL(π‖π_ref)                   0             ∇KL(π‖π_ref)
-    k2, token         ∇E[Σ_t x_t²/2] − F             F             F
+    k2, token         ∇E[Σ_t x_t²/2] − F             F             F (of another sampler: by prefix ratios)
     k2, sequence      ∇E[X²/2] − ∇KL(π‖π_ref)        ∇KL(π‖π_ref)  ∇KL(π‖π_ref)
     k3, token         ∇KL(π‖π_ref) − R               R             ∇KL(π‖π_ref) by prefix ratios, F by token ratios
     k3, sequence      ∇KL(π‖π_ref) − ∇KL(π_ref‖π)    ∇KL(π_ref‖π)  ∇KL(π‖π_ref)

@@ -6,6 +6,8 @@
 
 import math
 
+from taurl.functional._inputs import require_positive
+
 TOLERANCE = 1.5
 SMALLEST, LARGEST = 2.0**-20, 2.0**20
 LARGEST_ERROR = 0.2  # of the target; what the controller takes a larger one for, in either direction
@@ -26,7 +28,7 @@ def adapted_kl_coefficient(coefficient: float, divergence: float, *, target: flo
     Raises: ValueError if a number is not positive.
     Source: Schulman et al. 2017, arXiv:1707.06347, section 4.
     """
-    _require_positive(coefficient, target)
+    require_positive(coefficient=coefficient, target=target)
     if divergence < target / TOLERANCE:
         coefficient /= 2
     elif divergence > target * TOLERANCE:
@@ -51,15 +53,10 @@ def proportional_kl_coefficient(coefficient: float, divergence: float, *, target
     Raises: ValueError if a number is out of range.
     Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
     """
-    _require_positive(coefficient, target)
+    require_positive(coefficient=coefficient, target=target)
     if not 0 < gain < 1 / LARGEST_ERROR:
         raise ValueError(f"gain is {gain}, expected a number between 0 and {1 / LARGEST_ERROR:g}")
-    if math.isnan(divergence):
-        return coefficient
     error = min(max((divergence - target) / target, -LARGEST_ERROR), LARGEST_ERROR)
+    if math.isnan(divergence):
+        error = 0.0
     return min(max(coefficient * (1 + gain * error), SMALLEST), LARGEST)
-
-
-def _require_positive(coefficient: float, target: float) -> None:
-    if not (coefficient > 0 and target > 0):
-        raise ValueError(f"coefficient is {coefficient} and target {target}, expected positive numbers")

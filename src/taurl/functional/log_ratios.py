@@ -89,8 +89,9 @@ def divergence_scores(log_ratios: Tensor, divergence: Divergence, *, alpha: floa
         forward_kl       1 − 1/u                    KL(π_ref ‖ π)
         alpha_divergence ( 1 − u^−α ) / α           α → 0 is reverse_kl, α = 1 forward_kl
 
-    The constant cancels in a difference of two answers to one prompt and nowhere else, so only losses of that
-    difference take another divergence than reverse_kl. The names are TRL's. α is the paper's; TRL 1.16's
+    The constant makes a score 0 where the policy is the reference. It cancels in a difference of two answers to one
+    prompt, so losses of that difference (per token: where the answers are of one length) take another divergence than
+    reverse_kl, and others do not. The names are TRL's. α is the paper's; TRL 1.16's
     `f_alpha_divergence_coef` is 1 − α, whatever its help says (both default to ½).
 
     Args:

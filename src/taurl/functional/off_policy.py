@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from taurl.functional._inputs import require_same_shape
+from taurl.functional._inputs import of_one_dtype, require_same_shape, require_steps
 from taurl.functional.returns import discounted_returns
 
 
@@ -32,7 +32,8 @@ def per_decision_advantages(
         rewards, baselines: float [T, B].
         next_values: float [T, B], V of the state that followed where truncated or at the end, as in
             `discounted_returns`; not read where terminated.
-        weights: float [T, B], w; `importance.per_decision_log_weights`, exponentiated.
+        weights: float [T, B], w; `importance.per_decision_log_weights`, clamped to ±LARGEST_LOG_RATIO and
+            exponentiated.
         terminated, truncated: bool [T, B].
         discount: γ in [0, 1].
     Returns: advantages, [T, B].
@@ -41,6 +42,8 @@ def per_decision_advantages(
         gradient of Williams 1992.
     """
     require_same_shape(rewards=rewards, baselines=baselines, next_values=next_values, weights=weights)
+    require_steps(terminated, truncated, rewards=rewards)
+    rewards, baselines, next_values, weights = of_one_dtype(rewards, baselines, next_values, weights)
     following = torch.where(terminated, 0.0, next_values) * weights
     returns = discounted_returns(rewards * weights, following, terminated, truncated, discount=discount)
     return returns - weights * baselines

@@ -28,13 +28,15 @@ def cpo_loss(
         chosen_logprobs, rejected_logprobs: float [N], ℓ_w and ℓ_l, sums over tokens.
         chosen_lengths: int [N].
         beta: β > 0.
-        likelihood_weight: α; TRL calls it `cpo_alpha`. Its likelihood is a mean over the tokens of the micro-batch.
+        likelihood_weight: α ≥ 0; TRL calls it `cpo_alpha`. Its likelihood is a mean over the tokens of the micro-batch.
         label_smoothing: ε in [0, ½), as `sigmoid_loss`.
     Returns: loss, [N]; float32, or float64 for float64.
     Raises: ValueError if shapes differ or a number is out of range.
     Source: Xu et al. 2024, arXiv:2401.08417.
     """
     require_rows(chosen_logprobs=chosen_logprobs, rejected_logprobs=rejected_logprobs, chosen_lengths=chosen_lengths)
+    if not likelihood_weight >= 0:
+        raise ValueError(f"likelihood_weight is {likelihood_weight}, expected at least 0")
     margins = at_least_float32(chosen_logprobs) - at_least_float32(rejected_logprobs)
     preference = sigmoid_loss(margins, beta=beta, label_smoothing=label_smoothing)
     return preference + likelihood_weight * sft_loss(chosen_logprobs, chosen_lengths)

@@ -15,7 +15,7 @@ The same for rows of tokens is in `token_returns`.
 import torch
 from torch import Tensor
 
-from taurl.functional._inputs import of_one_dtype, require_fractions, require_same_shape
+from taurl.functional._inputs import of_one_dtype, require_fractions, require_steps
 from taurl.functional._scan import reverse_scan
 
 
@@ -64,7 +64,7 @@ def n_step_returns(
     Raises: ValueError if shapes or dtypes do not fit, γ is outside [0, 1] or n is below 1.
     Source: Sutton and Barto 2018, "Reinforcement Learning", section 7.1.
     """
-    _require_steps(terminated, truncated, rewards=rewards, next_values=next_values)
+    require_steps(terminated, truncated, rewards=rewards, next_values=next_values)
     require_fractions(discount=discount)
     if steps < 1:
         raise ValueError(f"steps is {steps}, expected at least 1")
@@ -106,7 +106,7 @@ def lambda_returns(
     Raises: ValueError if shapes or dtypes do not fit or a factor is outside [0, 1].
     Source: Sutton and Barto 2018, "Reinforcement Learning", section 12.1.
     """
-    _require_steps(terminated, truncated, rewards=rewards, next_values=next_values)
+    require_steps(terminated, truncated, rewards=rewards, next_values=next_values)
     require_fractions(discount=discount, trace_decay=trace_decay)
     rewards, next_values = of_one_dtype(rewards, next_values)
     done = terminated | truncated
@@ -149,7 +149,7 @@ def generalized_advantage(
     Raises: ValueError if shapes or dtypes do not fit or a factor is outside [0, 1].
     Source: Schulman et al. 2016, arXiv:1506.02438, eq. 16.
     """
-    _require_steps(terminated, truncated, rewards=rewards, values=values, next_values=next_values)
+    require_steps(terminated, truncated, rewards=rewards, values=values, next_values=next_values)
     require_fractions(discount=discount, trace_decay=trace_decay)
     rewards, values, next_values = of_one_dtype(rewards, values, next_values)
     errors = _td_errors(rewards, values, next_values, terminated, discount)
@@ -178,8 +178,9 @@ def v_trace(
         A_t = ρ_t · ( r_t + γ · [ (1 − λ) · V(s_{t+1}) + λ · v_{t+1} ] − V(s_t) )
 
     Ends are those of `generalized_advantage`: V(s_{t+1}) is 0 where terminated, and v_{t+1} is V(s_{t+1}) where nothing
-    more was sampled. ρ̄ decides what is estimated, V of π if nothing is cut; c̄ only how fast. On-policy (π = μ, caps
-    at least 1), and with `next_values[t]` as in `lambda_returns`, v is the λ-return and A is GAE(γ, λ).
+    more was sampled; where a step goes on, A is this if `next_values[t]` is `values[t+1]`. ρ̄ decides what is estimated,
+    V of π if nothing is cut; c̄ only how fast. On-policy (π = μ, caps at least 1), and with `next_values[t]` as in
+    `lambda_returns`, v is the λ-return and A is GAE(γ, λ).
 
     The paper's advantage is the one of λ = 1, the default. For smaller λ it keeps v_{t+1} alone; mixed with V here,
     as rlax does, it keeps the last sentence true and lets λ trade bias for variance in both results.
@@ -194,7 +195,7 @@ def v_trace(
     Raises: ValueError if shapes or dtypes do not fit, a factor is outside [0, 1], or not ρ̄ ≥ c̄ ≥ 0.
     Source: Espeholt et al. 2018, arXiv:1802.01561, section 4.
     """
-    _require_steps(terminated, truncated, rewards=rewards, values=values, next_values=next_values, ratios=ratios)
+    require_steps(terminated, truncated, rewards=rewards, values=values, next_values=next_values, ratios=ratios)
     require_fractions(discount=discount, trace_decay=trace_decay)
     if not ratio_cap >= trace_cap >= 0:
         raise ValueError(f"ratio_cap is {ratio_cap} and trace_cap {trace_cap}, expected ratio_cap ≥ trace_cap ≥ 0")
@@ -219,12 +220,3 @@ def _decays(done: Tensor, like: Tensor, decay: float) -> Tensor:
 def _weighed(decays: Tensor, numbers: Tensor) -> Tensor:
     """Their product, 0 where the decay is: a step that takes nothing over does not read what it would have taken."""
     return (decays * numbers).masked_fill_(decays == 0, 0.0)
-
-
-def _require_steps(terminated: Tensor, truncated: Tensor, **floats: Tensor) -> None:
-    if terminated.dtype != torch.bool or truncated.dtype != torch.bool:
-        found = f"terminated {terminated.dtype} and truncated {truncated.dtype}"
-        raise ValueError(f"found {found}, expected torch.bool for both")
-    if terminated.dim() != 2:
-        raise ValueError(f"terminated is {list(terminated.shape)}, expected time-major [T, B]")
-    require_same_shape(**floats, terminated=terminated, truncated=truncated)

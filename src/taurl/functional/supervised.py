@@ -61,6 +61,6 @@ def z_loss(log_normalizers: Tensor, *, coefficient: float) -> Tensor:
     Raises: ValueError if the coefficient is negative.
     Source: Chowdhery et al. 2022, arXiv:2204.02311, section 5.
     """
-    if coefficient < 0:
+    if not coefficient >= 0:
         raise ValueError(f"coefficient is {coefficient}, expected at least 0")
     return coefficient * at_least_float32(log_normalizers).square()

@@ -23,7 +23,7 @@ import math
 import torch
 from torch import Tensor
 
-from taurl.functional._inputs import at_least_float32, require_same_shape
+from taurl.functional._inputs import at_least_float32, require_positive, require_same_shape
 
 
 def reinforce(logprobs: Tensor, advantages: Tensor, *, weights: Tensor | None = None) -> Tensor:
@@ -31,9 +31,10 @@ def reinforce(logprobs: Tensor, advantages: Tensor, *, weights: Tensor | None = 
 
         loss = −w · A · log π
 
-    For tokens drawn by another policy θ', w = p_θ(τ)/p_θ'(τ) (`importance.trajectory_log_weights`, exponentiated) makes
-    the expected gradient that of the on-policy loss. A baseline that does not depend on the action, taken off the
-    return to make A, changes the variance only. The value of the loss means nothing.
+    For tokens drawn by another policy θ', w = p_θ(τ)/p_θ'(τ) (`importance.trajectory_log_weights`, clamped to
+    ±LARGEST_LOG_RATIO and exponentiated) makes the expected gradient that of the on-policy loss. A baseline that does
+    not depend on the action, taken off the return to make A, changes the variance only. The value of the loss means
+    nothing.
 
     Args:
         logprobs: float [N, L].
@@ -43,8 +44,11 @@ def reinforce(logprobs: Tensor, advantages: Tensor, *, weights: Tensor | None = 
     Raises: ValueError if shapes do not fit.
     Source: Williams 1992, "Simple statistical gradient-following algorithms for connectionist reinforcement learning".
     """
-    losses = -at_least_float32(logprobs) * _fitted("advantages", advantages, logprobs)
-    return losses if weights is None else losses * _fitted("weights", weights, logprobs)
+    advantages, logprobs = _fitted("advantages", advantages, logprobs), at_least_float32(logprobs)
+    if weights is None:
+        return -logprobs * advantages
+    weights = _fitted("weights", weights, logprobs)
+    return -torch.where(weights == 0, 0.0, logprobs) * advantages * weights  # a weight of 0 may be one of log π = −∞
 
 
 def importance_weighted(ratios: Tensor, advantages: Tensor) -> Tensor:
@@ -151,9 +155,7 @@ def sapo(
     Raises: ValueError if shapes do not fit or a temperature is not positive.
     Source: Gao et al. 2025, arXiv:2511.20347, eq. 5 and 6.
     """
-    if not (positive_temperature > 0 and negative_temperature > 0):
-        found = f"positive_temperature is {positive_temperature} and negative_temperature {negative_temperature}"
-        raise ValueError(f"{found}, expected positive numbers")
+    require_positive(positive_temperature=positive_temperature, negative_temperature=negative_temperature)
     ratios, advantages = at_least_float32(ratios), _fitted("advantages", advantages, ratios)
     temperatures = torch.full_like(advantages, negative_temperature)
     temperatures = temperatures.masked_fill(advantages > 0, positive_temperature)
@@ -186,8 +188,8 @@ def vespo(
     Raises: ValueError if shapes do not fit or a k or λ is not positive.
     Source: Shen et al. 2026, arXiv:2602.10693, eq. 20.
     """
-    if not min(*positive, *negative) > 0:
-        raise ValueError(f"positive is {positive} and negative is {negative}, expected positive numbers")
+    for name, numbers in (("positive", positive), ("negative", negative)):
+        require_positive(**{f"{name} {place}": number for place, number in zip(("k", "λ"), numbers, strict=True)})
     log_weights = _fitted("log_weights", log_weights.unsqueeze(-1), logprobs)
     excess = torch.expm1(log_weights)  # W − 1; infinite where φ is 0
     kernels = [(power * log_weights - decay * excess).exp() for power, decay in (positive, negative)]

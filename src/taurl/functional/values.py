@@ -113,6 +113,8 @@ def sarsa_target(
     Source: Sutton and Barto 2018, "Reinforcement Learning", section 6.4.
     """
     _require_actions(next_action_values=next_action_values)
+    if terminated.dtype != torch.bool:
+        raise ValueError(f"terminated is {terminated.dtype}, expected torch.bool")
     if next_actions.dtype != torch.int64:
         raise ValueError(f"next_actions are {next_actions.dtype}, expected torch.int64")
     require_same_shape(

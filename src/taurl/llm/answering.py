@@ -79,6 +79,7 @@ class Answering:
             self.sampling,
             progress=lambda done, count: status(f"answering held-out rows: {done} of {count}"),
         )
+        self.generator.release()  # training goes on
         completions = [group[0] for group in groups]
         return evaluate(self.rows, completions, self.tokenizer, self.rewards, TrainerState(step, steps))
 

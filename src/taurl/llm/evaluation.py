@@ -1,6 +1,7 @@
 """Scoring completions with reward functions, in training and on held-out rows."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,15 +81,23 @@ def score(
     rewards: RewardSet,
     state: TrainerState,
 ) -> Scores:
-    """Rewards of one completion a row."""
+    """Rewards of one completion a row.
+
+    What the functions are given is theirs: a change in it reaches neither the data nor another completion.
+    """
     texts = [decode(tokenizer, completion.tokens) for completion in completions]
     return rewards(
-        prompts=[row["prompt"] for row in rows],
+        prompts=[deepcopy(row["prompt"]) for row in rows],
         completions=[as_completion(row["prompt"], text) for row, text in zip(rows, texts, strict=True)],
-        completion_ids=[completion.tokens for completion in completions],
-        columns={name: [row.get(name) for row in rows] for name in reward_columns(rows)},
+        completion_ids=[list(completion.tokens) for completion in completions],
+        columns={name: [own(row.get(name)) for row in rows] for name in reward_columns(rows)},
         trainer_state=state,
     )
+
+
+def own(value: Any) -> Any:
+    """A copy of a list or dictionary, with what is in it; anything else as it is."""
+    return deepcopy(value) if isinstance(value, list | dict) else value
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:

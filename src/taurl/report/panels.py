@@ -21,7 +21,7 @@ class Panel:
 
 
 SPEED = (
-    Panel("Speed", "Tokens per second", ("tokens_per_second",)),
+    Panel("Speed", "Tokens per second", ("tokens_per_second", "sampling/tokens_per_second")),
     Panel("Speed", "Steps per second", ("time/fps",)),
     Panel("Speed", "Time per phase", ("time/*",), "Seconds between two records, stacked.", stacked=True),
     Panel("Speed", "Time per reward function", ("rewards/*/seconds",), "Seconds of a step."),
@@ -78,7 +78,7 @@ PANELS = (
         "Preferences",
         "Rewards",
         ("rewards/chosen", "rewards/rejected", "eval/rewards/chosen", "eval/rewards/rejected"),
-        "β times the log-ratio of policy and reference.",
+        "β times the log-ratio of policy and reference; without a reference β log π, in simpo and orpo per token.",
     ),
     Panel(
         "Preferences",
@@ -89,9 +89,9 @@ PANELS = (
     Panel("Preferences", "Pairs", ("pairs",), "Prompts whose sampled answers differ in reward."),
     Panel(
         "Held-out evaluation",
-        "Pair accuracy",
+        "Held-out accuracy",
         ("eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"),
-        "Share of held-out pairs whose chosen one scores higher, with its 95% interval.",
+        "Of pairs: the chosen one scores higher; of labels: the score is on their side of 0. With its 95% interval.",
         share=True,
     ),
     Panel(
@@ -103,6 +103,7 @@ PANELS = (
     ),
     Panel("Scores", "Accuracy", ("accuracy",), "Of the rows of a step.", share=True),
     Panel("Scores", "Margin", ("margin",), "Mean score of the chosen less that of the rejected ones of a step."),
+    Panel("Scores", "Correlation", ("correlation",), "Of the scores of a step with those of its rows."),
     Panel("Scores", "Scores", ("mean_reward", "min_reward", "max_reward"), "Of the completions of a step."),
     Panel("Policy", "Entropy", ("entropy",), "Mean entropy of the next-token distribution."),
     Panel("Policy", "KL", ("kl",), "Distance from the reference policy."),
@@ -115,8 +116,10 @@ PANELS = (
     Panel("Values", "Clipped values", ("value/clip_ratio",), "Share that moved past the clip.", share=True),
     Panel("Completions", "Completion length", ("completions/*_length",), "Tokens."),
     Panel("Completions", "Hit the length limit", ("completions/clipped_ratio",), "Share of completions.", share=True),
-    *SPEED,
+    Panel("Completions", "Turns cut off", ("episodes/cut_turns",), "Share of the turns of a step.", share=True),
     *OPTIMISATION,
+    Panel("Optimisation", "Epochs", ("epochs",), "Passes over the completions of a step; target_kl may end them."),
+    *SPEED,
 )
 
 # Of runs that act in an environment.
@@ -148,6 +151,10 @@ CONTROL_PANELS = (
         "Share whose importance ratio was clipped.",
         share=True,
     ),
+    Panel("Policy", "Price of the KL", ("train/kl_coefficient",), "β of kl_penalty_target."),
+    Panel(
+        "Policy", "Effective samples", ("train/effective_samples",), "Share that importance weights leave.", share=True
+    ),
     Panel("Policy", "Exploration", ("train/epsilon",), "ε, the share of actions taken at random.", share=True),
     Panel("Values", "Value loss", ("train/value_loss",)),
     Panel("Values", "Explained variance", ("train/explained_variance",), "Of the returns, by the value estimate."),
@@ -155,6 +162,14 @@ CONTROL_PANELS = (
     Panel("Values", "Action value", ("train/q_mean",), "Mean Q of the actions that were learned from."),
     *OPTIMISATION,
     Panel("Optimisation", "Policy loss", ("train/policy_loss",)),
+    Panel("Optimisation", "Gain of the step", ("train/surrogate_improvement",), "Of the surrogate, by TRPO's step."),
+    Panel(
+        "Optimisation",
+        "Length of the step",
+        ("train/step_fraction", "train/step_accepted"),
+        "Of the longest within the trust region, by the line search; accepted: 0 where no length would do.",
+    ),
+    Panel("Optimisation", "Residual", ("train/residual",), "Of the conjugate gradients that give TRPO's direction."),
     *SPEED,
 )
 

@@ -231,7 +231,8 @@ def adamw(groups: Sequence[dict[str, Any]], config: TrainingConfig) -> torch.opt
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise InputError(
-            "optimizer_states is eight_bit, which needs the package bitsandbytes: pip install 'taurl[bitsandbytes]'"
+            "optimizer_states is eight_bit, which needs the package bitsandbytes: in taurl's folder, "
+            "pip install -e '.[bitsandbytes]'"
         ) from error
     eight_bit: torch.optim.Optimizer = AdamW8bit([group for group in groups if group["params"]], **common)
     return eight_bit

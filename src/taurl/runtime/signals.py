@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM: a run finishes its step and saves before it stops."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -18,10 +19,11 @@ class StopSignals:
         self.received: int | None = None
         self._on_first = on_first
         self._before: dict[int, Any] = {}
+        self._process = os.getpid()
 
     def listen(self) -> None:
         """Take the signals over; elsewhere than in the main thread, which alone may, do nothing."""
-        self.received = None  # of a part of the run that is over
+        self.received, self._process = None, os.getpid()  # of a part of the run that is over
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -32,6 +34,10 @@ class StopSignals:
             signal.signal(number, handler or signal.SIG_DFL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # forked, by a reward function for example: the signal is to end this one
+            self.restore()
+            os.kill(os.getpid(), number)
+            return
         self.received = number
         self.restore()
         self._on_first(signal.Signals(number).name)

@@ -140,11 +140,15 @@ def test_a_file_may_import_what_lies_beside_it(tmp_path):
     (tmp_path / "beside_the_reward.py").write_text("WORTH = 3.0\n")
     file = tmp_path / "mine.py"
     file.write_text(
-        "from beside_the_reward import WORTH\ndef f(completions, **_): return [WORTH for _ in completions]\n"
+        "from beside_the_reward import WORTH\n"
+        "def f(completions, **_):\n"
+        "    import imported_by_the_call\n"
+        "    return [WORTH + imported_by_the_call.MORE for _ in completions]\n"
     )
+    (tmp_path / "imported_by_the_call.py").write_text("MORE = 0.5\n")
     before = list(sys.path)
-    assert resolve(f"{file}:f")[1](["a"]) == [3.0]
-    assert sys.path == before
+    assert resolve(f"{file}:f")[1](["a"]) == [3.5]
+    assert sys.path == [*before, str(tmp_path)]  # behind what is installed
 
 
 def test_a_module_of_this_folder_is_found(tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """Synchronous reward functions in a real worker process."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +16,7 @@ from taurl.llm.rewards import RewardSet
 from taurl.runtime.errors import InputError
 
 FILE = """
-import os, signal, time
+import multiprocessing, os, signal, subprocess, time
 
 calls = 0
 
@@ -35,6 +37,23 @@ def obeys(completions):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
     return [None if text == "none" else {}[text] if text == "raise" else 1 for text in completions]
+
+def starts(completions):
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=time.sleep, args=(60,))
+    child.start()
+    child.terminate()
+    child.join()
+    program = subprocess.Popen(["sleep", "60"])
+    program.terminate()
+    return [child.exitcode if text == "child" else program.wait() for text in completions]
+
+def leaves(completions):
+    program = subprocess.Popen(["sleep", "600"])
+    with open("left.txt", "w") as file:
+        file.write(str(program.pid))
+    time.sleep(60 if "hang" in completions else 0)
+    return [0.0] * len(completions)
 
 def unsendable(completions, log_extra):
     log_extra("functions", [lambda: None for _ in completions])
@@ -124,6 +143,27 @@ def test_failures_there_are_named_here_and_the_next_call_works(make, rewards_fil
     with pytest.raises(InputError, match=r"'obeys' ended its worker process \(exit code 9\)$"):
         score(reward_set, "die")
     assert score(reward_set, "fine").values[0, 1] != restarted
+
+
+def test_functions_start_processes_there_and_end_them(make, rewards_file):
+    values = score(make(["my_rewards.py:starts"], timeout=60), "child", "program").values
+    assert values[:, 0].tolist() == [-signal.SIGTERM, -signal.SIGTERM]
+
+
+@pytest.mark.parametrize("end", ["close", "timeout"])
+def test_what_functions_have_started_ends_with_the_process(make, rewards_file, end):
+    reward_set = make(["my_rewards.py:leaves"], timeout=5)
+    if end == "close":
+        score(reward_set, "fine")
+        reward_set.close()
+    else:
+        with pytest.raises(InputError, match="took longer than timeout=5 seconds"):
+            score(reward_set, "hang")
+    left = int((rewards_file.parent / "left.txt").read_text())
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{left}").exists() and "Z" not in Path(f"/proc/{left}/stat").read_text().split(")")[1][:3]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_close_stops_the_process(make, rewards_file):

@@ -85,9 +85,14 @@ class PPO(Trainer):
         self.penalty: KLPenalty | None = None
         if config.kl_penalty_target is not None:
             self.penalty = self.state["penalty"] = KLPenalty(config.kl_coefficient, config.kl_penalty_target)
+            if config.clip != PPOConfig.model_fields["clip"].default:
+                self._say_unread(f"clip {config.clip:g} does nothing")
             if config.anneal_clip:
                 left = "does nothing" if config.value_clip is None else "is for value_clip alone"
-                self.run.view.note(f"kl_penalty_target takes the place of the clip, so anneal_clip {left}")
+                self._say_unread(f"anneal_clip {left}")
+
+    def _say_unread(self, what: str) -> None:
+        self.run.view.note(f"kl_penalty_target takes the place of the clip, so {what}")
 
     def steps(self) -> Iterator[Record]:
         config = self.config

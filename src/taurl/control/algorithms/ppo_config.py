@@ -5,7 +5,6 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from taurl.control.settings import ControlConfig, NetworkSettings
-from taurl.runtime.config import refuse_unread
 
 
 class PPOConfig(NetworkSettings, ControlConfig):
@@ -75,6 +74,4 @@ class PPOConfig(NetworkSettings, ControlConfig):
             raise ValueError(
                 f"kl_coefficient is {self.kl_coefficient:g}, the first price under kl_penalty_target: give that too"
             )
-        if self.kl_penalty_target is not None:
-            refuse_unread(self, ["clip"], "kl_penalty_target takes its place")
         return self

@@ -12,5 +12,5 @@ def preset(algorithm: str, env: str | None) -> Path | None:
         return None
     folder = Path(__file__).parent / algorithm
     name = env.rpartition(":")[2]  # of module:id
-    names = [name.replace("/", "_"), *name.split("/")[:-1]]
+    names = [name.replace("/", "_"), *name.split("/")[:-1], *(["ALE"] if name.endswith("NoFrameskip-v4") else [])]
     return next((folder / f"{name}.yaml" for name in names if (folder / f"{name}.yaml").exists()), None)

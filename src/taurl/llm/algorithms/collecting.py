@@ -101,6 +101,7 @@ def play_held_out(trainer: "PPO", stage: Stage, step: int) -> Evaluation:
     sampling = Sampling(config.max_tokens, temperature=0, stop=config.stop)
     trainer.run.view.status(f"playing {len(seeds)} episodes greedily")
     episodes = stage.play(seeds, trainer.generator, sampling)
+    trainer.generator.release()
     rows, completions = [{"prompt": e.messages} for e in episodes], [e.completion for e in episodes]
     state = TrainerState(step, config.steps)
     found = summarized(rows, completions, trainer.policy.tokenizer, [ENVIRONMENT], episode_scores(episodes), state)

@@ -292,8 +292,9 @@ class DPO(OnlineTrainer):
         """Training and held-out rows of a data set of preferences."""
         config, run = self.config, self.run
         form: Form = "label" if config.unpaired else "pairs"
+        self.reader = PreferenceReader.of(config, self.tokenizer, self.outline(), form, two_labels=config.unpaired)
         train, held_out = train_and_held_out_preferences(
-            PreferenceReader.of(config, self.tokenizer, self.outline(), form, two_labels=config.unpaired),
+            self.reader,
             self.given("dataset"),
             self.given("eval_dataset"),
             config.eval_rows,
@@ -310,7 +311,8 @@ class DPO(OnlineTrainer):
         """What the loss takes; of single answers `others` are compared with where `rows` have one prompt only."""
         if not self.config.unpaired:
             return GivenAnswers.pairs(rows)
-        return GivenAnswers.single(rows, mismatched="kto" in self.config.loss_type, others=others)
+        kto = "kto" in self.config.loss_type
+        return GivenAnswers.single(rows, mismatched=kto, others=others, longest=self.reader.longest)
 
     def _batch(self, answers: GivenAnswers, rows: Sequence[int]) -> Batch:
         batch = answers.take(rows, self.device)

@@ -224,9 +224,12 @@ class Trainer(ABC):
 
     def train(self) -> Self:
         """Run all steps that are left, and export the result to `final/`."""
-        with self.run.leaving(self.export, self.export_early):
-            for _ in self.steps():
-                pass
+        try:
+            with self.run.leaving(self.export, self.export_early):
+                for _ in self.steps():
+                    pass
+        finally:
+            self.close()
         return self
 
     def note_updates(self, step: Step, figures: Record) -> None:
@@ -236,9 +239,12 @@ class Trainer(ABC):
             self.run.view.note(f"{at}: loss {figures['loss']:g}, gradient norm {figures['grad_norm']:g}")
 
     def finish(self, step: Step, figures: Record) -> Record:
-        """Evaluate where it is due, and close the step. An evaluation that fails does not undo the update."""
+        """Evaluate where it is due, and close the step. An evaluation that fails does not undo the update.
+
+        One that is due when the run is asked to stop is left to the resumed run: it may take longer than is left.
+        """
         try:
-            if self.evaluation_due(step.number):
+            if self.evaluation_due(step.number) and not self.run.stop_signals.received:
                 figures |= self.evaluate_at(step.number)
         finally:
             record = step.finish(**figures, **{"memory/peak_gb": peak_memory_gb(self.device)})
@@ -298,6 +304,6 @@ class Trainer(ABC):
         return model_card(self.algorithm, self.config, records, adapter=alone)
 
     def close(self) -> None:
-        """Stop the reward functions' process, if they have one."""
+        """Stop the reward functions' process and threads, if they have any; what is scored later starts them again."""
         if self.rewards is not None:
             self.rewards.close()

@@ -6,7 +6,7 @@ A prompt is a string or a list of messages {"role", "content"}. Nothing here dec
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
@@ -26,6 +26,7 @@ through the template."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MARKER = "taurl"  # a word that no template writes, trims or escapes
 ANSWER_MARKER = "taurlanswer"
+THINKING = ("reasoning_content", "reasoning", "thinking")  # names of what a message holds of it
 
 
 def prompt_problem(prompt: object, name: str = "the prompt") -> str | None:
@@ -115,7 +116,7 @@ def encode_prompt(
             "that taurl llm sft has trained on messages, which then has one"
         )
     options = dict(chat_template_kwargs or {})
-    require_tools_read(tokenizer.get_chat_template(tools=options.get("tools")), messages, options, f"{where}: ")
+    require_all_read(tokenizer.get_chat_template(tools=options.get("tools")), messages, options, f"{where}: ")
     continued = messages[-1]["role"] == "assistant"
     with template_refusals(f"{where}: "):
         ids = tokenizer.apply_chat_template(
@@ -148,19 +149,21 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
     return copies
 
 
-def require_tools_read(
+def require_all_read(
     template: str, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], where: str = ""
 ) -> None:
-    """Refuse tools, and calls of them, that a chat template would pass over without a word.
+    """Refuse tools, calls of them, and thinking that a chat template would pass over without a word.
 
     Raises: InputError, beginning with `where`.
     """
-    called = any(message.get("tool_calls") for message in messages)
-    for name, given in (("tools", options.get("tools")), ("tool_calls", called)):
-        if given and name not in template:
+    given = {"tools": bool(options.get("tools"))}
+    given |= {name: any(message.get(name) for message in messages) for name in ("tool_calls", *THINKING)}
+    for name in filter(given.__getitem__, given):
+        known = THINKING if name in THINKING else (name,)  # transformers takes one kind of thinking for another
+        if not any(each in template for each in known):
             raise InputError(
                 f"{where}the row has {name}, which the model's chat template does not read, so that the model would "
-                "not see them: give a chat template that does, or leave them out of the data"
+                "not see it: give a chat template that does, or leave it out of the data"
             )
 
 
@@ -224,21 +227,48 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     """
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = {configured} if isinstance(configured, int) else set(configured or ())
-    found |= {tokenizer.eos_token_id, _end_of_turn(tokenizer)} - {None}
-    return tuple(sorted(int(token) for token in found))
+    return tuple(sorted(found | turn_ends(tokenizer)))
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def turn_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The end of sequence, and the token that ends the assistant's turn, as far as the tokenizer tells."""
+    tail = after_answer(tokenizer)
+    ids = plain_ids(tail, tokenizer) if tail else []
+    ends = {ids[0]} if ids and ids[0] in special_ids(tokenizer) else set()
+    return frozenset(ends | {cast(int, end) for end in [tokenizer.eos_token_id] if end is not None})
+
+
+def after_answer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes behind an answer, without white space around it; empty where it writes none."""
     if not tokenizer.chat_template:
-        return None
+        return ""
     turn = [{"role": "user", "content": MARKER}, {"role": "assistant", "content": MARKER}]
     try:
         text = cast(str, tokenizer.apply_chat_template(turn, tokenize=False))
-    except Exception:  # a template for another shape of conversation: the other two sources remain
-        return None
-    tail = text[text.rfind(MARKER) + len(MARKER) :].strip()
-    ids = plain_ids(tail, tokenizer) if tail else []
-    return ids[0] if ids and ids[0] in special_ids(tokenizer) else None
+    except Exception:  # a template for another shape of conversation
+        return ""
+    return text[text.rfind(MARKER) + len(MARKER) :].strip()
+
+
+def end_of_answer(
+    ids: Sequence[int], stops: Collection[int], tokenizer: PreTrainedTokenizerBase, start: int = 0
+) -> int | None:
+    """The place behind the stop token that ends ids[start:], white space apart; None where none does.
+
+    Of several in a row it is the first: some templates write the end of sequence behind the end of the last turn.
+    """
+    found = None
+    for place in reversed(range(start, len(ids))):
+        if ids[place] in stops:
+            found = place + 1
+        elif not is_blank(ids[place], tokenizer):
+            break
+    return found
+
+
+def is_blank(token: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a token is white space."""
+    return not str(tokenizer.decode([token])).strip()
 
 
 def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -15,7 +15,15 @@ from typing import Any, Literal, TypeAlias, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from taurl.llm.data.chat import Message, encode_prompt, encode_text, plain_ids, template_refusals
+from taurl.llm.data.chat import (
+    Message,
+    encode_prompt,
+    encode_text,
+    end_of_answer,
+    is_blank,
+    plain_ids,
+    template_refusals,
+)
 from taurl.llm.data.row_forms import Chat, Text
 from taurl.llm.data.token_rows import TokenRow
 from taurl.runtime.errors import InputError
@@ -162,20 +170,10 @@ class RowEncoder:
         return cut[-1], cut[1:-1]
 
     def _stop(self, ids: Sequence[int], start: int, end: int) -> int | None:
-        """The place behind the stop token that ends ids[start:end], white space apart; None where none does.
-
-        Of several in a row it is the first: some templates write the end of sequence behind the end of the last turn.
-        """
-        found = None
-        for place in reversed(range(start, end)):
-            if ids[place] in self.stops:
-                found = place + 1
-            elif not self._is_blank(ids[place]):
-                break
-        return found
+        return end_of_answer(ids[:end], self.stops, self.tokenizer, start)
 
     def _is_blank(self, token: int) -> bool:
-        return token not in self.stops and not str(self.tokenizer.decode([token])).strip()
+        return token not in self.stops and is_blank(token, self.tokenizer)
 
     def _ids(self, text: str) -> list[int]:
         return plain_ids(text, self.tokenizer) if text else []

@@ -10,13 +10,14 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from taurl.llm.data.chat import stop_token_ids
+from taurl.llm.data.chat import after_answer, plain_ids, special_ids, stop_token_ids
 from taurl.llm.models.embedded import NAME
 from taurl.llm.models.loading import load_tokenizer
 from taurl.runtime.errors import InputError, one_line, reason
 
 OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 CHATML = "chatml"
+TOKEN = re.compile(r"<[|｜][^<>]+[|｜]>|</s>|<end_of_turn>")  # as templates write what ends a turn
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 CHATML_TEXT = (
     "{% for message in messages %}"
@@ -48,6 +49,12 @@ def set_chat_template(name: str, tokenizer: PreTrainedTokenizerBase, model: PreT
             raise InputError(f"chat_template is {name!r}: this model has none")
     else:
         raise InputError(f"chat_template is {name!r}; expected {CHATML}, a template file or a model's folder")
+    end = TOKEN.match(after_answer(tokenizer))
+    if end and plain_ids(end[0], tokenizer)[0] not in special_ids(tokenizer):
+        raise InputError(
+            f"chat_template {name}: it ends a turn with {end[0]}, which is no token of this model, so that nothing "
+            f"would end one; give a template of the model's family, or {CHATML}, whose tokens are added"
+        )
     return []
 
 

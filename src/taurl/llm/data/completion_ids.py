@@ -13,10 +13,12 @@ from taurl.llm.data.chat import (
     PromptFormat,
     as_messages,
     encode_prompt,
+    end_of_answer,
     plain_ids,
-    require_tools_read,
+    require_all_read,
     special_ids,
     template_refusals,
+    turn_ends,
 )
 from taurl.llm.data.row_forms import template_options
 from taurl.runtime.errors import InputError, shorten
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHOWN = 80  # characters of two renderings that differ
+
+
+class Rewritten(InputError):
+    """A chat template does not leave a completion as it is written."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +83,9 @@ class Conversations:
             return self._text_ids(cast(str, prompt), self._plain(completion, where), prompt_ids)
         text = self._render([*messages, *_said(completion)], where)
         ids = plain_ids(text, self.tokenizer)
-        if ids[: len(prompt_ids)] == prompt_ids:
-            return self._through_end_of_turn(ids[len(prompt_ids) :])
-        return self._through_end_of_turn(plain_ids(self._rest(text, prompt, where), self.tokenizer))
+        begins = ids[: len(prompt_ids)] == prompt_ids
+        ids = ids[len(prompt_ids) :] if begins else plain_ids(self._rest(text, prompt, where), self.tokenizer)
+        return self._through_end_of_turn(ids)
 
     def steps(
         self, prompt: Prompt, steps: Sequence[str], separator: str, prompt_ids: list[int], where: str
@@ -98,7 +104,7 @@ class Conversations:
         opening, text = self._parted(prompt, content, where)
         offsets = self._offsets(opening, text, ids)
         if (found := text.find(content.strip())) < 0:
-            raise InputError(
+            raise Rewritten(
                 f"{where}: the chat template renders the completion as {shorten(repr(text), SHOWN)}, not as it is "
                 "written, so that the ends of its steps are not known; leave out what the template changes"
             )
@@ -144,7 +150,7 @@ class Conversations:
             else:
                 joined.append(dict(message))
         kwargs = self.chat_template_kwargs or {}
-        require_tools_read(self.tokenizer.get_chat_template(tools=kwargs.get("tools")), joined, kwargs, f"{where}: ")
+        require_all_read(self.tokenizer.get_chat_template(tools=kwargs.get("tools")), joined, kwargs, f"{where}: ")
         with template_refusals(f"{where}: "):
             return cast(str, self.tokenizer.apply_chat_template(joined, tokenize=False, **options, **kwargs))
 
@@ -175,17 +181,19 @@ class Conversations:
         raise InputError(f"{where}: its prompt is raw text and its completion messages; give both in one form")
 
     def _through_end_of_turn(self, ids: list[int]) -> list[int]:
-        """Without the white space that templates write after the token that ends a turn."""
-        end = len(ids)
-        while (
-            end and ids[end - 1] not in self._special and not cast(str, self.tokenizer.decode([ids[end - 1]])).strip()
-        ):
-            end -= 1
-        return ids[:end] if end and ids[end - 1] in self._special else ids
+        """Without what templates write after the token that ends a turn; with the end of sequence where none does."""
+        ends, special = self._ends
+        if (end := end_of_answer(ids, ends, self.tokenizer)) is not None:
+            return ids[:end]
+        if (end := end_of_answer(ids, special, self.tokenizer)) is not None:  # of a call of a tool, for example
+            return ids[:end]
+        last = self.tokenizer.eos_token_id
+        return ids if last is None else [*ids, cast(int, last)]
 
     @cached_property
-    def _special(self) -> frozenset[int]:
-        return special_ids(self.tokenizer)
+    def _ends(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Tokens that end a turn, and all special ones."""
+        return turn_ends(self.tokenizer), special_ids(self.tokenizer)
 
 
 def _said(completion: Prompt) -> Sequence[Message]:

@@ -35,7 +35,9 @@ class GivenAnswers:
         return cls([row.prompt for row in rows.judged], [row.completions for row in rows.judged], [])
 
     @classmethod
-    def single(cls, rows: Preferences, *, mismatched: bool, others: Preferences | None = None) -> Self:
+    def single(
+        cls, rows: Preferences, *, mismatched: bool, others: Preferences | None = None, longest: int | None = None
+    ) -> Self:
         """Answers with a label, 0 or 1; of a pair the chosen one is liked and the rejected one is not.
 
         Args:
@@ -43,6 +45,7 @@ class GivenAnswers:
                 prompt has the first one to the next, the second the second, so that both kinds of a pair are there.
                 It is chosen once, and not in each batch, so that the reference has to judge it once.
             others: rows whose answers are taken for that where all prompts of `rows` are one.
+            longest: tokens to which a prompt with an answer to another is cut; None: not.
         Raises: InputError where all prompts are one.
         """
         prompts, answers, desirable = [], [], []
@@ -59,6 +62,10 @@ class GivenAnswers:
             else:
                 places = _of_another_prompt(prompts)
                 answers = [[*answer, answers[place][0]] for answer, place in zip(answers, places, strict=True)]
+            if longest is not None:
+                answers = [
+                    [own, other[: longest - len(prompt)]] for prompt, (own, other) in zip(prompts, answers, strict=True)
+                ]
         return cls(prompts, answers, desirable)
 
     def __len__(self) -> int:

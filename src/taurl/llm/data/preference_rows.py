@@ -15,6 +15,7 @@ from taurl.llm.data.chat import Prompt, prompt_problem, says_nothing
 from taurl.llm.data.completion_ids import Conversations
 from taurl.llm.data.data_files import Row
 from taurl.llm.data.datasets import Reading, Rows, check_prompts, columns_of, key
+from taurl.llm.data.row_forms import said
 from taurl.llm.data.tasks import Prompts, fingerprint, named, train_and_held_out
 from taurl.llm.models.heads import context_length
 from taurl.runtime.errors import InputError, located, shorten
@@ -197,6 +198,8 @@ class PreferenceReader:
             silent = names == ["completion"] and says_nothing(completion)
             if not silent and (problem := prompt_problem(completion, f"its {name}")):
                 raise InputError(f"{where}: {problem}")
+        with located(where):
+            given = [answer_to(row["prompt"], one, name) for name, one in zip(names, given, strict=True)]
         completions = [conversations.completion(row["prompt"], completion, prompt, where) for completion in given]
         if self.form in ("pairs", "ranking"):
             margin = 0.0 if row.get("margin") in (None, "") else _number(row["margin"], "margin", where)
@@ -283,6 +286,23 @@ def with_prompt(row: Row, number: int) -> Row:
             "row out"
         )
     return row | {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+def answer_to(prompt: Prompt, completion: Prompt, name: str) -> Prompt:
+    """A completion without the messages of its prompt, where it is the whole conversation.
+
+    Raises: InputError where it begins with another message than the assistant's or the prompt's.
+    """
+    if isinstance(completion, str) or completion[0]["role"] == "assistant":
+        return completion
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    begins = [said(message) for message in completion[: len(asked)]] == [said(message) for message in asked]
+    if begins and len(completion) > len(asked) and completion[len(asked)]["role"] == "assistant":
+        return completion[len(asked) :]
+    raise InputError(
+        f"its {name} begins with a message of role {completion[0]['role']!r}, and not with the messages of its prompt; "
+        "expected the assistant's, or the whole conversation"
+    )
 
 
 def _shared_length(chosen: Prompt, rejected: Prompt) -> int:

@@ -199,13 +199,10 @@ def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises: InputError for values of another type.
     """
-    options: dict[str, Any] = {}
-    if _has(row, "chat_template_kwargs"):
-        options = _parsed(row, "chat_template_kwargs")
-        if not isinstance(options, Mapping):
-            raise InputError(f"column 'chat_template_kwargs': it is {shown(options)}; expected a dict")
-    if _has(row, "tools") and row["tools"]:
-        tools = _parsed(row, "tools")
+    options = (_parsed(row, "chat_template_kwargs") if _has(row, "chat_template_kwargs") else None) or {}
+    if not isinstance(options, Mapping):
+        raise InputError(f"column 'chat_template_kwargs': it is {shown(options)}; expected a dict")
+    if tools := _parsed(row, "tools") if _has(row, "tools") else None:  # "[]" and "null" are no tools either
         if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
             raise InputError(f"column 'tools': it is {shown(tools)}; expected a list of JSON schemas")
         options = {**options, "tools": list(tools)}

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taurl.llm.data.chat import require_tools_read, with_system_prompt
+from taurl.llm.data.chat import require_all_read, with_system_prompt
 from taurl.llm.data.chat_rows import RowEncoder
 from taurl.llm.data.chat_templates import CHATML, make_room, set_chat_template, write_stop_tokens
 from taurl.llm.data.data_files import Row
@@ -170,20 +170,22 @@ class RowReader:
         form = read_form(row, strings_are_messages=self.strings_are_messages)
         if isinstance(form, TokenRow):
             self._check_ids(form.ids)
-            if self.settings.mask == "last":
-                raise InputError("mask last needs a conversation, and this row is token ids; it has labels, or none")
+            if self.settings.mask not in ("auto", "all"):
+                raise InputError(
+                    f"mask {self.settings.mask} needs a conversation, and this row is token ids; leave mask out: its "
+                    "labels say what is trained, and without labels all of it is"
+                )
         if not isinstance(form, Chat) and self.settings.system_prompt is not None:
             what = "token ids" if isinstance(form, TokenRow) else "raw text"
             raise InputError(f"system_prompt needs a chat template, and this row is {what}; put it into the data")
         if isinstance(form, TokenRow):
-            return [form]
+            everything = [False, *[True] * (len(form.ids) - 1)]
+            return [replace(form, trained=everything) if self.settings.mask == "all" else form]
         if isinstance(form, Text):
             return [self.encoder.text(form)]
         self._require_template()
         chat = self._with_system_prompt(form)
-        require_tools_read(
-            self.tokenizer.get_chat_template(tools=chat.options.get("tools")), chat.messages, chat.options
-        )
+        require_all_read(self.tokenizer.get_chat_template(tools=chat.options.get("tools")), chat.messages, chat.options)
         if not self.settings.separate_turns or self.settings.mask == "all":
             return [self.encoder.chat(chat)]
         turns = self.encoder.turns(chat)

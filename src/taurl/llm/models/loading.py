@@ -204,7 +204,9 @@ def _four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         raise InputError(f"load_in_4bit needs a GPU with CUDA, and the device is {device}; train without it")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError("load_in_4bit needs the package bitsandbytes: pip install 'taurl[bitsandbytes]'")
+        raise InputError(
+            "load_in_4bit needs the package bitsandbytes: in taurl's folder, pip install -e '.[bitsandbytes]'"
+        )
     from transformers import BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(  # type: ignore[no-untyped-call]

@@ -138,10 +138,11 @@ class Policy:
         if self.has_adapter:
             raise InputError(f"model {self.name!r} has an adapter already, and gets no second one: {MERGE}")
         targets = settings.lora_targets
+        names = [targets] if isinstance(targets, str) else list(targets)  # a string would be taken for an expression
         config = LoraConfig(
             r=settings.lora_rank,
             lora_alpha=settings.lora_alpha,
-            target_modules=targets if isinstance(targets, str) else list(targets),
+            target_modules="all-linear" if names == ["all-linear"] else names,
             exclude_modules=list(self.adapter_excludes) or None,
             use_dora=settings.use_dora,
             task_type=self.adapter_task,

@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any
 
 from taurl.llm.rewards.specs import explain, line_in, parameters_of
-from taurl.runtime.errors import shorten
+from taurl.runtime.errors import RunError, shorten
 
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """What every reward function can have, whatever the columns of the rows are."""
@@ -103,7 +103,7 @@ async def evaluate_async(function: Callable[..., Any], offered: Mapping[str, Any
 def _failing_as(function: Callable[..., Any]) -> Iterator[None]:
     try:
         yield
-    except RewardFailure:
+    except (RewardFailure, RunError):  # the second: of memory, which is no fault of the rows
         raise
     except (Exception, SystemExit) as error:
         raise failure_of(error, function) from error

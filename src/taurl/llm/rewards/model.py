@@ -129,30 +129,33 @@ class ModelReward:
             data: the row of each, of which `tools` and `chat_template_kwargs` go to the chat template.
         Raises: InputError for a conversation that the template refuses, or that is longer than the model's context.
         """
-        from taurl.llm.data.preference_rows import JudgedRow
-        from taurl.llm.scoring.reward_scores import row_scores
+        from taurl.runtime.machine import out_of_memory_names
 
         lines: dict[tuple[int, ...], list[int]] = {}
-        rows: list[JudgedRow] = []
+        rows: list[Any] = []
         for line, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             rows.append(self._row(prompt, completion, places[line], data[line]))
             lines.setdefault(tuple(rows[-1].prompt), []).append(line)
+        with out_of_memory_names("tokens_per_part of the reward model: model:FOLDER(tokens_per_part=…)"):
+            return self._judged(rows, list(lines.values()))
+
+    def _judged(self, rows: Sequence[Any], groups: Sequence[Sequence[int]]) -> list[float | None]:
+        """Scores of encoded rows; those of a group have one prompt."""
+        from taurl.llm.data.preference_rows import JudgedRow
+        from taurl.llm.scoring.reward_scores import row_scores
+
         if self.of_steps:
             scores = row_scores(self.model, [row for row in rows if row.step_ends], self.tokens_per_part)
             least = iter(map(min, scores))
             return [self._scaled(next(least)) if row.step_ends else None for row in rows]
-        groups = [
-            JudgedRow(list(prompt), [rows[line].completions[0] for line in members])
-            for prompt, members in lines.items()
-        ]
+        whole = [JudgedRow(rows[lines[0]].prompt, [rows[line].completions[0] for line in lines]) for lines in groups]
         found: dict[int, float] = {}
-        for members, scores_of in zip(
-            lines.values(), row_scores(self.model, groups, self.tokens_per_part), strict=True
-        ):
-            found |= {line: self._scaled(score) for line, score in zip(members, scores_of, strict=True)}
+        for lines, scores_of in zip(groups, row_scores(self.model, whole, self.tokens_per_part), strict=True):
+            found |= {line: self._scaled(score) for line, score in zip(lines, scores_of, strict=True)}
         return [found[line] for line in range(len(rows))]
 
     def _row(self, prompt: Any, completion: Any, where: str, data: Mapping[str, Any]) -> Any:
+        from taurl.llm.data.completion_ids import Rewritten
         from taurl.llm.data.preference_rows import STEP_SEPARATOR, JudgedRow
         from taurl.llm.rewards.text import text_of
 
@@ -162,7 +165,10 @@ class ModelReward:
         ends: list[int] = []
         if self.of_steps:
             steps = text_of(completion).split(STEP_SEPARATOR)
-            tokens, ends = conversations.steps(prompt, steps, STEP_SEPARATOR, ids, where)
+            try:
+                tokens, ends = conversations.steps(prompt, steps, STEP_SEPARATOR, ids, where)
+            except Rewritten:  # what a policy wrote; it has no step that could be found
+                return JudgedRow(ids, [[]])
         else:
             tokens = conversations.completion(prompt, completion, ids, where)
         if self.context is not None and len(ids) + len(tokens) > self.context:

@@ -8,8 +8,7 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -177,8 +176,8 @@ def _checked(function: Any, name: str, label: str) -> Callable[..., Any]:
 
 def _module(name: str, what: str) -> ModuleType:
     try:
-        with importable(Path.cwd()):
-            return importlib.import_module(name)
+        importable(Path.cwd())
+        return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             advice = "install it, or give the file: path/to/file.py:name"
@@ -202,22 +201,18 @@ def _file_module(path: Path, what: str) -> ModuleType:
     module.__file__ = str(path)
     sys.modules[name] = module  # dataclasses look their module up here while it is executed
     try:
-        with importable(path.parent):
-            exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)  # leaves no __pycache__ beside it
+        importable(path.parent)
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)  # leaves no __pycache__ beside it
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise InputError(f"{what}: file {path} failed at line {line_in(error, str(path))}: {explain(error)}") from error
     return module
 
 
-@contextmanager
-def importable(folder: Path) -> Iterator[None]:
-    """Let modules of a folder be imported for a while, behind those that are installed."""
-    sys.path.append(str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
+def importable(folder: Path) -> None:
+    """Let modules of a folder be imported from now on, behind those installed: a function may import when called."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 def _closest(name: str, names: tuple[str, ...] | list[str]) -> str:

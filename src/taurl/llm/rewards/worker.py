@@ -7,9 +7,10 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable, Mapping
-from multiprocessing import get_context, parent_process
+from functools import partial
+from multiprocessing import current_process, get_context, parent_process
 from multiprocessing.connection import Connection, wait
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 from taurl.llm.rewards.contract import Result, RewardFailure, evaluate
@@ -111,16 +112,22 @@ def _pickled(function: Spec | Callable[..., Any]) -> bytes:
 
 
 def _end(process: Any, connection: Any) -> None:
-    process.kill()
+    try:
+        os.killpg(process.pid, signal.SIGKILL)  # with what its functions have started
+    except (ProcessLookupError, PermissionError):  # it has no group of its own yet, or is gone
+        process.kill()
     process.join()
     connection.close()
 
 
 def _serve(connection: Connection) -> None:
     """The life of the process: answer until the other end is closed."""
-    # A signal to the whole group (Ctrl-C, a scheduler) lets the run finish its step, for which it needs this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.setsid()  # a group that can be ended as one
+    # A signal (Ctrl-C, a scheduler) lets the run finish its step, for which it needs this process; what that starts
+    # shall obey it, so that it is not ignored, which programs would inherit.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, partial(_pass_over, os.getpid()))
+    current_process().daemon = False  # which could start no processes
     threading.Thread(target=_die_with_parent, daemon=True).start()
     functions: dict[int, Callable[..., Any]] = {}
     while True:
@@ -129,6 +136,13 @@ def _serve(connection: Connection) -> None:
         except EOFError:
             return
         connection.send_bytes(_answer(functions, message))
+
+
+def _pass_over(process: int, number: int, frame: FrameType | None) -> None:
+    """Obey a signal only in a process that was forked from this one."""
+    if os.getpid() != process:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 def _answer(functions: dict[int, Callable[..., Any]], message: bytes) -> bytes:
@@ -160,4 +174,4 @@ def _die_with_parent() -> None:
     parent = parent_process()
     if parent is not None:
         wait([parent.sentinel])
-        os._exit(1)  # a reward function that hangs would outlive a killed run
+        os.killpg(os.getpgrp(), signal.SIGKILL)  # a reward function that hangs would outlive a killed run
