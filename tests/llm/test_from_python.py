@@ -3,11 +3,12 @@
 import re
 
 import pytest
-from tiny_policy import save_tiny_policy, tiny_model
+from tiny_policy import letter_a, save_tiny_policy, tiny_model, tiny_tokenizer
+from transformers import MambaConfig, MambaForCausalLM
 
 import taurl.llm
 from taurl import control
-from taurl.llm import DPO, GRPO, SFT, DPOConfig, GRPOConfig, SFTConfig
+from taurl.llm import DPO, GRPO, PPO, SFT, DPOConfig, GRPOConfig, SFTConfig
 from taurl.runtime.errors import InputError
 
 PAIRS = [{"prompt": f"{i}?", "chosen": f"{i}", "rejected": f"no {i}"} for i in range(4)]
@@ -153,3 +154,11 @@ def test_an_adapter_becomes_part_of_the_weights_and_the_next_run_trains_another(
     SFT.resume(settings["out"], dataset=ANSWERS, merge_adapter=True).train()
     assert not (final / "adapter_config.json").exists()
     assert DPO(str(final), PAIRS, config=DPOConfig(**following, **adapter)).train().run.step == 2
+
+
+@pytest.mark.parametrize("trainer", [GRPO, PPO, DPO])
+def test_a_recurrent_model_is_refused_before_anything_is_sampled(tmp_path, trainer):
+    model = MambaForCausalLM(MambaConfig(vocab_size=len(tiny_tokenizer()), hidden_size=8, num_hidden_layers=1))
+    config = trainer.config_class(out=tmp_path / "run", steps=1, max_tokens=4, group_size=2, generator="transformers")
+    with pytest.raises(InputError, match="MambaForCausalLM has recurrent layers; training expects attention layers"):
+        trainer(model, [{"prompt": str(i)} for i in range(9)], [letter_a], config, tokenizer=tiny_tokenizer())

@@ -101,7 +101,10 @@ class GRPO(RatioTrainer):
             has_signal = torch.ones_like(has_signal)
         forwarded = has_signal.repeat_interleave(config.group_size).nonzero().flatten().tolist()
         minibatches = [rows for epoch in range(config.epochs) for rows in self.minibatches(rollout, step, epoch)]
-        rollout.old_logprobs = self.compared_with(rollout, set(forwarded) - set(minibatches[0]))
+        later = set(forwarded) - set(minibatches[0])
+        if config.loss_type == "vespo" and not (config.kl_coefficient and config.kl_place == "weighted_loss"):
+            later = set()  # it weighs against the sampler's
+        rollout.old_logprobs = self.compared_with(rollout, later)
         if config.kl_coefficient > 0:
             with self.policy.reference() as reference:
                 rollout.reference_logprobs = self.logprobs(rollout, forwarded, reference)

@@ -8,7 +8,11 @@ from taurl.llm.algorithms.online_config import OnlineConfig
 from taurl.runtime.config import refuse_unread
 
 # What each loss type in place of the clip does not read.
-UNREAD = {"cispo": ("clip_low",), "sapo": ("clip_low", "clip_high"), "vespo": ("clip_low", "clip_high")}
+UNREAD = {
+    "cispo": ("clip_low",),
+    "sapo": ("clip_low", "clip_high"),
+    "vespo": ("clip_low", "clip_high", "importance_cap", "importance_mode"),
+}
 
 
 class GRPOConfig(OnlineConfig):

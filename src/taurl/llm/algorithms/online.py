@@ -20,7 +20,7 @@ from taurl.llm.evaluation import Evaluation, TrainerState, describe, reward_colu
 from taurl.llm.generation import Completion, Sampling
 from taurl.llm.models.others import settle_judge
 from taurl.llm.rewards import RewardSet, Scores
-from taurl.llm.scoring.likelihood import completion_logprobs
+from taurl.llm.scoring.likelihood import completion_logprobs, refuse_recurrent
 from taurl.llm.scoring.rollouts import Part, Rollout
 from taurl.runtime.run import Record
 from taurl.runtime.step import Step
@@ -83,6 +83,7 @@ class OnlineTrainer(Trainer):
     def load_policy(self, dtype: torch.dtype | None, *, keep_reference: bool, samples: bool = True) -> None:
         """Make the policy, its optimiser and, where anything is sampled, its generator."""
         self.make_policy(dtype, keep_reference=keep_reference)
+        refuse_recurrent(self.policy.model)  # before anything is sampled
         self.make_optimizer()
         if samples:
             self.generator = self.new_generator()

@@ -63,8 +63,7 @@ def completion_hidden(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], prompt_of: Tensor, tokens: Tensor
 ) -> Tensor:
     """Hidden states [N, L, d] that predict each completion token; arguments and errors as `completion_logprobs`."""
-    if causal_lm(model)._is_stateful:
-        raise cannot_share(model, "has recurrent layers")
+    refuse_recurrent(model)
     joint = checkpoints_activations(model) or not shares_prompts(model)
     return (_joint_hidden if joint else _forked_hidden)(model, prompts, prompt_of, tokens)
 
@@ -72,6 +71,12 @@ def completion_hidden(
 def shares_prompts(model: PreTrainedModel) -> bool:
     """Whether all layers keep keys and values of a prompt, which its completions can go on from."""
     return KEEPING.issuperset(getattr(causal_lm(model).config.get_text_config(), "layer_types", None) or ())
+
+
+def refuse_recurrent(model: PreTrainedModel) -> None:
+    """Raises: InputError for a model that is none of attention layers alone."""
+    if causal_lm(model)._is_stateful:
+        raise cannot_share(model, "has recurrent layers")
 
 
 def cannot_share(model: PreTrainedModel, found: str) -> InputError:
