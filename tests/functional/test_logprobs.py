@@ -297,3 +297,20 @@ def test_bad_input_is_named():
             chosen_logprobs(**inputs, **{option: 0})
     with pytest.raises(RuntimeError, match="out of bounds"):
         chosen_logprobs(inputs["hidden"], inputs["weight"], inputs["tokens"] - 100)
+
+
+def test_a_steep_soft_cap_has_one_gradient_whether_logits_are_kept_or_not(monkeypatch):
+    """Capped logits may lie further apart than what a logit of −∞ is taken for, and are finite all the same."""
+    hidden = torch.tensor([[1.0]], dtype=torch.float64)
+    weight = torch.tensor([[90.0], [-70.0]], dtype=torch.float64)
+    found = []
+    for kept_bytes in (0, 1 << 20):
+        monkeypatch.setattr(module, "KEPT_BYTES", kept_bytes)
+        inputs = [tensor.clone().requires_grad_() for tensor in (hidden, weight, torch.zeros(2, dtype=torch.float64))]
+        logprobs, _ = chosen_logprobs(*inputs[:2], torch.tensor([1]), bias=inputs[2], temperature=0.05, softcap=30.0)
+        found.append(torch.autograd.grad(logprobs.sum(), inputs))
+        capped = 30 * torch.tanh(weight[1, 0] / 30)
+        expected = (1 - (capped / 30) ** 2) / 0.05  # of log π to the chosen logit, whose probability is 0
+        assert found[-1][2][1] == pytest.approx(float(expected), rel=1e-9)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

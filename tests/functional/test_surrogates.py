@@ -221,7 +221,7 @@ def test_vespo_scales_each_trajectory():
         [-s * x * a for s, (x, a) in zip(scales, triples(logprobs, advantages), strict=True)],
         [-s * a for s, a in zip(scales, advantages.flatten().tolist(), strict=True)],
     )
-    with pytest.raises(ValueError, match=r"positive is \(0, 1\)"):
+    with pytest.raises(ValueError, match="positive k is 0"):
         vespo(logprobs, log_weights, advantages, positive=(0, 1))
 
 

@@ -158,7 +158,7 @@ class _ScoreTokens(torch.autograd.Function):
             log_total = total.log()
             logprobs[rows] = chosen - log_total
             means[rows] = logits.mean(1) - log_total
-            if bias is not None:  # nothing else makes a logit −∞
+            if bias is not None and softcap is None:  # nothing else makes a logit −∞, and a cap makes it finite
                 logits.clamp_(min=LEAST_LOG_PROBABILITY)
             entropy[rows] = log_total - torch.linalg.vecdot(exponentials, logits) / total
             normalizers[rows] = log_total + largest[:, 0]

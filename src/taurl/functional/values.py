@@ -219,7 +219,7 @@ def dueling_action_values(values: Tensor, advantages: Tensor, *, baseline: Dueli
 
     Args:
         values: float [..].
-        advantages: float [.., A].
+        advantages: float [.., A], finite: what is not allowed is masked in Q.
         baseline: what is subtracted from A.
     Returns: action values, [.., A], with a gradient to both heads.
     Raises: ValueError if shapes do not fit, there are no actions or the baseline is unknown.
