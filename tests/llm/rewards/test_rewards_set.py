@@ -219,6 +219,22 @@ def test_an_exception_of_the_whole_batch_names_no_row(make):
     assert "row" not in str(error)
 
 
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError("reset by peer"), TimeoutError("no answer"), MemoryError("full")]
+)
+def test_a_connection_that_fails_is_not_asked_again_for_each_row(make, error):
+    calls = []
+
+    def judge(completions, **columns):
+        calls.append(len(completions))
+        raise error
+
+    with pytest.raises(InputError, match=f"'judge' raised {type(error).__name__}: {error}") as caught:
+        score(make([judge]))
+    assert calls == [3]
+    assert "row" not in str(caught.value)
+
+
 def test_the_row_is_shown_in_a_short_line(make):
     def fails(completions):
         raise KeyError("x")

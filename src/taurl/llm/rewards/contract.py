@@ -145,7 +145,9 @@ def failure_of(error: BaseException, function: Callable[..., Any]) -> RewardFail
     code = getattr(inspect.unwrap(function), "__code__", None) or getattr(type(function).__call__, "__code__", None)
     line = line_in(error, code.co_filename) if code else None
     place = f" at {code.co_filename}:{line}" if code and line else ""
-    return RewardFailure(f"raised {explain(error)}{place}", kind=type(error).__name__)
+    # Of a connection (an OSError about no file) or of memory: no row is at fault, and asking again may be dear.
+    elsewhere = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.filename is None)
+    return RewardFailure(f"raised {explain(error)}{place}", kind="" if elsewhere else type(error).__name__)
 
 
 def _checked_value(value: Any, row: int) -> float:
