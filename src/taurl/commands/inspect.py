@@ -88,7 +88,7 @@ def versions(reader: RowReader, row: Row, number: int, counts: Counter[str]) -> 
 
 def heading(title: str, row: TokenRow) -> Text:
     """Which row, and its size."""
-    return Text(f"{title}: {len(row.ids)} tokens, {sum(row.trained)} trained")
+    return Text(f"{title}: {len(row)} tokens, {row.targets} trained")
 
 
 def painted(row: TokenRow, tokenizer: PreTrainedTokenizerBase, coloured: bool) -> Text:
@@ -96,12 +96,11 @@ def painted(row: TokenRow, tokenizer: PreTrainedTokenizerBase, coloured: bool) -
     from taurl.llm.data.chat import special_ids
 
     special = special_ids(tokenizer)
-    text = Text()
-    place = 0
+    text, ids, place = Text(), row.ids, 0
     for trained, targets in groupby(row.trained):
         if trained and not coloured:
             text.append("⟦")
-        run = row.ids[place : place + len(list(targets))]
+        run = ids[place : place + len(list(targets))]
         for is_special, tokens in groupby(run, key=special.__contains__):
             piece = tokenizer.decode(list(tokens), skip_special_tokens=False)
             style = (SPECIAL_TARGET if trained else SPECIAL_CONTEXT) if is_special else TARGET if trained else CONTEXT

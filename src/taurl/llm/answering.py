@@ -86,8 +86,8 @@ class Answering:
 
 def question_ids(row: TokenRow) -> list[int]:
     """The tokens before a row's last run of targets; none if there is no more than the first token."""
-    start = max(place for place, trained in enumerate(row.trained) if trained)
-    while row.trained[start - 1]:
+    start, trained = row.last_target, row.trained
+    while trained[start - 1]:
         start -= 1
     return row.ids[:start] if start > 1 else []
 

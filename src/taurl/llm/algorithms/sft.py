@@ -170,7 +170,7 @@ class SFT(Trainer):
                     figures = self._update(batch, step.number)
                 self.note_updates(step, figures)
                 self.position.mark()
-                tokens = sum(len(row.ids) for row in batch)
+                tokens = sum(map(len, batch))
                 figures |= {"tokens": tokens, "trained_tokens": trained_tokens(batch)}
                 figures |= {"tokens_per_second": tokens / sum(step.times.values()), **self.data.figures()}
                 yield self.finish(step, figures)

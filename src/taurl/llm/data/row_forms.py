@@ -103,11 +103,12 @@ def question(row: Row) -> str:
     column = next((name for name in ("prompt", "messages", "conversations") if _has(row, name)), None)
     if column is None and _has(row, "input_ids"):
         try:
-            ids = _ids(row)
+            found = _ids(row)
         except InputError:
             return str(row)
-        first = ids.trained.index(True) if True in ids.trained else 0
-        return str(ids.ids[:first] if first > 1 else ids.ids)
+        ids, trained = found.ids, found.trained
+        first = trained.index(True) if found.targets else 0
+        return str(ids[:first] if first > 1 else ids)
     if column is None:
         return str(row["text"] if _has(row, "text") else row)
     try:

@@ -152,7 +152,7 @@ class RowReader:
         """The token rows of a row, of any length."""
         with located(f"row {number} of the data"):
             wholes = self._token_rows(row)
-            if not all(any(whole.trained) for whole in wholes):
+            if not all(whole.targets for whole in wholes):
                 raise InputError("nothing to train on: none of its tokens is a target")
         return wholes
 
@@ -161,7 +161,7 @@ class RowReader:
         fitting: list[TokenRow] = []
         for whole in wholes:
             parts = fit(whole, self.longest, self.settings.overlong)
-            if self.longest is not None and len(whole.ids) > self.longest:
+            if self.longest is not None and len(whole) > self.longest:
                 counts[OUTCOME[self.settings.overlong] if parts else "dropped"] += 1
             fitting += parts
         return fitting
@@ -179,8 +179,8 @@ class RowReader:
             what = "token ids" if isinstance(form, TokenRow) else "raw text"
             raise InputError(f"system_prompt needs a chat template, and this row is {what}; put it into the data")
         if isinstance(form, TokenRow):
-            everything = [False, *[True] * (len(form.ids) - 1)]
-            return [replace(form, trained=everything) if self.settings.mask == "all" else form]
+            everything = [False, *[True] * (len(form) - 1)]
+            return [TokenRow(form.ids, everything) if self.settings.mask == "all" else form]
         if isinstance(form, Text):
             return [self.encoder.text(form)]
         self._require_template()

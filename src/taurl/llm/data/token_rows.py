@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -15,17 +17,47 @@ if TYPE_CHECKING:
 Overlong: TypeAlias = Literal["truncate", "drop", "split"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class TokenRow:
-    """One row as the model sees it.
+    """One row as the model sees it, in five bytes a token: a data set of them is in memory whole.
 
-    Attributes:
+    Args:
         ids: token ids, special tokens included.
         trained: for each token, whether it is a target, predicted from those before it; never the first one.
     """
 
-    ids: list[int]
-    trained: list[bool]
+    _ids: array[int]
+    _trained: bytes
+
+    def __init__(self, ids: Sequence[int], trained: Sequence[bool]):
+        object.__setattr__(self, "_ids", array("i", ids))
+        object.__setattr__(self, "_trained", bytes(trained))
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def ids(self) -> list[int]:
+        return self._ids.tolist()
+
+    @property
+    def trained(self) -> list[bool]:
+        return list(map(bool, self._trained))
+
+    @property
+    def last_target(self) -> int:
+        """The place of the last target; 0 if there is none."""
+        return max(0, self._trained.rfind(1))
+
+    @property
+    def targets(self) -> int:
+        """How many there are."""
+        return self._trained.count(1)
+
+    @property
+    def content(self) -> bytes:
+        """All of it, for a hash."""
+        return len(self).to_bytes(8, "little") + self._ids.tobytes() + self._trained
 
 
 def fit(row: TokenRow, longest: int | None, overlong: Overlong) -> list[TokenRow]:
@@ -34,15 +66,13 @@ def fit(row: TokenRow, longest: int | None, overlong: Overlong) -> list[TokenRow
     Each of these begins with the last token of the one before, so that no target is lost. Those without a target are
     left out.
     """
-    length = len(row.ids)
+    length = len(row)
     if longest is None or length <= longest:
         return [row]
+    ids, trained = row.ids, row.trained
     starts = {"truncate": range(1), "drop": range(0), "split": range(0, length - 1, longest - 1)}[overlong]
-    parts = [
-        TokenRow(row.ids[start : start + longest], [False, *row.trained[start + 1 : start + longest]])
-        for start in starts
-    ]
-    return [part for part in parts if any(part.trained)]
+    parts = [TokenRow(ids[start : start + longest], [False, *trained[start + 1 : start + longest]]) for start in starts]
+    return [part for part in parts if part.targets]
 
 
 @dataclass(frozen=True)
@@ -97,5 +127,7 @@ class TokenRows:
 
     def fingerprint(self) -> str:
         """A hash of the token rows and their weights: other data, another order, template or mask give another."""
-        content = [[row.ids, row.trained] for row in self.token_rows]
-        return hashlib.sha256(json.dumps([content, self.sources, self.weights]).encode()).hexdigest()
+        found = hashlib.sha256(json.dumps([self.sources, self.weights]).encode())
+        for row in self.token_rows:
+            found.update(row.content)
+        return found.hexdigest()

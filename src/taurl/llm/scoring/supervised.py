@@ -71,12 +71,12 @@ class RowPart:
 
 def input_length(row: TokenRow) -> int:
     """Tokens of a row that go through the model: those before its last target. 0 if it has no target."""
-    return max((place for place, trained in enumerate(row.trained) if trained), default=0)
+    return row.last_target
 
 
 def trained_tokens(batch: Sequence[TokenRow]) -> int:
     """How many targets the rows have together."""
-    return sum(sum(row.trained) for row in batch)
+    return sum(row.targets for row in batch)
 
 
 def row_parts(
@@ -168,5 +168,5 @@ def embedding_noise(part: RowPart, batch: Sequence[TokenRow], width: int, alpha:
         # Philox is a counter-based generator: (seed, step) is its key, the row stands in its counter.
         philox = np.random.Philox(key=np.array(key, np.uint64), counter=[0, 0, 0, row])
         uniform = 2 * np.random.Generator(philox).random((length, width), dtype=np.float32) - 1
-        noise[start : start + length] = uniform * (alpha / (len(batch[row].ids) * width) ** 0.5)
+        noise[start : start + length] = uniform * (alpha / (len(batch[row]) * width) ** 0.5)
     return torch.from_numpy(noise).to(part.ids.device)
