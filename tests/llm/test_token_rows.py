@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 import datasets
 import numpy as np
@@ -103,6 +104,13 @@ def test_a_mask_of_token_ids_trains_all_of_them_or_is_refused():
             InputError, match=f"row 1 of the data: mask {mask} needs a conversation, and this row is token"
         ):
             reader_of(mask=mask).read([row])
+
+
+def test_a_row_takes_some_six_bytes_a_token():
+    row = TokenRow(range(40_000, 40_500), [False, *[True] * 499])
+    assert sum(map(sys.getsizeof, (row, *vars(row).values()))) <= 6 * len(row) + 200
+    assert (row.last_target, row.targets, TokenRow([1, 2], [False, False]).last_target) == (499, 499, 0)
+    assert row == TokenRow(row.ids, row.trained) != TokenRow(row.ids, [False] * 500)
 
 
 def test_masks_of_token_ids_by_trls_names():
