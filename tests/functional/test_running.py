@@ -62,3 +62,6 @@ def test_a_constant_is_finite():
 def test_batches_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"batch is \[5, 2\], expected \[n, 3\]"):
         updated_moments(no_moments(3), torch.zeros(5, 2))
+    for wrong in (torch.zeros(3, 1), torch.zeros(())):  # which would broadcast
+        with pytest.raises(ValueError, match=r"values are .*, expected \[\.\., 3\]"):
+            normalized(wrong, no_moments(3))

@@ -125,3 +125,10 @@ def test_bad_numbers_are_named():
         smoothed_loss(values, values[:2], label_smoothing=0.1)
     with pytest.raises(ValueError, match="coefficient is -1"):
         z_loss(values, coefficient=-1)
+
+
+def test_a_token_of_probability_zero_costs_dynamic_fine_tuning_nothing():
+    logprobs = torch.tensor([-math.inf, -1.0], requires_grad=True)
+    losses = dft_loss(logprobs)
+    assert losses.tolist() == [0.0, pytest.approx(math.exp(-1))]
+    assert torch.autograd.grad(losses.sum(), logprobs)[0].tolist() == [0.0, pytest.approx(-math.exp(-1))]

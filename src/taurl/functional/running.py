@@ -15,7 +15,7 @@ class Moments(NamedTuple):
 
 
 def no_moments(*shape: int) -> Moments:
-    """Of no sample yet: mean 0 and variance 1, which leave what they normalize as it is.
+    """Of no sample yet: mean 0 and variance 1, which leave what they normalize as it is, within the bound.
 
     Args:
         shape: of one sample.
@@ -46,6 +46,14 @@ def updated_moments(moments: Moments, batch: Tensor) -> Moments:
 
 
 def normalized(values: Tensor, moments: Moments, *, bound: float = 10.0, epsilon: float = 1e-8) -> Tensor:
-    """(x − mean) / √(variance + ε), clipped to ±bound. Args: values, float [..., *shape]. Returns: their dtype."""
+    """(x − mean) / √(variance + ε), clipped to ±bound.
+
+    Args:
+        values: float [.., *shape].
+    Returns: that shape and dtype.
+    Raises: ValueError if the shapes do not fit.
+    """
+    if values.shape[values.dim() - moments.mean.dim() :] != moments.mean.shape:
+        raise ValueError(f"values are {list(values.shape)}, expected [.., {', '.join(map(str, moments.mean.shape))}]")
     scale = (moments.variance + epsilon).rsqrt()
     return ((values - moments.mean) * scale).clamp(-bound, bound).to(values.dtype)

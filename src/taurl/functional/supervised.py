@@ -2,6 +2,7 @@
 distribution, y the token that the data has; the mean over the tokens of the whole batch is descended.
 """
 
+import torch
 from torch import Tensor
 
 from taurl.functional._inputs import at_least_float32, require_label_smoothing, require_same_shape
@@ -48,7 +49,8 @@ def dft_loss(logprobs: Tensor) -> Tensor:
     Source: Wu et al. 2025, arXiv:2508.05629, eq. 8.
     """
     losses = nll_loss(logprobs)
-    return (-losses.detach()).exp() * losses
+    probabilities = (-losses.detach()).exp()
+    return probabilities * torch.where(probabilities == 0, 0.0, losses)  # the limit of −p log p
 
 
 def z_loss(log_normalizers: Tensor, *, coefficient: float) -> Tensor:
