@@ -83,21 +83,23 @@ def score(
 ) -> Scores:
     """Rewards of one completion a row.
 
-    What the functions are given is theirs: a change in it reaches neither the data nor another completion.
+    What the functions are given is theirs: a change in it reaches neither the data nor what is trained.
     """
     texts = [decode(tokenizer, completion.tokens) for completion in completions]
+    columns = {name: owned([row.get(name) for row in rows]) for name in reward_columns(rows)}
     return rewards(
         prompts=[deepcopy(row["prompt"]) for row in rows],
         completions=[as_completion(row["prompt"], text) for row, text in zip(rows, texts, strict=True)],
         completion_ids=[list(completion.tokens) for completion in completions],
-        columns={name: [own(row.get(name)) for row in rows] for name in reward_columns(rows)},
+        columns=columns,
         trainer_state=state,
     )
 
 
-def own(value: Any) -> Any:
-    """A copy of a list or dictionary, with what is in it; anything else as it is."""
-    return deepcopy(value) if isinstance(value, list | dict) else value
+def owned(values: list[Any]) -> list[Any]:
+    """With copies of lists and dictionaries; what the completions of a row share, they share there too."""
+    copies = {id(value): deepcopy(value) for value in values if isinstance(value, list | dict)}
+    return [copies.get(id(value), value) for value in values]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
