@@ -123,10 +123,6 @@ def test_each_file_of_tuned_settings_is_for_its_algorithm_and_environment(path):
         ("ppo --env CartPole-v1 --stop-at high", "--stop-at: 'high' is neither None nor of type FLOAT"),
         ("ppo --env CartPole-v1 --kl-coefficient 3", "kl_coefficient is 3, the first price under kl_penalty_target"),
         (
-            "ppo --env CartPole-v1 --kl-penalty-target 0.01 --clip 0.1",
-            "clip is 0.1, but kl_penalty_target takes its place",
-        ),
-        (
             "ppo --env CartPole-v1 --initial-log-std -1",
             r"is -1.0, but action space Discrete\(2\) is no box",
         ),

@@ -197,7 +197,9 @@ def test_one_preset_is_for_all_games():
 def test_without_ale_py_the_extra_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "taurl.control.atari")
     monkeypatch.setitem(sys.modules, "ale_py", None)
-    with pytest.raises(InputError, match=r"the games of ALE/…: needs ale_py; pip install 'taurl\[atari\]'"):
+    with pytest.raises(
+        InputError, match=r"the games of ALE/…: needs ale_py; in taurl's folder, pip install -e '\.\[atari\]'"
+    ):
         Environments("ALE/Pong-v5", 1, seed=0)
 
 

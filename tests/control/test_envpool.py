@@ -144,5 +144,5 @@ def test_what_envpool_cannot_do_is_said():
 def test_without_envpool_the_extra_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "taurl.control.pools", raising=False)
     monkeypatch.setitem(sys.modules, "envpool", None)
-    with pytest.raises(InputError, match=r"needs envpool; pip install 'taurl\[envpool\]'"):
+    with pytest.raises(InputError, match=r"needs envpool; in taurl's folder, pip install -e '\.\[envpool\]'"):
         made("CartPole-v1")
