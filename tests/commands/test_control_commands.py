@@ -150,6 +150,8 @@ def test_each_file_of_tuned_settings_is_for_its_algorithm_and_environment(path):
         ("q-learning --env CartPole-v1", "not one of Discrete, .* take an algorithm with a network"),
         ("dqn --env Pendulum-v1", "is not Discrete, which action values need; take ppo or trpo"),
         ("evaluate", "no run given: taurl control evaluate runs/NAME"),
+        ("evaluate nothing 50", "'50' stands where an option was expected"),
+        ("play nothing out.gif", "'out.gif' stands where an option was expected"),
         ("evaluate nothing", "nothing: there is no such folder; expected a run's"),
         ("evaluate run --episodes 0", "episodes is 0: Input should be greater than or equal to 1"),
         ("play run", r"give either --video FILE.mp4 \(or .gif\) or --render human"),

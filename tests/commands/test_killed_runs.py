@@ -73,13 +73,13 @@ def test_killed_terminated_and_interrupted_runs_resume_bit_for_bit(here, words):
     code, _ = stop_at(start(resume), run, 6, signal.SIGKILL)  # while a checkpoint is written, or nearly
     assert code == -signal.SIGKILL
 
-    code, errors = stop_at(start(resume), run, 11, signal.SIGTERM, delay=0.05)
+    code, errors = stop_at(start(resume), run, 9, signal.SIGTERM, delay=0.05)
     assert code == 143
     last = records(run)[-1]["step"]
     assert errors.strip().endswith(f"taurl: SIGTERM: stopped after step {last} of {STEPS}; go on with --resume run")
     assert (run / "checkpoints" / f"step-{last:06d}").is_dir()
     assert (run / "final" / "model.safetensors").is_file()  # of so many steps
-    code, errors = stop_at(start(resume), run, 13, signal.SIGINT)
+    code, errors = stop_at(start(resume), run, 12, signal.SIGINT)
     assert code == 130
     assert "taurl: SIGINT: stopped after step" in errors
     assert "Traceback" not in errors

@@ -65,6 +65,16 @@ def test_a_completion_that_is_the_whole_conversation_is_what_follows_its_prompt(
             reader("label").read([{"prompt": "1+1?", "completion": completion, "label": 1}])
 
 
+def test_conversations_may_part_at_a_turn_of_the_user():
+    talk = [user("a"), assistant("b")]
+    (row,) = (
+        reader()
+        .read([{"chosen": [*talk, user("c"), assistant("d")], "rejected": [*talk, user("e"), assistant("f")]}])
+        .judged
+    )
+    assert [text.count("<user>") for text in texts(row)] == [1, 1, 1]
+
+
 def test_a_completion_ends_where_the_same_answer_ends_in_supervised_training():
     """Behind the first of several tokens that end a turn; with the end of sequence where the template has none."""
     tokenizer = tiny_tokenizer()

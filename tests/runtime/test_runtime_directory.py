@@ -22,6 +22,9 @@ def test_of_two_runs_that_were_promised_one_directory_the_second_takes_another(t
     (tmp_path / "named" / "config.yaml").touch()
     with pytest.raises(InputError, match="exists already"):
         claim(tmp_path / "named", unnamed=False)
+    (tmp_path / "away").symlink_to(tmp_path / "not-mounted")
+    with pytest.raises(InputError, match="cannot be created"):
+        claim(tmp_path / "away" / "ppo", unnamed=True)
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"ppo: cannot be created \(Not a directory"):
+    with pytest.raises(InputError, match="ppo: cannot be created"):
         claim(tmp_path / "file" / "ppo", unnamed=True)

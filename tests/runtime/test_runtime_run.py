@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from counting_algorithm import CountingConfig, new, resumed, without_times
+from counting_algorithm import Counting, CountingConfig, new, resumed, without_times
 
 from taurl.runtime.checkpoints import checkpoint_steps, load_checkpoint
 from taurl.runtime.config import read_config, validated
@@ -85,12 +85,12 @@ def test_a_directory_of_its_own_name_is_told(tmp_path, monkeypatch, capsys):
 def test_runs_without_a_name_that_begin_together_do_not_meet(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda *_: "20261127")
-    first, second = (Run.start(CountingConfig(), algorithm="counting", headline={}) for _ in range(2))
+    first, second = (Run.start(CountingConfig(steps=1), algorithm="counting", headline={}) for _ in range(2))
     assert first.directory == second.directory  # nothing is written before they begin
     for run in (first, second):
-        run.begin()
-        run.close()
+        Counting(run).train()
         assert read_config(run.directory, CountingConfig).out == run.directory
+        assert (run.directory / "final").is_dir()
     assert [run.directory.name for run in (first, second)] == ["counting-20261127", "counting-20261127-2"]
 
 

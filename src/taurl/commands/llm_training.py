@@ -24,7 +24,10 @@ def train(name: str, words: Sequence[str]) -> int:
     keep_freed_memory()
     trainer_class = _named(name)
     trainer = trainer_class.resume(Path(resume), config) if resume else trainer_class(config=config)
-    train_and_report(trainer)
+    try:
+        train_and_report(trainer)
+    finally:
+        trainer.close()
     show_summary(trainer.run)
     return 0
 

@@ -181,5 +181,5 @@ def refuse_bare(words: Sequence[str], config: type[BaseModel]) -> None:
     if words and not words[0].startswith("-"):
         is_data = words[0].endswith(DATA_ENDINGS) or words[0].startswith("reasoning-gym:")
         likely = ("env", *(("dataset", "prompts") if is_data else ()), "model")
-        option = "--" + next(name for name in likely if name in config.model_fields)
-        raise InputError(f"{words[0]!r} stands where an option was expected; did you mean {option} {words[0]}?")
+        meant = next((f"; did you mean --{name} {words[0]}?" for name in likely if name in config.model_fields), "")
+        raise InputError(f"{words[0]!r} stands where an option was expected{meant}")

@@ -3,6 +3,7 @@ and its result."""
 
 import itertools
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -24,7 +25,7 @@ from taurl.runtime.machine import describe_machine
 def unused(directory: Path) -> Path:
     """This directory, or with -2, -3, … where there is one already: runs that begin in one second."""
     names = itertools.chain([directory], (directory.with_name(f"{directory.name}-{n}") for n in itertools.count(2)))
-    return next(name for name in names if not name.exists())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def refuse_taken(directory: Path) -> None:
@@ -53,10 +54,11 @@ def claim(directory: Path, *, unnamed: bool) -> Path:
         else:
             refuse_taken(directory)
         try:
-            directory.mkdir(parents=True, exist_ok=not unnamed)
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(exist_ok=not unnamed)
             return directory
         except OSError as error:
-            if not (unnamed and isinstance(error, FileExistsError)):
+            if not (unnamed and os.path.lexists(directory)):  # which was not there before
                 raise InputError(f"{directory}: cannot be created ({reason(error)}); give another out") from error
 
 

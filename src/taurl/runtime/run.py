@@ -343,10 +343,11 @@ class Run:
             early: the same, of what the steps have made so far, where `export` takes long.
         Raises: RunError when the result of all steps cannot be written.
         """
-        final, before = self.directory / "final", self.step
+        before = self.step
         try:
             yield
         except Exception:
+            final = self.directory / "final"
             if self.step > before or (self.step and not final.exists()):
                 try:
                     write_folder(final, early or export)
@@ -355,7 +356,7 @@ class Run:
                 except Exception as error:  # what ended the run is what to raise
                     self.view.note(f"{final} was not written: {one_line(error)}")
             raise
-        write_folder(final, export)
+        write_folder(self.directory / "final", export)  # of the directory that the run has had since it began
 
     def stop(self, why: str) -> None:
         """Note that the run needs no more steps, and save it as it stands; the caller leaves its loop."""

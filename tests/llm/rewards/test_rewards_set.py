@@ -219,8 +219,12 @@ def test_an_exception_of_the_whole_batch_names_no_row(make):
     assert "row" not in str(error)
 
 
+class ClientConnectionError(Exception):
+    """As one of aiohttp's."""
+
+
 @pytest.mark.parametrize(
-    "error", [ConnectionResetError("reset by peer"), TimeoutError("no answer"), MemoryError("full")]
+    "error", [ConnectionResetError("reset by peer"), ClientConnectionError("no answer"), MemoryError("full")]
 )
 def test_a_connection_that_fails_is_not_asked_again_for_each_row(make, error):
     calls = []

@@ -38,10 +38,16 @@ def obeys(completions):
         os.kill(os.getpid(), signal.SIGTERM)
     return [None if text == "none" else {}[text] if text == "raise" else 1 for text in completions]
 
+def sleeps(ready):
+    ready.set()
+    time.sleep(60)
+
 def starts(completions):
     context = multiprocessing.get_context("fork")
-    child = context.Process(target=time.sleep, args=(60,))
+    ready = context.Event()
+    child = context.Process(target=sleeps, args=(ready,))
     child.start()
+    ready.wait()
     child.terminate()
     child.join()
     program = subprocess.Popen(["sleep", "60"])
@@ -145,6 +151,13 @@ def test_failures_there_are_named_here_and_the_next_call_works(make, rewards_fil
     assert score(reward_set, "fine").values[0, 1] != restarted
 
 
+def is_running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split(")")[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_functions_start_processes_there_and_end_them(make, rewards_file):
     values = score(make(["my_rewards.py:starts"], timeout=60), "child", "program").values
     assert values[:, 0].tolist() == [-signal.SIGTERM, -signal.SIGTERM]
@@ -161,7 +174,7 @@ def test_what_functions_have_started_ends_with_the_process(make, rewards_file, e
             score(reward_set, "hang")
     left = int((rewards_file.parent / "left.txt").read_text())
     deadline = time.monotonic() + 20
-    while Path(f"/proc/{left}").exists() and "Z" not in Path(f"/proc/{left}/stat").read_text().split(")")[1][:3]:
+    while is_running(left):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -265,12 +278,3 @@ def before_long(condition):
             return False
         time.sleep(0.02)
     return True
-
-
-def is_running(process):
-    try:
-        os.kill(process, 0)
-        with open(f"/proc/{process}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"  # in a container nobody may collect an orphan
-    except (ProcessLookupError, FileNotFoundError):
-        return False

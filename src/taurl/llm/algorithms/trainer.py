@@ -224,12 +224,9 @@ class Trainer(ABC):
 
     def train(self) -> Self:
         """Run all steps that are left, and export the result to `final/`."""
-        try:
-            with self.run.leaving(self.export, self.export_early):
-                for _ in self.steps():
-                    pass
-        finally:
-            self.close()
+        with self.run.leaving(self.export, self.export_early):
+            for _ in self.steps():
+                pass
         return self
 
     def note_updates(self, step: Step, figures: Record) -> None:
@@ -239,12 +236,9 @@ class Trainer(ABC):
             self.run.view.note(f"{at}: loss {figures['loss']:g}, gradient norm {figures['grad_norm']:g}")
 
     def finish(self, step: Step, figures: Record) -> Record:
-        """Evaluate where it is due, and close the step. An evaluation that fails does not undo the update.
-
-        One that is due when the run is asked to stop is left to the resumed run: it may take longer than is left.
-        """
+        """Evaluate where it is due, and close the step. An evaluation that fails does not undo the update."""
         try:
-            if self.evaluation_due(step.number) and not self.run.stop_signals.received:
+            if self.evaluation_due(step.number):
                 figures |= self.evaluate_at(step.number)
         finally:
             record = step.finish(**figures, **{"memory/peak_gb": peak_memory_gb(self.device)})

@@ -299,6 +299,8 @@ def answer_to(prompt: Prompt, completion: Prompt, name: str) -> Prompt:
     begins = [said(message) for message in completion[: len(asked)]] == [said(message) for message in asked]
     if begins and len(completion) > len(asked) and completion[len(asked)]["role"] == "assistant":
         return completion[len(asked) :]
+    if asked[-1]["role"] == "assistant" and completion[0]["role"] != "system":  # they go on talking
+        return completion
     raise InputError(
         f"its {name} begins with a message of role {completion[0]['role']!r}, and not with the messages of its prompt; "
         "expected the assistant's, or the whole conversation"

@@ -1,6 +1,7 @@
 """The policy that is trained: model, tokenizer, adapter, and the reference it started from."""
 
 import copy
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -138,11 +139,12 @@ class Policy:
         if self.has_adapter:
             raise InputError(f"model {self.name!r} has an adapter already, and gets no second one: {MERGE}")
         targets = settings.lora_targets
-        names = [targets] if isinstance(targets, str) else list(targets)  # a string would be taken for an expression
+        pattern = isinstance(targets, str) and re.search(r"[*+?|()\[\]\\^$]", targets)  # peft takes any string for one
+        names = [targets] if isinstance(targets, str) else list(targets)
         config = LoraConfig(
             r=settings.lora_rank,
             lora_alpha=settings.lora_alpha,
-            target_modules="all-linear" if names == ["all-linear"] else names,
+            target_modules=names[0] if pattern or names == ["all-linear"] else names,
             exclude_modules=list(self.adapter_excludes) or None,
             use_dora=settings.use_dora,
             task_type=self.adapter_task,

@@ -145,8 +145,9 @@ def failure_of(error: BaseException, function: Callable[..., Any]) -> RewardFail
     code = getattr(inspect.unwrap(function), "__code__", None) or getattr(type(function).__call__, "__code__", None)
     line = line_in(error, code.co_filename) if code else None
     place = f" at {code.co_filename}:{line}" if code and line else ""
-    # Of a connection (an OSError about no file) or of memory: no row is at fault, and asking again may be dear.
-    elsewhere = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.filename is None)
+    # Of a connection (Python's own, or what clients call so) or of memory: no row is at fault, and asking may be dear.
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    elsewhere = any("Connection" in kind or kind == "MemoryError" for kind in kinds)
     return RewardFailure(f"raised {explain(error)}{place}", kind="" if elsewhere else type(error).__name__)
 
 

@@ -1,9 +1,11 @@
 """Reward functions in a process of their own, so that one which hangs can be stopped."""
 
+import math
 import os
 import pickle
 import signal
 import threading
+import time
 import traceback
 import weakref
 from collections.abc import Callable, Mapping
@@ -76,7 +78,7 @@ class Worker:
             raise RewardFailure(f"cannot be given its rows in the worker process: {explain(error)}") from error
         try:
             self._connection.send_bytes(packed)
-            if not self._connection.poll(timeout):
+            if not self._answered(timeout):
                 raise RewardFailure(
                     f"took longer than timeout={timeout:g} seconds and was stopped; "
                     "raise reward_timeout or make it faster"
@@ -90,6 +92,16 @@ class Worker:
         if isinstance(answer, RewardFailure):
             raise answer from (WorkerTraceback(text) if text else None)
         return answer
+
+    def _answered(self, timeout: float | None) -> bool:
+        """Wait for an answer. Raises: EOFError where the process is gone, though a child may hold the pipe open."""
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while not self._connection.poll(max(0.0, min(1.0, until - time.monotonic()))):
+            if not self._process.is_alive() and not self._connection.poll():
+                raise EOFError
+            if time.monotonic() >= until:
+                return False
+        return True
 
     def _ended(self) -> RewardFailure:
         self._process.join(5)  # the exit code can come a moment after the closed pipe
