@@ -16,10 +16,11 @@ from taurl.functional.preference import pairwise_loss
 from taurl.llm import GRPO, GRPOConfig, Reward, RewardConfig
 from taurl.llm.data.completion_ids import Conversations
 from taurl.llm.data.preference_rows import PreferenceReader
+from taurl.llm.evaluation import TrainerState
 from taurl.llm.models.loading import load_model
 from taurl.llm.rewards import RewardSet, reward_model
 from taurl.llm.scoring.reward_scores import pad_token_id, row_scores
-from taurl.runtime.errors import InputError, Interrupted
+from taurl.runtime.errors import InputError, Interrupted, RunError
 
 CONFIG = RewardConfig
 SETTINGS = {
@@ -289,6 +290,21 @@ def test_an_adapter_is_trained_with_the_head_and_used_as_a_reward(config, folder
         found = reward(prompts=["1?", "1?"], completions=["aa", "  "])
         assert found[1] is None
         assert math.isfinite(found[0])
+        template = TEMPLATE.replace("message['content']", "message['content'] | replace('b', '')")
+        reward.conversations.tokenizer.chat_template = template  # as one that rewrites what a policy may write
+        assert [one is None for one in reward(prompts=["1?", "1?"], completions=["ab", "aa"])] == [True, False]
+
+
+def test_a_reward_model_that_is_out_of_memory_says_what_to_lower(config, folder, monkeypatch):
+    trainer = Reward(str(folder), PAIRS, config(eval_rows=0)).train()
+
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("taurl.llm.scoring.reward_scores.row_scores", exhausted)
+    rewards = RewardSet([f"model:{trainer.run.directory / 'final'}"])
+    with pytest.raises(RunError, match=r"out of memory: lower tokens_per_part of the reward model"):
+        rewards(prompts=["1?"], completions=["2"], completion_ids=[[1]], columns={}, trainer_state=TrainerState(0, 1))
 
 
 def test_an_adapter_is_pooled_as_in_training_where_its_base_has_no_pad_token(config, tmp_path):

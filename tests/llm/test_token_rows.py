@@ -251,6 +251,7 @@ def test_settings_of_masks_and_turns():
         ({"messages": TALK, "chat_template_kwargs": [1]}, "column 'chat_template_kwargs': it is .*expected a dict"),
         ({"input_ids": [1, 999]}, "column 'input_ids': value 1 is 999; expected a token id below"),
         ({"input_ids": [1, 2.5]}, r"column 'input_ids': it is \[1, 2.5\]"),
+        ({"input_ids": [1, 2**31]}, r"column 'input_ids': it is \[1, 2147483648\]"),
         ({"input_ids": "abc"}, "column 'input_ids': it is 'abc'"),
         ({"input_ids": [1, 2], "labels": [1]}, "column 'labels': it has 1 values for 2 input_ids"),
         ({"input_ids": [1, 2, 3], "labels": [2, 3, -100]}, "column 'labels': value 0 is 2; expected -100 or the token"),

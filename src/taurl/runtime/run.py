@@ -249,6 +249,8 @@ class Run:
         try:
             self.save(random)
             self.view.note(f"the steps up to {self.step} are saved; go on with {self._way_on()}")
+        except RunError as error:  # says itself which checkpoint is the last good one
+            self.view.note(str(error))
         except Exception as error:  # of memory, for example; what failed before is what to raise
             self.view.note(f"the steps up to {self.step} are not saved: {one_line(error)}")
 

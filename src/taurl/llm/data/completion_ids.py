@@ -182,17 +182,15 @@ class Conversations:
 
     def _through_end_of_turn(self, ids: list[int]) -> list[int]:
         """Without what templates write after the token that ends a turn; with the end of sequence where none does."""
-        ends, special = self._ends
-        if (end := end_of_answer(ids, ends, self.tokenizer)) is not None:
-            return ids[:end]
-        if (end := end_of_answer(ids, special, self.tokenizer)) is not None:  # of a call of a tool, for example
-            return ids[:end]
+        for stops in self._ends:
+            if (end := end_of_answer(ids, stops, self.tokenizer)) is not None:
+                return ids[:end]
         last = self.tokenizer.eos_token_id
         return ids if last is None else [*ids, cast(int, last)]
 
     @cached_property
     def _ends(self) -> tuple[frozenset[int], frozenset[int]]:
-        """Tokens that end a turn, and all special ones."""
+        """Tokens that end a turn; and all special ones, for what ends otherwise (a call of a tool, for example)."""
         return turn_ends(self.tokenizer), special_ids(self.tokenizer)
 
 
