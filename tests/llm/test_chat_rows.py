@@ -164,6 +164,24 @@ def test_tools_reach_the_template_and_their_results_are_context():
     assert trained(row, tokenizer) == [thought + called, thought + "four<|im_end|>"]
 
 
+def test_arguments_of_calls_that_are_json_become_objects():
+    """As servers give and many data sets have them: a template would write the string with its quotes escaped."""
+    tokenizer = character_tokenizer(QWEN3)
+
+    def forms(arguments):
+        calls = [{"function": {"name": "add", "arguments": arguments}}]
+        talk = [says("user", "2+2?"), {**says("assistant", ""), "tool_calls": calls}, says("tool", "4")]
+        (row,) = RowReader.of(RowSettings(), tokenizer, None).read([{"messages": talk[:2]}]).token_rows
+        pair = {"prompt": talk[:1], "chosen": talk[1:2], "rejected": "five"}
+        (judged,) = PreferenceReader("pairs", Conversations(tokenizer), 999).read([pair]).judged
+        return row.ids, encode_prompt(talk, tokenizer), judged.completions
+
+    assert forms('{"a": 2}') == forms({"a": 2})
+    assert '"arguments": {"a": 2}' in tokenizer.decode(forms('{"a": 2}')[0])
+    for free in ("no JSON", "2", ""):  # stays as it is
+        assert f'"arguments": {json.dumps(free)}' in tokenizer.decode(forms(free)[0])
+
+
 def test_tools_that_the_template_does_not_read_are_refused():
     tokenizer = character_tokenizer(CHATML_TEXT)
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}

@@ -6,6 +6,7 @@ A prompt is a string or a list of messages {"role", "content"}. Nothing here dec
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -143,10 +144,33 @@ def as_messages(
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[dict[str, Any]]:
     """The messages (new dicts), with the system prompt before them where they have no system message of their own."""
-    copies = [dict(message) for message in messages]
+    copies = [for_template(message) for message in messages]
     if system_prompt is not None and all(message["role"] != "system" for message in copies):
         copies.insert(0, {"role": "system", "content": system_prompt})
     return copies
+
+
+def for_template(message: Message) -> dict[str, Any]:
+    """A copy of a message, the arguments of its calls as objects, also where they are JSON as APIs of servers have it.
+
+    A template writes the arguments as JSON itself, so that a string would be escaped once more.
+    """
+    copy = dict(message)
+    if isinstance(calls := message.get("tool_calls"), list | tuple):
+        copy["tool_calls"] = [_with_arguments(call) for call in calls]
+    return copy
+
+
+def _with_arguments(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(call["function"])}
+    try:
+        arguments = json.loads(call["arguments"])
+    except (KeyError, TypeError, ValueError):  # none, an object already, or free text, which a template writes as it is
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, Mapping) else call
 
 
 def require_all_read(
@@ -196,7 +220,7 @@ def following_ids(
     if not tokenizer.chat_template:
         raise InputError("several turns need a chat template, and this tokenizer has none")
     answered = [{"role": "user", "content": MARKER}, {"role": "assistant", "content": ANSWER_MARKER}]
-    whole = [*answered, *(dict(message) for message in messages)]
+    whole = [*answered, *map(for_template, messages)]
     with template_refusals():
         text = cast(
             str,
