@@ -55,7 +55,7 @@ def test_values_and_gradients_are_the_same_and_each_kind_is_compiled_once(captur
     expected = scores(model)
     expected_gradients = gradients(model, *expected)
     said = compile_layers(model, CPU)
-    assert "first update compiles" in said
+    assert "first step compiles" in said
     found = scores(model)
     for values, others in zip(found, expected, strict=True):
         assert_close(values, others)
@@ -65,14 +65,18 @@ def test_values_and_gradients_are_the_same_and_each_kind_is_compiled_once(captur
     assert captured() == graphs
 
 
-def test_passes_without_a_gradient_are_left_alone(captured):
+def test_inference_is_left_alone_and_passes_without_a_gradient_are_compiled_as_the_others(captured):
     model = tiny_model("llama")
     compile_layers(model, CPU)
-    with torch.no_grad():
-        scores(model)
     with torch.inference_mode():
         scores(model)
     assert captured() == 0
+    with torch.no_grad():
+        found = scores(model)
+    assert captured() == 2
+    for values, others in zip(found, scores(model), strict=True):
+        assert torch.equal(values, others)
+    assert captured() == 4
 
 
 def test_a_copy_computes_with_its_own_weights():

@@ -208,6 +208,6 @@ class PartSettings(Settings):
     gradient_checkpointing: bool = Field(False, json_schema_extra=FREE)
     """Compute activations again in the backward pass: less memory, more time, and prompts are not shared."""
     compile_layers: bool = False
-    """Compile norms and feed-forward layers by torch.compile, for the passes that take a gradient: fewer passes over
-    memory, and less memory. Needs a C++ compiler (g++; on a GPU gcc or clang), and a minute where no earlier run has
-    compiled the same."""
+    """Compile norms and feed-forward layers by torch.compile, for all passes but those of sampling and scoring: fewer
+    passes over memory, and less memory. Needs a C++ compiler (g++; on a GPU gcc or clang), and a minute where no
+    earlier run has compiled the same."""

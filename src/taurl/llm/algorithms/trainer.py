@@ -116,8 +116,8 @@ class Trainer(ABC):
         self.set_up(dtype)
         repeat_weights(run, self.kept_weights())
         if self.config.compile_layers:
-            for trained in self.trained_models():
-                run.view.note(compile_layers(trained, self.device))
+            for said in {compile_layers(trained, self.device) for trained in self.trained_models()}:
+                run.view.note(said)
         self.restore()
 
     def restore(self) -> None:

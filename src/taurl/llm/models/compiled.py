@@ -1,4 +1,4 @@
-"""Norms and feed-forward parts of a model's layers compiled by `torch.compile`, for passes with a gradient."""
+"""Norms and feed-forward parts of a model's layers compiled by `torch.compile`, for the passes of training."""
 
 import os
 import shutil
@@ -18,12 +18,13 @@ CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def compile_layers(model: nn.Module, device: torch.device) -> str:
-    """Have what stands beside attention in each layer compiled when a gradient is first taken through it.
+    """Have what stands beside attention in each layer compiled when training first passes through it.
 
     Elementwise work is then done in fewer passes over memory, and less of it is kept for the backward pass. One
     compilation of a kind of module serves all layers and shapes, but for a length or a number of rows of 1, which takes
-    its own. Attention keeps its cache of keys and values, which does not compile; sampling, and other passes without a
-    gradient, run as before.
+    its own, and so do passes without a gradient. These are compiled too, since they round otherwise than plain ones:
+    in bfloat16 the ratios of a first update would not be 1. Attention keeps its cache of keys and values, which does
+    not compile; sampling and scoring, which run in inference mode, stay as they are.
 
     Returns: a line for the log, which says where compiled code is kept for the next run.
     Raises: InputError where there is no compiler, or the model has no layers that are known as such.
@@ -36,10 +37,10 @@ def compile_layers(model: nn.Module, device: torch.device) -> str:
     if not parts:
         raise InputError(f"compile_layers: {type(model).__name__} has no layers that can be compiled; leave it out")
     kept = os.environ.setdefault(CACHE_VARIABLE, str(cache_folder() / "compiled"))
-    forwards = {kind: compiled_with_gradient(kind) for kind in {type(part) for part in parts}}
+    forwards = {kind: compiled_in_training(kind) for kind in {type(part) for part in parts}}
     for part in parts:
         part.forward = MethodType(forwards[type(part)], part)
-    return f"the first update compiles parts of the layers, half a minute or more; kept for later runs in {kept}"
+    return f"the first step compiles parts of the layers, half a minute or more; kept for later runs in {kept}"
 
 
 def compilers_for(device: torch.device) -> tuple[str, list[str]]:
@@ -58,12 +59,12 @@ def parts_beside_attention(model: nn.Module) -> list[nn.Module]:
     return [part for layer in layers for part in layer.children() if not hasattr(part, "layer_idx")]
 
 
-def compiled_with_gradient(kind: type[nn.Module]) -> Callable[..., Any]:
-    """The forward function of a kind of module: compiled where a gradient is taken, and plain elsewhere."""
+def compiled_in_training(kind: type[nn.Module]) -> Callable[..., Any]:
+    """The forward function of a kind of module: plain in inference mode, and compiled elsewhere."""
     plain: Callable[..., Any] = kind.forward
     compiled = torch.compile(plain, dynamic=True)
 
     def forward(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
-        return (compiled if torch.is_grad_enabled() else plain)(self, *arguments, **keywords)
+        return (plain if torch.is_inference_mode_enabled() else compiled)(self, *arguments, **keywords)
 
     return forward
