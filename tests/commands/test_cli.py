@@ -155,6 +155,12 @@ def test_a_config_file_is_overridden_by_options_and_written_back_the_same(tmp_pa
         (["--max-completion-length=8"], "unknown option --max-completion-length=8; did you mean --max-tokens?"),
         (["--num-train-epochs", "2"], "unknown option --num-train-epochs; did you mean --steps?"),
         (["--epsilon", "0.1"], "unknown option --epsilon; did you mean --clip-low and --clip-high?"),
+        (
+            ["--rewards", "a.py:f", "--rewards=b.py:g"],
+            "--rewards is there twice: give it once, several values one after",
+        ),
+        (["--max_tokens", "8", "--max-tokens", "9"], "--max-tokens is there twice"),
+        (["--config", "a.yaml", "--config", "b.yaml"], "--config is there twice"),
         (["--config"], "--config needs a value"),
         (["--config", "--steps", "3"], "--config needs a value"),
         (["--config", "absent.yaml"], "absent.yaml: cannot read the settings: No such file or directory"),

@@ -210,6 +210,10 @@ def test_the_pairs_of_a_step_are_those_whose_rewards_differ(config, folder):
     expected = [sum(len(set(one[start : start + 4])) > 1 for start in range(0, 32, 4)) for one in judged]
     assert [record["pairs"] for record in records] == expected
     assert 0 < max(expected) < 8
+    for record in records:  # tokens that were sampled, by the seconds of the whole step
+        seconds = sum(record[f"time/{phase}"] for phase in ("sample", "reward", "reference", "update"))
+        sampled = record["sampling/tokens_per_second"] * record["time/sample"]
+        assert record["tokens_per_second"] == pytest.approx(sampled / seconds)
 
 
 def test_online_the_reference_is_the_model_at_first_or_the_one_that_is_given(config, folder):

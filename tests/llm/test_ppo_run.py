@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from taurl.llm import PPO, PPOConfig, Reward, RewardConfig
 from taurl.llm.models.loading import load_model
 from taurl.llm.models.reward_folder import RewardNote
-from taurl.runtime.errors import InputError
+from taurl.runtime.errors import InputError, RunError
 
 CONFIG = PPOConfig
 SETTINGS = {
@@ -434,6 +434,26 @@ def test_an_update_of_the_critic_that_is_not_taken_is_counted_and_said(config, f
     (record,) = trainer.steps()
     assert record["value/updates_skipped"] == 1
     assert "1 of the critic's updates not taken" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_step_that_fails_leaves_policy_critic_and_scale_as_the_last_whole_step_did(config, folder, monkeypatch):
+    settings = {"normalize_rewards": True, "kl_coefficient": 0.0, "stop_after_non_finite": 1, "eval_rows": 0}
+    trainer = PPO(str(folder), ROWS, high_ids, config(steps=3, save_every=3, **settings))
+    steps = trainer.steps()
+    for _ in range(2):
+        next(steps)
+    whole = {name: state.tensors() for name, state in trainer.state.items()}
+    whole = {name: {key: tensor.clone() for key, tensor in tensors.items()} for name, tensors in whole.items()}
+    loss = trainer._policy_loss
+    monkeypatch.setattr(trainer, "_policy_loss", lambda *arguments: loss(*arguments) * torch.nan)
+    with pytest.raises(RunError, match="gradient norm nan: not finite"):
+        next(steps)
+    saved = PPO.resume(trainer.run.directory, dataset=ROWS, rewards=high_ids)
+    assert saved.run.step == 2
+    for name, state in saved.state.items():
+        assert state.tensors().keys() == whole[name].keys()
+        for key, tensor in state.tensors().items():
+            assert torch.equal(tensor, whole[name][key]), (name, key)
 
 
 def test_a_reward_beyond_float32_is_refused_before_anything_is_learned(config, folder):

@@ -63,12 +63,24 @@ def test_epochs_set_the_steps_where_these_are_not_given(config, folder):
     rows = len(ROWS) - 4
     assert trainer.run.config.steps == trainer.run.step == math.ceil(2 * rows / 3)
     assert trainer.run.records()[-1]["epoch"] == pytest.approx(7 * 3 / rows)
-    with pytest.raises(InputError, match=r"epochs was 2\.0 and cannot become 3\.0"):
+    with pytest.raises(InputError, match=r"epochs was 2\.0 and cannot become 3\.0 on resume: .*; raise steps instead$"):
         SFT.resume(trainer.run.directory, trainer.config.model_copy(update={"epochs": 3.0}), dataset=ROWS)
     longer = SFT.resume(trainer.run.directory, trainer.config.model_copy(update={"steps": 9}), dataset=ROWS)
     assert longer.train().run.step == 9
     again = config(model=str(folder), steps=0, epochs=2, tokens_per_part=64)  # as the user wrote it
     assert SFT.resume(trainer.run.directory, again, dataset=ROWS).run.config.steps == 9
+
+
+@pytest.mark.parametrize("changes", [{"max_tokens": 9}, {"stop": ("a",)}, {"reward_weights": (2.0,)}])
+def test_settings_of_answers_are_refused_where_none_are_generated(config, folder, changes):
+    with pytest.raises(InputError, match=rf"^{next(iter(changes))} is .*generate_rows is 0 .*max_length"):
+        SFT(str(folder), ROWS, config(**changes))
+
+
+def test_epochs_take_whole_steps(config, folder):
+    """1.1 · 100 / 10 is 11, and a little more in floats."""
+    settings = config(steps=0, epochs=1.1, rows_per_step=10, eval_rows=0)
+    assert SFT(str(folder), (ROWS * 8)[:100], settings).config.steps == 11
 
 
 def test_tokens_are_counted_without_padding(config, folder):

@@ -51,12 +51,17 @@ def pair(word: str) -> tuple[str, Any]:
         return name, value  # a word that YAML has another use for, or a date that there is not
 
 
+TWICE = "{} is there twice: give it once, several values one after the other"
+
+
 def take_option(words: Sequence[str], name: str) -> tuple[str | None, list[str]]:
     """Take `--name VALUE` or `--name=VALUE` out of the words."""
     left, value, rest = list(words), None, []
     while left:
         word = left.pop(0)
         if word == name:
+            if value is not None:
+                raise InputError(TWICE.format(name))
             if not left or not left[0] or left[0].startswith("--"):
                 raise InputError(f"{name} needs a value")
             value = left.pop(0)
@@ -80,6 +85,9 @@ def parse(
     """
     refuse_bare(words, config)
     refuse_other_names(words, config)
+    names = [word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+    if twice := next((name for name in names if names.count(name) > 1), None):  # of which tyro would take the last
+        raise InputError(TWICE.format(twice))
     words = with_flags(words, config)
     file, words = take_option(words, "--config")
     if file is not None:

@@ -124,11 +124,10 @@ def scored_batches(reward: Any, rows: list[dict[str, Any]], columns: tuple[str, 
         ]
         scores = iter(reward.scores(prompts, [one for completions in given for one in completions], places, data))
         found = [[next(scores) for _ in completions] for completions in given]
+        if columns == ("completions",):  # one column holds the scores of them all
+            found = [[scores_of_row] for scores_of_row in found]
         names = score_names(columns)
-        if columns == ("completions",):
-            yield [row | {"scores": values} for row, values in zip(batch, found, strict=True)]
-        else:
-            yield [row | dict(zip(names, values, strict=True)) for row, values in zip(batch, found, strict=True)]
+        yield [row | dict(zip(names, values, strict=True)) for row, values in zip(batch, found, strict=True)]
 
 
 def best_of_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

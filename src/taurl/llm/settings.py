@@ -69,7 +69,7 @@ class EpochSettings(Settings):
     steps: int = Field(0, ge=0, json_schema_extra=FREE)
     """Optimisation steps in all; 0: as many as `epochs` takes. A finished run may be resumed with more if its
     schedule is constant."""
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0, json_schema_extra={"on_resume": "it was counted in steps; raise steps instead"})
     """Passes over the data, where steps is not given (TRL: 3)."""
 
 

@@ -193,6 +193,13 @@ def free_on_resume(config: type[BaseModel], name: str) -> bool:
     return isinstance(extra, dict) and bool(extra.get("free_on_resume"))
 
 
+def why_not_on_resume(config: type[BaseModel], name: str) -> str:
+    """Why a setting may not change then, and what to do."""
+    extra = config.model_fields[name].json_schema_extra
+    found = extra.get("on_resume") if isinstance(extra, dict) else None
+    return str(found or "it would alter steps already taken; start a new run for that")
+
+
 def describe(error: ValidationError) -> str:
     """The first problem of a validation error, in one line."""
     problem = error.errors(include_url=False)[0]

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from taurl import __version__
-from taurl.runtime.config import RunConfig, free_on_resume
+from taurl.runtime.config import RunConfig, free_on_resume, why_not_on_resume
 from taurl.runtime.errors import InputError, RunError, reason
 from taurl.runtime.machine import describe_machine
 
@@ -68,7 +68,7 @@ def refuse_other_past(directory: Path, stored: RunConfig, config: RunConfig) -> 
         if not free_on_resume(type(config), name):
             raise InputError(
                 f"{directory}: {name} was {getattr(stored, name)!r} and cannot become {getattr(config, name)!r} "
-                "on resume: it would alter steps already taken; start a new run for that"
+                f"on resume: {why_not_on_resume(type(config), name)}"
             )
     if config.out not in (None, stored.out, directory):
         raise InputError(f"{directory}: a resumed run stays where it is, but out is {config.out}; leave it out")

@@ -234,7 +234,7 @@ def adamw(groups: Sequence[dict[str, Any]], config: TrainingConfig) -> torch.opt
             "optimizer_states is eight_bit, which needs the package bitsandbytes: in taurl's folder, "
             "pip install -e '.[bitsandbytes]'"
         ) from error
-    eight_bit: torch.optim.Optimizer = AdamW8bit([group for group in groups if group["params"]], **common)
+    eight_bit: torch.optim.Optimizer = AdamW8bit(groups, **common)
     return eight_bit
 
 

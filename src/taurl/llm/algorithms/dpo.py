@@ -45,7 +45,8 @@ HEADLINE = {
 
 
 # Settings that one way of running reads; another value than the default is refused in the other.
-ONLINE_ONLY = ("group_size", "temperature", "max_tokens", "stop", "reward_weights", "missing_eos_penalty")
+REWARDS_ONLY = ("reward_weights", "reward_timeout", "reward_process", "missing_eos_penalty")
+ONLINE_ONLY = ("group_size", "temperature", "max_tokens", "stop", *REWARDS_ONLY)
 OFFLINE_ONLY = ("max_length", "cache_reference")
 
 
@@ -165,15 +166,13 @@ class DPO(OnlineTrainer):
     def restore(self) -> None:
         """Put back what the checkpoint holds. The starting weights are asked before, if they are the reference."""
         if self.run.step:
-            with out_of_memory_names(self.memory_settings):
-                self._know_reference()
+            self._know_reference()
         super().restore()
 
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""
         config = self.config
-        with out_of_memory_names(self.memory_settings):
-            self._know_reference()
+        self._know_reference()
         with self.begin() as run:
             self.fall_watch = FallWatch()
             for record in run.records():  # of the steps before a resume
@@ -184,8 +183,12 @@ class DPO(OnlineTrainer):
                     figures |= self._update(batch, step.number)
                 self.note_updates(step, figures)
                 figures["epoch"] = step.number * config.prompts_per_step / self.order.count
-                if batch and not self.online:  # else of what was sampled, as in every step
-                    figures["tokens_per_second"] = batch.trained.token_count / sum(step.times.values())
+                seconds = sum(step.times.values())
+                if self.online:  # of what was sampled
+                    sampled = figures["sampling/tokens_per_second"] * step.times["time/sample"]
+                    figures["tokens_per_second"] = sampled / seconds
+                elif batch:
+                    figures["tokens_per_second"] = batch.trained.token_count / seconds
                 if batch and (warning := self.fall_watch.warning(figures)):
                     run.view.note(f"step {step.number}: {warning}")
                 yield self.finish(step, figures)
@@ -325,11 +328,12 @@ class DPO(OnlineTrainer):
         """Ask the reference about all rows that the run will take, while the policy still has its starting weights."""
         if self.online:
             return
-        if self.can_evaluate():
-            rows = range(len(self.held_out_answers))
-            self.reference.know(self.held_out_answers, [rows], self.device, self.run.view.note)
-        steps = (self.prompts_of(step) for step in range(1, self.config.steps + 1))
-        self.reference.know(self.train_answers, steps, self.device, self.run.view.note)
+        with out_of_memory_names(self.memory_settings):
+            if self.can_evaluate():
+                rows = range(len(self.held_out_answers))
+                self.reference.know(self.held_out_answers, [rows], self.device, self.run.view.note)
+            steps = (self.prompts_of(step) for step in range(1, self.config.steps + 1))
+            self.reference.know(self.train_answers, steps, self.device, self.run.view.note)
         repeat_kept(self.run, "reference", self.reference.hash)
 
     def _circumstances(self) -> list[Any]:

@@ -11,7 +11,7 @@ from taurl.runtime.config import refuse_unread
 UNREAD = {
     "cispo": ("clip_low",),
     "sapo": ("clip_low", "clip_high"),
-    "vespo": ("clip_low", "clip_high", "importance_mode"),
+    "vespo": ("clip_low", "clip_high", "importance_mode", "importance_cap"),
 }
 
 

@@ -13,7 +13,7 @@ from taurl.llm.settings import (
     RewardSettings,
     SamplerSettings,
 )
-from taurl.runtime.config import FREE, TrainingConfig
+from taurl.runtime.config import FREE, TrainingConfig, refuse_unread
 
 
 class SampledConfig(
@@ -61,4 +61,6 @@ class OnlineConfig(SampledConfig):
     def _one_step_fits_together(self) -> Self:
         if self.minibatches > self.prompts_per_step:
             raise ValueError(f"minibatches {self.minibatches} exceed prompts_per_step {self.prompts_per_step}")
+        if self.importance_cap is None:
+            refuse_unread(self, ["importance_mode"], "without an importance_cap nothing is corrected")
         return self

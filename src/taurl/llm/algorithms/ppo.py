@@ -160,8 +160,10 @@ class PPO(RatioTrainer):
 
     def trained_models(self) -> list[Any]:
         """The policy, and the critic if it is a model of its own."""
-        apart = self.critic is not None and self.critic.model is not self.policy.model
-        return [*super().trained_models(), *([self.critic.model] if self.critic and apart else [])]
+        models = super().trained_models()
+        if self.critic is not None and self.critic.model is not self.policy.model:
+            models.append(self.critic.model)
+        return models
 
     def steps(self) -> Iterator[Record]:
         """Yields after each update, with its record."""
@@ -172,6 +174,7 @@ class PPO(RatioTrainer):
                     estimates, figures = self._estimate(collected, step.number)
                 with step.phase("update", "updating"):
                     figures |= self._update(collected.rollout, estimates, step)
+                self.controls.keep()
                 if self.has_reference:
                     figures |= kl_figures(collected.rollout, self.controls.coefficient)
                 if self._may_stray(step.number) and collected.rollout.mask.any():  # else nothing was measured
@@ -284,8 +287,9 @@ class PPO(RatioTrainer):
                 weights[rows] = token_weights(rollout.mask[rows], "token", dtype=self.dtype)
                 batch = Minibatch(rollout, estimates, weights, tally, ratios)
                 with ExitStack() as updates:
-                    policy = updates.enter_context(self.optimizer.update(rate)) if moves else None
                     critic = updates.enter_context(self.critic_optimizer.update(critic_rate)) if self.critic else None
+                    # Left first: where the policy's gradient is not finite once too often, the critic takes no step.
+                    policy = updates.enter_context(self.optimizer.update(rate)) if moves else None
                     for part in self.parts(rollout, rows):
                         self._descend(batch, part, policy, critic)
                 tally.updates += [policy] if policy else []

@@ -20,7 +20,7 @@ class Controls:
 
     def __init__(self, coefficient: float, target: float | None, gain: float):
         self.coefficient, self.target, self.gain = coefficient, target, gain
-        self.scores = no_moments()
+        self.scores = self.pending = no_moments()
         self.changes = 0
 
     def adapt(self, divergence: float) -> None:
@@ -32,12 +32,16 @@ class Controls:
 
     def normalize(self, scores: Tensor, *, centered: bool = True) -> Tensor:
         """Scores [n] by the mean (if centered) and the deviation of all so far, these among them."""
+        self.pending = now = updated_moments(self.scores, scores)
+        mean = now.mean if centered else torch.zeros_like(now.mean)
+        known = now.variance > 1e-12 * now.mean.square()  # equal scores have no scale, but rounding
+        variance = torch.where(known, now.variance, 1.0)
+        return normalized(scores, Moments(mean, variance, now.samples), bound=math.inf)
+
+    def keep(self) -> None:
+        """Take over the scores of a step that is through; one that fails leaves the state of the last whole step."""
+        self.scores = self.pending
         self.changes += 1
-        self.scores = updated_moments(self.scores, scores)
-        mean = self.scores.mean if centered else torch.zeros_like(self.scores.mean)
-        known = self.scores.variance > 1e-12 * self.scores.mean.square()  # equal scores have no scale, but rounding
-        variance = torch.where(known & (self.scores.variance > 0), self.scores.variance, 1.0)
-        return normalized(scores, Moments(mean, variance, self.scores.samples), bound=math.inf)
 
     def tensors(self) -> dict[str, Tensor]:
         """For the checkpoint."""
@@ -47,4 +51,4 @@ class Controls:
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `tensors` gave."""
         self.coefficient = float(tensors["coefficient"])
-        self.scores = Moments(*(tensors[f"scores/{name}"] for name in Moments._fields))
+        self.scores = self.pending = Moments(*(tensors[f"scores/{name}"] for name in Moments._fields))

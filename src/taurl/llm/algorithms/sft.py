@@ -26,6 +26,7 @@ from taurl.llm.models.heads import causal_lm, context_length, evaluating
 from taurl.llm.rewards import RewardSet
 from taurl.llm.scoring.row_attention import attending_within_rows, knows_rows
 from taurl.llm.scoring.supervised import RowPart, embedding_noise, part_scores, row_parts, trained_tokens
+from taurl.runtime.config import refuse_unread
 from taurl.runtime.directory import write_folder
 from taurl.runtime.errors import InputError
 from taurl.runtime.optimization import learning_rate
@@ -84,8 +85,11 @@ class SFT(Trainer):
 
     def set_up(self, dtype: torch.dtype | None) -> None:
         config, run = self.config, self.run
-        if self.given("rewards") and not config.generate_rows:
-            raise InputError(REWARDS_SCORE_ANSWERS)
+        if not config.generate_rows:
+            if self.given("rewards"):
+                raise InputError(REWARDS_SCORE_ANSWERS)
+            why = "it is for answers to held-out rows, and generate_rows is 0 (what cuts rows is max_length)"
+            refuse_unread(config, ("max_tokens", "stop", "reward_weights"), why)
         reader = RowReader.of(config, self.tokenizer, self.outline())
         self.data = RowData.read(reader, self.given("dataset"), self.given("eval_dataset"), config)
         for note in self.data.notes:

@@ -200,7 +200,8 @@ class Trainer(ABC):
         if self.config.steps == 0:
             if rows is None:
                 raise InputError("a stream has no known length, so epochs cannot be counted: give steps")
-            self.run.set_steps(math.ceil(self.config.epochs * rows / per_step))
+            whole = round(self.config.epochs * rows / per_step, 9)  # 1.1 · 100 / 10 is 11, and a little more in floats
+            self.run.set_steps(max(1, math.ceil(whole)))
             self.config = self.run.config
 
     def new_generator(self) -> Generator:
