@@ -5,12 +5,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import ARCHITECTURES, CONTEXT, checkpoint_activations, in_double, prompts_of, tiny_model
 from tiny_policy import letter_a, save_tiny_policy
-from transformers import AutoModelForCausalLM, GPTNeoConfig, Llama4TextConfig, MambaConfig
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, GPTNeoConfig, Llama4TextConfig, MambaConfig, PreTrainedTokenizerFast
 
 from taurl.llm import GRPO, GRPOConfig
 from taurl.llm.generation import Sampling, SlotSampler, TransformersSampler
 from taurl.llm.generation.attention import one_query_attention
 from taurl.llm.generation.cache import SlotCache
+from taurl.llm.generation.protocol import ends
 from taurl.llm.generation.slot_model import SlotModel
 from taurl.llm.generation.slots import Batch
 from taurl.llm.models.loading import load_model, load_tokenizer
@@ -159,6 +162,18 @@ def llama():
 def test_stop_strings_need_a_tokenizer(llama):
     with pytest.raises(InputError, match="stop strings need the sampler's `tokenizer`"):
         SlotSampler(llama).generate([[1, 2]], 1, Sampling(4, stop=("x",)))
+
+
+def test_a_stop_string_ends_right_behind_a_character_of_several_tokens():
+    """Where the decoder makes nothing but signs of error of bytes that begin within a character."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256}
+    backend = Tokenizer(BPE(vocabulary, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    for before in ("", "é", "€", "🎉", "a🎉"):
+        tokens = [256 if byte == ord("a") else byte for byte in f"{before}\n".encode()]
+        assert ends(tokens, (), ("\n",), tokenizer), before
+        assert not ends(tokens[:-1] or [256], (), ("\n",), tokenizer)
 
 
 @pytest.mark.parametrize("sampler", [SlotSampler, TransformersSampler])

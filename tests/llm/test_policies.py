@@ -56,7 +56,8 @@ def test_nothing_to_train_and_an_adapter_on_an_adapter_are_refused():
 
 
 def test_the_reference_keeps_the_starting_weights_and_only_where_it_is_asked_for():
-    policy = Policy(tiny_model(), tiny_tokenizer(), keep_reference=True)
+    policy = Policy(tiny_model().train(), tiny_tokenizer(), keep_reference=True)
+    assert not policy._reference.training
     with torch.no_grad():
         before = policy.model(IDS).logits
         policy.model.model.norm.weight.mul_(2)

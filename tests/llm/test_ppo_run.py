@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from taurl.llm import PPO, PPOConfig, Reward, RewardConfig
 from taurl.llm.models.loading import load_model
 from taurl.llm.models.reward_folder import RewardNote
+from taurl.llm.rewards import reward_model
 from taurl.runtime.errors import InputError, RunError
 
 CONFIG = PPOConfig
@@ -80,8 +81,20 @@ def test_objects_and_names_for_every_model(config, folder, tmp_path):
 
 
 def test_a_critic_of_another_vocabulary_is_refused(config, folder):
-    with pytest.raises(InputError, match="the critic's model reads 50 tokens and the policy 45"):
+    with pytest.raises(InputError, match=r"the critic's model knows 50 tokens and the policy 45: .*by its name"):
         PPO(str(folder), ROWS, high_ids, config(), critic=tiny_model(vocab_size=50))
+
+
+def test_a_named_critic_may_be_padded_to_another_size(config, folder, tmp_path):
+    """As models of one family are; it must know every token that the policy's tokenizer has."""
+    for size in (50, 40):
+        tiny_model(vocab_size=size).save_pretrained(tmp_path / str(size))
+        tiny_tokenizer().save_pretrained(tmp_path / str(size))
+    trainer = PPO(str(folder), ROWS, high_ids, config(steps=1, critic=str(tmp_path / "50")))
+    assert trainer.critic.model.get_input_embeddings().num_embeddings == 50
+    trainer.train()
+    with pytest.raises(InputError, match="the critic's model knows 40 tokens and the policy 45"):
+        PPO(str(folder), ROWS, high_ids, config(out=None, critic=str(tmp_path / "40")))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -111,7 +124,7 @@ def test_an_object_that_has_two_roles_is_refused(config, role, message, rank):
 
 
 def test_a_reference_that_reads_other_tokens_is_refused(config, folder, tmp_path):
-    with pytest.raises(InputError, match="the reference knows 20 tokens"):
+    with pytest.raises(InputError, match="the reference knows 20 tokens and the model 45"):
         PPO(str(folder), ROWS, high_ids, config(out=None), reference=tiny_model(vocab_size=20))
     save_tiny_policy(tmp_path / "other")
     tokenizer = tiny_tokenizer()
@@ -510,6 +523,18 @@ def test_a_critic_that_starts_from_a_reward_model_has_the_scale_of_normalised_re
     ]
     hidden = torch.randn(3, 5, heads[0].weight.shape[1])
     torch.testing.assert_close(heads[1](hidden), (heads[0](hidden) - 2.0) / 4.0)
+
+
+def test_an_adapter_given_as_an_object_reads_as_its_own_folder_says(reward_adapter):
+    """Not as its base's, which its config names."""
+    RewardNote(mean=2.0, deviation=4.0, system_prompt="Be brief.").write(reward_adapter)
+    judge = load_model(str(reward_adapter), dtype=torch.float32, head="sequence")
+    asked = {"prompts": [[{"role": "user", "content": "1+1?"}]], "completions": ["2"]}
+    by_object, by_name = (
+        reward_model(judge if given else str(reward_adapter), normalize=True) for given in (True, False)
+    )
+    assert by_object(**asked) == by_name(**asked)
+    assert by_object.conversations.system_prompt == "Be brief."
 
 
 def test_the_scale_of_an_adapter_is_that_of_its_own_folder(config, folder, tmp_path):

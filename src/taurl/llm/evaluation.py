@@ -98,7 +98,8 @@ def score(
 
 def owned(values: list[Any]) -> list[Any]:
     """With copies of lists and dictionaries; what the completions of a row share, they share there too."""
-    copies = {id(value): deepcopy(value) for value in values if isinstance(value, list | dict)}
+    distinct = {id(value): value for value in values if isinstance(value, list | dict)}
+    copies = {place: deepcopy(value) for place, value in distinct.items()}
     return [copies.get(id(value), value) for value in values]
 
 

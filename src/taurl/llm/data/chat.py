@@ -191,6 +191,15 @@ def require_all_read(
             )
 
 
+def require_known(ids: Sequence[int], known: int | None, where: str = "") -> None:
+    """Raises: InputError, beginning with `where`, for a token beyond those known to the model (None: not looked at)."""
+    if known is not None and ids and max(ids) >= known:
+        raise InputError(
+            f"{where}it has token {max(ids)}, and the model knows {known} tokens: is the tokenizer that of another "
+            "model, or were tokens added to it alone?"
+        )
+
+
 @contextmanager
 def template_refusals(before: str = "") -> Iterator[None]:
     """Inside, what a chat template raises becomes an InputError; `before` stands before its words."""

@@ -17,15 +17,17 @@ from taurl.llm.data.chat import (
     for_template,
     plain_ids,
     require_all_read,
+    require_known,
     special_ids,
     template_refusals,
     turn_ends,
 )
 from taurl.llm.data.row_forms import template_options
+from taurl.llm.models.heads import known_tokens
 from taurl.runtime.errors import InputError, shorten
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHOWN = 80  # characters of two renderings that differ
 
@@ -40,17 +42,22 @@ class Conversations:
 
     Prompts are those of `encode_prompt`. A completion of a chat is the rest of the rendered conversation through the
     end of the assistant's turn; one of raw text is its tokens and the end of sequence.
+
+    Attributes:
+        known: how many tokens the model knows; text with others is refused, unless this is None.
     """
 
     tokenizer: PreTrainedTokenizerBase
     system_prompt: str | None = None
     prompt_format: PromptFormat = "auto"
     chat_template_kwargs: Mapping[str, Any] | None = None
+    known: int | None = None
 
     @classmethod
-    def of(cls, settings: Any, tokenizer: PreTrainedTokenizerBase) -> Self:
-        """With the settings of a config that has PromptSettings."""
-        return cls(tokenizer, settings.system_prompt, settings.prompt_format, settings.chat_template_kwargs)
+    def of(cls, settings: Any, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> Self:
+        """With the settings of a config that has PromptSettings, for a model where it is known which."""
+        known = None if model is None else known_tokens(model)
+        return cls(tokenizer, settings.system_prompt, settings.prompt_format, settings.chat_template_kwargs, known)
 
     def of_row(self, row: Mapping[str, Any]) -> Self:
         """The same, with what the row itself gives the chat template: `tools`, `chat_template_kwargs`."""
@@ -64,7 +71,7 @@ class Conversations:
 
     def prompt(self, prompt: Prompt, where: str) -> list[int]:
         """The prompt's token ids. Raises: InputError as `encode_prompt` does, about `where`."""
-        return encode_prompt(
+        ids = encode_prompt(
             prompt,
             self.tokenizer,
             system_prompt=self.system_prompt,
@@ -72,6 +79,8 @@ class Conversations:
             chat_template_kwargs=self.chat_template_kwargs,
             where=where,
         )
+        require_known(ids, self.known, f"{where}: ")
+        return ids
 
     def completion(self, prompt: Prompt, completion: Prompt, prompt_ids: list[int], where: str) -> list[int]:
         """The completion's token ids; a string is the assistant's message where the prompt is a chat.
@@ -79,6 +88,11 @@ class Conversations:
         Raises: InputError where the chat template refuses the conversation, or renders its beginning otherwise than
             the prompt alone.
         """
+        ids = self._completion(prompt, completion, prompt_ids, where)
+        require_known(ids, self.known, f"{where}: ")
+        return ids
+
+    def _completion(self, prompt: Prompt, completion: Prompt, prompt_ids: list[int], where: str) -> list[int]:
         messages = self._messages(prompt)
         if messages is None:
             return self._text_ids(cast(str, prompt), self._plain(completion, where), prompt_ids)

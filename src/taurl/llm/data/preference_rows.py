@@ -115,7 +115,7 @@ class PreferenceReader:
             raise InputError(f"max_length is {settings.max_length}, more than the model's context of {context}")
         return cls(
             form=form,
-            conversations=Conversations.of(settings, tokenizer),
+            conversations=Conversations.of(settings, tokenizer, model),
             longest=settings.max_length or context,
             reading=Reading.of(settings),
             two_labels=two_labels,

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taurl.llm.data.chat import require_all_read, with_system_prompt
+from taurl.llm.data.chat import require_all_read, require_known, with_system_prompt
 from taurl.llm.data.chat_rows import RowEncoder
 from taurl.llm.data.chat_templates import CHATML, make_room, set_chat_template, write_stop_tokens
 from taurl.llm.data.data_files import Row
@@ -17,7 +17,7 @@ from taurl.llm.data.datasets import Rows, as_rows, distinct_rows, is_task, load_
 from taurl.llm.data.row_forms import Chat, Text, read_form
 from taurl.llm.data.tasks import named
 from taurl.llm.data.token_rows import TokenRow, TokenRows, fit
-from taurl.llm.models.heads import context_length
+from taurl.llm.models.heads import context_length, known_tokens
 from taurl.llm.settings import RowSettings
 from taurl.runtime.errors import InputError, located
 
@@ -152,6 +152,8 @@ class RowReader:
         """The token rows of a row, of any length."""
         with located(f"row {number} of the data"):
             wholes = self._token_rows(row)
+            for whole in wholes:
+                require_known(whole.ids, None if self.model is None else known_tokens(self.model))
             if not all(whole.targets for whole in wholes):
                 raise InputError("nothing to train on: none of its tokens is a target")
         return wholes

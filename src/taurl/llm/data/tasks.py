@@ -28,7 +28,7 @@ class PromptReader:
     def of(cls, settings: Any, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Self:
         """A reader with the settings of a config that has all of these by the same names."""
         return cls(
-            conversations=Conversations.of(settings, tokenizer),
+            conversations=Conversations.of(settings, tokenizer, model),
             context=context_length(model),
             max_tokens=settings.max_tokens,
             reading=Reading.of(settings),

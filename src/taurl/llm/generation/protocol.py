@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from taurl.llm.models.heads import context_length
+from taurl.llm.models.heads import context_length, known_tokens
 from taurl.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -109,6 +109,9 @@ class Generator(Protocol):
         ...
 
 
+BROKEN = "\ufffd"  # what stands for bytes that are no character
+
+
 def ends(
     tokens: Sequence[int],
     stop_token_ids: Container[int],
@@ -123,16 +126,19 @@ def ends(
     if tokenizer is None:
         raise InputError("stop strings need the sampler's `tokenizer`")
     longest = max(len(text.encode()) for text in stop)  # a token stands for at least one byte
-    tail = tokenizer.decode(list(tokens[-longest - 1 :]), clean_up_tokenization_spaces=False)
-    return any(text in tail for text in stop)
+    for before in range(1, 5):
+        tail = str(tokenizer.decode(list(tokens[-longest - before :]), clean_up_tokenization_spaces=False))
+        if any(text in tail for text in stop):
+            return True
+        if not tail.startswith(BROKEN):  # else the cut fell into a character, of up to four bytes, and may hide others
+            return False
+    return False
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], sampling: Sampling, model: PreTrainedModel) -> None:
     """Raise an InputError for prompts that are empty, hold tokens that the model does not know, or leave no room for
     max_tokens in its context."""
-    context = context_length(model)
-    embedding: Any = model.get_input_embeddings()
-    known = embedding.weight.shape[0]
+    context, known = context_length(model), known_tokens(model)
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise InputError(f"prompt {index} is empty, expected at least one token")

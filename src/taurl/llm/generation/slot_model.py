@@ -110,7 +110,8 @@ class SlotModel:
         masks = {"full_attention": columns <= own}  # bool [R, 1, Q, view]
         if self.window:
             masks["sliding_attention"] = masks["full_attention"] & (columns > own - self.window)
-        if self.config._attn_implementation in ("eager", NAME):  # these add the mask to the scores
+        attends = self.config._attn_implementation
+        if attends == "eager" or (attends == NAME and ids.shape[1] == 1):  # these add the mask to the scores
             lowest = torch.finfo(self.model.dtype).min
             masks = {kind: (~mask).to(self.model.dtype) * lowest for kind, mask in masks.items()}
         output = body(self.model)(

@@ -160,8 +160,9 @@ class Batch:
         # place of a prompt among those given, so the order here changes no result.
         order = sorted(range(len(prompts)), key=lambda prompt: (len(prompts[prompt]), tuple(prompts[prompt])))
         self.waiting = deque(
-            Draft(prompt, completion, tuple(prompts[prompt]), uniforms(key, prompt, completion, sampling.max_tokens))
+            Draft(prompt, completion, ids, uniforms(key, prompt, completion, sampling.max_tokens))
             for prompt in order
+            for ids in [tuple(prompts[prompt])]
             for completion in range(count)
         )
         self.running: list[Draft] = []

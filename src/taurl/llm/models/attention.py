@@ -59,8 +59,7 @@ def attending_as_chosen(model: PreTrainedModel) -> PreTrainedModel:
     """The model; the layers of one in bfloat16 on a CPU that attend by sdpa do so in float32, if that was chosen."""
     if model.device.type != "cpu" or model.dtype != torch.bfloat16:
         return model
-    chosen = float32_pays() if Choice.in_float32 is None else Choice.in_float32
-    if chosen:
+    if choose(Choice.in_float32):
         for config in (model.config, model.config.get_text_config()):
             if config._attn_implementation == "sdpa":
                 config._attn_implementation = NAME

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from taurl.llm.models.heads import body, causal_lm
+from taurl.llm.models.heads import body, causal_lm, known_tokens
 from taurl.llm.models.loading import load_model, resolve_model, written_head
 from taurl.llm.models.policies import Policy, share_weights, switch_off_dropout
 from taurl.llm.models.precision import cast_weights
@@ -133,7 +133,6 @@ def make_critic(
     switch_off_dropout(trunk)
     if gradient_checkpointing:
         trunk.activation_checkpointing_enable()
-        trunk.enable_input_require_grads()
     trunk.train(gradient_checkpointing)
     return Critic(head, trunk)
 
@@ -155,9 +154,9 @@ def started_trunk(start: Any, policy: Policy) -> Any:
 
 def started_head(start: Any, policy: Policy, dtype: torch.dtype) -> ValueHead:
     """A value head for another model: that of its reward, if it has one with one output."""
-    own, other = (causal_lm(model).config.get_text_config().vocab_size for model in (policy.model, start))
-    if own != other:
-        raise InputError(f"the critic's model reads {other} tokens and the policy {own}; give one of the same family")
+    own, other = known_tokens(policy.model), known_tokens(start)
+    if other < min(own, len(policy.tokenizer)):  # models of one family may be padded to different sizes
+        raise InputError(f"the critic's model knows {other} tokens and the policy {own}; give one of the same family")
     head = ValueHead(hidden_width(start), dtype, policy.model.device)
     plain = causal_lm(start)
     score: Any = getattr(plain, "score", getattr(plain, "classifier", None))

@@ -73,6 +73,12 @@ def context_length(model: PreTrainedModel) -> int | None:
     return length
 
 
+def known_tokens(model: PreTrainedModel) -> int:
+    """How many tokens have an embedding; a tokenizer may know fewer, and some know more."""
+    embeddings: Any = causal_lm(model).get_input_embeddings()
+    return int(embeddings.weight.shape[0])
+
+
 def body(model: PreTrainedModel) -> nn.Module:
     """The part that maps token ids to hidden states [..., d], everything but the output head."""
     base: nn.Module = causal_lm(model).base_model

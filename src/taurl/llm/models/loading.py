@@ -254,11 +254,18 @@ def _load_adapter(path: str, **options: Any) -> PreTrainedModel:
         raise InputError(f"adapter '{path}' needs its base model: {error}") from error
     try:
         with quiet_transformers():
-            return cast(PreTrainedModel, PeftModel.from_pretrained(base, path).eval())
+            adapted: Any = PeftModel.from_pretrained(base, path).eval()
+            adapted.loaded_from = path  # its config is its base's, which knows the base's folder alone
+            return cast(PreTrainedModel, adapted)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
         raise InputError(f"adapter '{path}' cannot be put on '{base_name}': {one_line(error)}") from error
+
+
+def origin(model: Any) -> str:
+    """The folder or name that a model object was loaded from, of an adapter its own; empty where it is not known."""
+    return str(getattr(model, "loaded_from", None) or model.config.name_or_path or "")
 
 
 def _adapter_base(path: str) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from taurl.llm.models.heads import causal_lm, context_length
+from taurl.llm.models.heads import causal_lm, context_length, known_tokens
 from taurl.llm.models.loading import load_outline, load_tokenizer, resolve_model
 from taurl.llm.models.policies import Policy, share_weights
 from taurl.llm.models.precision import cast_weights
@@ -24,10 +24,9 @@ def check_reference(reference: Any, policy: Policy) -> None:
         policy.model,
         "the reference is the very object that is trained; leave it out for the starting weights",
     )
-    plain: Any = causal_lm(reference)
-    size = plain.get_input_embeddings().weight.shape[0]
-    if size < len(policy.tokenizer):
-        raise InputError(f"the reference knows {size} tokens, but the model's tokenizer has {len(policy.tokenizer)}")
+    own, other = known_tokens(policy.model), known_tokens(reference)
+    if other < min(own, len(policy.tokenizer)):  # a tokenizer may have tokens that its own model does not know
+        raise InputError(f"the reference knows {other} tokens and the model {own}; give one of the same family")
 
 
 def check_critic(critic: Any, reference: Any, policy: Policy) -> None:
@@ -42,6 +41,11 @@ def check_critic(critic: Any, reference: Any, policy: Policy) -> None:
             _require_same_tokens("critic", critic, policy)
         return
     _require_apart(critic, policy.model, "the critic is the very object that is trained; set critic to copy")
+    own, other = known_tokens(policy.model), known_tokens(critic)
+    if own != other:  # who names it has its tokenizer compared
+        raise InputError(
+            f"the critic's model knows {other} tokens and the policy {own}: give one of the same family, by its name"
+        )
     if reference is not None and not isinstance(reference, str) and causal_lm(critic) is causal_lm(reference):
         raise InputError("critic and reference are one object; give each a model of its own")
 

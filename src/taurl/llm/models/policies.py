@@ -17,7 +17,7 @@ from taurl.llm.generation import Generator, SlotSampler, TransformersSampler
 from taurl.llm.generation.packed import is_half
 from taurl.llm.models.heads import causal_lm, check_head
 from taurl.llm.models.hub import quiet_transformers
-from taurl.llm.models.loading import load_model, load_tokenizer
+from taurl.llm.models.loading import load_model, load_tokenizer, origin
 from taurl.llm.models.precision import cast_weights
 from taurl.llm.models.trainable import freeze_parameters, layer_factors
 from taurl.llm.settings import LoraSettings
@@ -37,7 +37,7 @@ def tokenizer_of(model: str | PreTrainedModel) -> PreTrainedTokenizerBase:
 
     Raises: InputError for an object that does not know its name.
     """
-    name = model if isinstance(model, str) else model.config.name_or_path
+    name = model if isinstance(model, str) else origin(model)
     if not name:
         raise InputError("this model object does not know its name; give its tokenizer as well")
     return load_tokenizer(name)
@@ -98,12 +98,10 @@ class Policy:
         self._check()
         self._reference = None
         if keep_reference and not self.adapter_is_new:
-            self._reference = copy.deepcopy(self.model).requires_grad_(False)
+            self._reference = copy.deepcopy(self.model).eval().requires_grad_(False)
             share_weights(self._reference, self.model)  # what is frozen stays as it is
         if gradient_checkpointing:
             self.model.activation_checkpointing_enable()
-            if self.has_adapter:
-                self.model.enable_input_require_grads()
             self.model.train()  # transformers checkpoints in training mode only; dropout is off either way
             self._require_repeatable()
         else:
@@ -338,6 +336,8 @@ DROPOUTS = (
     "embedding_dropout",
     "hidden_dropout",
     "attn_pdrop",
+    "attn_dropout",
+    "attn_dropout_p",
     "resid_pdrop",
     "dropout_p",
     "layerdrop",

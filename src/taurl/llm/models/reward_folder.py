@@ -43,9 +43,9 @@ class RewardNote(ConversationSettings):
 
         Raises: InputError for a name that resolves to nothing, or a damaged note.
         """
-        from taurl.llm.models.loading import resolve_model
+        from taurl.llm.models.loading import origin, resolve_model
 
-        name = model if isinstance(model, str) else model.config.name_or_path
+        name = model if isinstance(model, str) else origin(model)
         folder = Path(resolve_model(name) if isinstance(model, str) else name)
         return folder, cls.of(folder) if name else cls()
 

@@ -79,11 +79,12 @@ class ModelReward:
     ):
         from taurl.llm.data.completion_ids import Conversations
         from taurl.llm.models.heads import causal_lm, context_length
+        from taurl.llm.models.loading import origin
         from taurl.llm.models.policies import tokenizer_of
         from taurl.llm.models.reward_folder import RewardNote
         from taurl.llm.scoring.reward_scores import check_scores, head_kind
 
-        self.name = model if isinstance(model, str) else model.config.name_or_path
+        self.name = model if isinstance(model, str) else origin(model)
         self.tokens_per_part = tokens_per_part
         folder, note = RewardNote.for_model(model)
         note = note.changed(written)
@@ -95,7 +96,7 @@ class ModelReward:
         self.model = loaded(model, folder, device, precision) if isinstance(model, str) else model
         if note.pad_token_id is not None:
             causal_lm(self.model).config.get_text_config().pad_token_id = note.pad_token_id
-        self.conversations = Conversations.of(note, tokenizer or tokenizer_of(model))
+        self.conversations = Conversations.of(note, tokenizer or tokenizer_of(model), self.model)
         self.context = context_length(causal_lm(self.model))
         self.of_steps = head_kind(self.model) == "token"
         check_scores(self.model)
