@@ -1,5 +1,6 @@
 """`taurl control …`: what is printed, and one line that helps for whatever is wrong."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -57,6 +58,13 @@ def test_training_ends_with_the_return_and_the_places(run, capsys):
 
 
 @pytest.mark.parametrize("folder", ["", "best", "final"])
+@pytest.mark.parametrize("algorithm", ["dqn", "reinforce", "a2c", "trpo", "grpo"])
+def test_each_algorithm_has_its_command(tmp_path, algorithm):
+    words = f"{algorithm} --env CartPole-v1 --no-preset --no-video --steps 64 --eval-episodes 0 --out"
+    assert control(words, tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run/environment.json").read_text())["algorithm"] == algorithm
+
+
 def test_evaluating_prints_the_spread(run, capsys, folder):
     assert control("evaluate", run / folder, "--episodes", 12) == 0
     lines = capsys.readouterr().out.splitlines()

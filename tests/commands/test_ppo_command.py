@@ -1,14 +1,6 @@
 """`taurl llm ppo`: from the command line to the report."""
 
-from pathlib import Path
-
-import pytest
-
 from taurl.cli import main
-from taurl.llm import PPOConfig
-from taurl.runtime.config import read_yaml, validated
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def ppo(words, **changes):
@@ -38,10 +30,4 @@ def test_what_is_wrong_is_said_in_one_line(here, words, failing):
     (here / "game.py").write_text("class Game:\n    pass\n")
     message = failing(ppo(words, dataset=None, rewards=None, environment="game.py:Game"), 2)
     assert "environment with seed" in message
-    assert not (here / "run").exists() or not (here / "run/final").exists()
-
-
-@pytest.mark.parametrize(("name", "critic"), [("ppo_arithmetic", "copy"), ("ppo_reward_model", "runs/rm/final")])
-def test_the_examples_are_valid_configurations(name, critic):
-    file = EXAMPLES / f"{name}.yaml"
-    assert validated(PPOConfig, read_yaml(file), source=str(file)).critic == critic
+    assert not (here / "run").exists()

@@ -47,6 +47,11 @@ def test_train_report_resume_score(run, capsys):
     captured = capsys.readouterr()
     scored = [json.loads(line) for line in captured.out.splitlines()]
     assert [row["completion"] for row in scored] == ["a", "bc", " ", "a"]
+    assert main([*score, "--dataset", "answers.jsonl"]) == 0
+    plain = [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()]
+    scale = json.loads((run / "rm/final/taurl_reward.json").read_text())
+    normalized = [(one - scale["mean"]) / scale["deviation"] for one in plain]
+    assert [row["score"] for row in scored] == pytest.approx(normalized, abs=1e-5)
     assert main([*score, "--dataset", "answers.jsonl", "--best"]) == 0
     best = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["prompt"] for row in best] == ["1+1?", "2+1?"]

@@ -78,7 +78,10 @@ def test_a_target_that_no_evaluation_could_reach_is_refused():
 def test_one_environment_object_is_one_copy_and_its_rollout_one_minibatch(tmp_path):
     trainer = PPO(Counting(), PPOConfig(out=tmp_path / "run", steps=128, eval_episodes=0)).train()
     assert trainer.config.environments == 1
-    longer = PPO.resume(tmp_path / "run", PPOConfig(steps=4096, eval_episodes=0), env=Counting()).train()
+    seen = []
+    settings = PPOConfig(steps=4096, eval_episodes=0)
+    longer = PPO.resume(tmp_path / "run", settings, env=Counting(), callbacks=[seen.append]).train()
+    assert seen == longer.run.records()[-len(seen) :]
     assert longer.run.step == 4096
     with pytest.raises(InputError, match="episodes is 0"):
         PPO("CartPole-v1", PPOConfig(out=tmp_path / "other", eval_episodes=0)).evaluate()
@@ -148,8 +151,9 @@ def test_an_environment_that_was_given_is_left_open_and_one_that_was_made_is_clo
     assert (tmp_path / "given" / "artifacts" / PICTURE).exists()
     assert not given.closed
     made = []
-    PPO(lambda: made.append(Closing()) or made[-1], PPOConfig(out=tmp_path / "made", steps=32, **SMALL)).train()
-    assert len(made) > 2  # of training, of evaluation and of the picture
+    settings = PPOConfig(out=tmp_path / "made", steps=32, **{**SMALL, "video": True})
+    PPO(lambda: made.append(Closing()) or made[-1], settings).train()
+    assert len(made) > 4  # of training, of evaluation and of the picture
     assert all(one.closed for one in made)
 
 

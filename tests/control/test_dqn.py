@@ -368,7 +368,7 @@ def test_an_endless_reward_is_worth_its_sum_however_time_limits_cut_it(tmp_path,
         pass
     value = trainer.network(torch.ones(1, 1)).max().item()
     if terminates:  # were a time limit an end, it would be worth this little
-        assert value < 4.3
+        assert 2.2 < value < 4.3
     else:
         assert value == pytest.approx(5.0, rel=0.02)
 

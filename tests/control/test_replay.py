@@ -198,19 +198,19 @@ def test_sums_of_rewards_are_those_of_a_plain_loop():
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("call", "name"),
     [
-        lambda: n_step_sums(torch.zeros(3, 2), torch.ones(3, dtype=torch.int64), discount=0.9),
-        lambda: n_step_sums(torch.zeros(3, 2), torch.ones(2, dtype=torch.int64), discount=1.1),
-        lambda: n_step_sums(torch.zeros(3, 2), torch.tensor([1, 4]), discount=0.9),
-        lambda: n_step_sums(torch.zeros(3, 2), torch.tensor([0, 3]), discount=0.9),
-        lambda: proportional_priorities(torch.zeros(2), exponent=-1.0),
-        lambda: proportional_priorities(torch.zeros(2), exponent=1.0, offset=0.0),
-        lambda: replay_weights(torch.ones(2), size=2, exponent=1.5),
+        (lambda: n_step_sums(torch.zeros(3, 2), torch.ones(3, dtype=torch.int64), discount=0.9), "steps"),
+        (lambda: n_step_sums(torch.zeros(3, 2), torch.ones(2, dtype=torch.int64), discount=1.1), "discount"),
+        (lambda: n_step_sums(torch.zeros(3, 2), torch.tensor([1, 4]), discount=0.9), "steps"),
+        (lambda: n_step_sums(torch.zeros(3, 2), torch.tensor([0, 3]), discount=0.9), "steps"),
+        (lambda: proportional_priorities(torch.zeros(2), exponent=-1.0), "exponent"),
+        (lambda: proportional_priorities(torch.zeros(2), exponent=1.0, offset=0.0), "offset"),
+        (lambda: replay_weights(torch.ones(2), size=2, exponent=1.5), "exponent"),
     ],
 )
-def test_bad_numbers_are_refused(call):
-    with pytest.raises(ValueError, match="expected"):
+def test_bad_numbers_are_refused(call, name):
+    with pytest.raises(ValueError, match=rf"\b{name}\b.*expected"):
         call()
 
 

@@ -373,7 +373,7 @@ def test_bad_input_is_named():
     good = (rows, rows, rows, rows)
     lengths = {"chosen_lengths": torch.ones(3), "rejected_lengths": torch.ones(3)}
     for match, name, arguments, options in [
-        (r"loss_type is \['dpo'\], expected one or more of sigmoid", "dpo", good, {}),
+        (r"loss_type is \['dpo'\], expected one or more of aot, ", "dpo", good, {}),
         (r"loss_type is \[\]", {}, good, {}),
         ("the weight of 'sigmoid' is nan", {"sigmoid": math.nan}, good, {}),
         (r"rejected_logprobs \[1\]", "sigmoid", (rows, rows[:1], rows, rows), {}),

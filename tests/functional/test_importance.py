@@ -329,6 +329,7 @@ def test_mismatch_weights_are_in_range_and_exactly_one_without_a_mismatch(seed, 
 def test_mismatch_weights_without_bounds_are_the_ratios_and_do_not_overflow():
     logprobs, sampler, mask = example()
     weights = mismatch_weights(logprobs, sampler, mask, mode="token_truncate", high=math.inf)
+    torch.testing.assert_close(weights, torch.where(mask, (logprobs - sampler).exp(), 0.0))
     far = torch.tensor([[-1e4, 0.0]])
     for mode in MODES:
         weights = mismatch_weights(far.flip(1).bfloat16(), far.bfloat16(), torch.ones(1, 2).bool(), mode=mode, high=2.0)

@@ -77,5 +77,5 @@ def test_the_controller_converges_to_the_price_that_buys_the_target(first, targe
 )
 def test_a_controller_that_cannot_work_is_refused(wrong):
     given = {"coefficient": 1.0, "divergence": 1.0, "target": 1.0} | wrong
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match=rf"\b{next(iter(wrong))}\b.*expected"):
         proportional_kl_coefficient(**given)

@@ -184,6 +184,24 @@ def test_a_hub_name_that_cannot_be_fetched_is_one_quick_line():
     assert time.monotonic() - start < 120  # and not the minutes of a client that tries again and again
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a/b", ("a/b", None, "train")),
+        ("a/b:test", ("a/b", None, "test")),
+        ("a/b:main:test", ("a/b", "main", "test")),
+        ("a/b:train[:100]", ("a/b", None, "train[:100]")),
+    ],
+)
+def test_what_a_hub_name_asks_for(monkeypatch, name, expected):
+    def load_dataset(repository, config, *, split, streaming):
+        return datasets.Dataset.from_list([{"prompt": str((repository, config, split, streaming))}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("taurl.llm.data.datasets.hub_problem", lambda *_: None)
+    assert load_rows(name)[0]["prompt"] == str((*expected, False))
+
+
 def test_a_dataset_object_and_a_list_give_the_same_rows():
     dataset = datasets.Dataset.from_list(ROWS)
     assert as_rows(dataset) == as_rows(ROWS) == as_rows(tuple(ROWS)) == ROWS
@@ -211,7 +229,10 @@ def test_rows_of_any_objects_have_a_fingerprint_that_another_process_finds_again
     assert of([{"check": lambda: 1}]) == of([{"check": lambda: 2}])  # shown with their place in memory
     assert of([{"at": date(2026, 1, 1)}]) != of([{"at": date(2026, 1, 2)}])
     assert of([{"a": {1: "x", "b": "y"}}]) != of([{"a": {1: "x", "b": "z"}}])
-    assert of([{"a": {(1, 2): "x"}}]) == of([{"a": {(1, 2): "x"}}])
+    assert of([{"a": {(1, 2): "x"}}]) != of([{"a": {(1, 3): "x"}}])
+    one, other = set(range(0, 80, 8)), set(range(72, -8, -8))  # the same, met in another order
+    assert list(one) != list(other)
+    assert of([{"a": one}]) == of([{"a": other}])
 
 
 # Columns --------------------------------------------------------------------------------------------------------------

@@ -250,7 +250,9 @@ def test_lora_resumes_exactly(config, folder, tmp_path):
     for _ in range(3):
         next(steps)
     steps.close()
-    resumed = GRPO.resume(tmp_path / "cut", rewards=letter_a, dataset=ROWS).train().run
+    seen = []
+    resumed = GRPO.resume(tmp_path / "cut", rewards=letter_a, dataset=ROWS, callbacks=[seen.append]).train().run
+    assert [record["step"] for record in seen] == [3, 4]
     assert untimed(resumed.records()) == untimed(whole.records())
     final = "final/adapter_model.safetensors"
     assert (resumed.directory / final).read_bytes() == (whole.directory / final).read_bytes()

@@ -169,14 +169,13 @@ def test_there_is_no_noise_in_evaluation_and_no_hook_afterwards(tmp_path):
     rows = [*ROWS, {"prompt": "a?", "completion": "b"}, {"prompt": "c?", "completion": "d"}]
     config = SFTConfig(out=tmp_path / "run", steps=2, rows_per_step=3, eval_rows=2, threads=1, neftune_alpha=100.0)
     noisy = SFT(tiny_model(), rows, config, tokenizer=tiny_tokenizer())
-    before = noisy.evaluate()
-    assert (
-        before
-        == SFT(
-            tiny_model(), rows, config.model_copy(update={"neftune_alpha": 0.0}), tokenizer=tiny_tokenizer()
-        ).evaluate()
-    )
+
+    def without_noise(model):
+        plain = config.model_copy(update={"neftune_alpha": 0.0, "out": None})
+        return SFT(model, rows, plain, tokenizer=tiny_tokenizer()).evaluate()
+
+    assert noisy.evaluate() == without_noise(tiny_model())
     noisy.train()
     model = noisy.policy.model
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert noisy.evaluate() == noisy.evaluate()
+    assert noisy.evaluate() == without_noise(model)

@@ -135,6 +135,20 @@ def test_answers_to_held_out_rows_stop_where_they_are_told_to(make):
     assert [asked[1:3] for asked in noting.asked] == [(1, Sampling(5, temperature=0, stop=("a",)))]
 
 
+# --- compiled layers
+
+
+def test_layers_are_compiled_only_where_that_is_asked_for(make, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("taurl.llm.algorithms.trainer.compile_layers", lambda model, _: compiled.append(model) or "")
+    for name in TRAINERS:
+        assert make(name).trained_models()
+    assert compiled == []
+    trainer = make("ppo", compile_layers=True)
+    assert compiled == trainer.trained_models()
+    assert len(compiled) == 2
+
+
 # --- gradient checkpointing
 
 

@@ -61,6 +61,11 @@ def adapter_hash() -> str:
     return model_hash(get_peft_model(tiny_model(), LoraConfig(r=1, target_modules="all-linear")))
 
 
+def print_adapter_hash() -> None:
+    """For another process."""
+    print(adapter_hash())
+
+
 def write_rows(path: Path, count: int = 12) -> Path:
     """A JSONL file of additions with their answers."""
     lines = (f'{{"prompt": "{i}+{i % 3}?", "answer": "{i + i % 3}"}}\n' for i in range(count))

@@ -22,8 +22,10 @@ def test_a_signal_to_a_forked_child_ends_that(number):
             try:
                 os.write(write, b"here")  # Python drops what comes before it has begun here
                 time.sleep(60)
-            finally:
+            except KeyboardInterrupt:
                 os._exit(7)
+            finally:
+                os._exit(8)
         os.read(read, 4)
         os.kill(child, number)
         _, status = os.waitpid(child, 0)

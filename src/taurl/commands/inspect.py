@@ -38,10 +38,10 @@ def main(words: Sequence[str]) -> int:
 
     reader = RowReader.of(config, load_tokenizer(config.model), load_outline(config.model))
     console, counts = plain_console(), Counter[str]()
-    for index, (own, name) in enumerate(reader.sources(config.dataset)):
+    for own, name in reader.sources(config.dataset):
         with named(name):
             raw = list(islice(iterate_rows(name, arguments=own.settings.dataset_args), config.rows))
-            rows = own.prepare(raw, further=index > 0)
+            rows = own.prepare(raw)
             for number, row in enumerate(rows, start=1):
                 for title, shown in versions(own, row, number, counts):
                     console.print(heading(f"{name}, row {number}{title}", shown), style="bold", soft_wrap=True)

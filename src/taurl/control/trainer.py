@@ -257,7 +257,7 @@ class Trainer(ABC):
         return load(directory)
 
     def finish(self, step: Step, figures: Record) -> Record:
-        """Close a record: episodes, speed, and an evaluation where one is due."""
+        """Close a record: episodes, speed, and an evaluation where one is due, which may end the run (`stop_at`)."""
         self.policy.facts["steps"] = step.number
         self.environments.take_episodes()
         if recent := self.environments.recent:
@@ -277,6 +277,9 @@ class Trainer(ABC):
             record = step.finish(**figures, **{"memory/peak_gb": peak_memory_gb(torch.device("cpu"))})
         if step.number < self.config.steps:
             self._say_unsaved()
+            target = self.config.stop_at
+            if target is not None and record.get("eval/mean_reward", -math.inf) >= target:
+                self.run.stop(f"an evaluation has reached {target:g}")
         return record
 
     def _count_skipped(self, step: Step, figures: Record) -> None:
@@ -287,15 +290,6 @@ class Trainer(ABC):
         figures["updates_skipped"] = skipped = sum(optimizer.take_skipped() for optimizer in optimizers)
         if skipped:
             self.run.view.note(f"step {step.number}: {skipped} of its updates not taken: their gradient was not finite")
-
-    def reached(self, record: Record) -> bool:
-        """Whether an evaluation has come to `stop_at`; the run is then stopped."""
-        target = self.config.stop_at
-        if target is None or record.get("eval/mean_reward", -math.inf) < target:
-            return False
-        if record["step"] < self.config.steps:
-            self.run.stop(f"an evaluation has reached {target:g}")
-        return True
 
     def _evaluation_due(self, step: int) -> bool:
         every, before = self.config.eval_every, self.run.step

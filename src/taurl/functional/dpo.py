@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from math import isfinite
-from typing import NamedTuple
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,53 +11,14 @@ from taurl.functional import direct_preference as losses
 from taurl.functional._inputs import at_least_float32, require_label_smoothing, require_positive, require_rows
 from taurl.functional.log_ratios import Divergence, divergence_scores
 
-
-class _Pairs(NamedTuple):
-    """What the losses choose from; each [N] or a number."""
-
-    logprobs: Tensor  # of the chosen answers
-    chosen: Tensor  # h_w
-    rejected: Tensor  # h_l
-    margins: Tensor  # Δ, of divergence scores
-    margins_per_token: Tensor | None  # f'(w)/|y_w| − f'(l)/|y_l|
-    policy_margins: Tensor  # log π(y_w) − log π(y_l)
-    reference_margins: Tensor
-    chosen_lengths: Tensor | None
-    beta: float
-    label_smoothing: float
-    discopop_temperature: float
-    reward_shift: float
-
-
-_LOSSES: dict[str, Callable[[_Pairs], Tensor]] = {
-    "sigmoid": lambda p: losses.sigmoid_loss(p.margins, beta=p.beta, label_smoothing=p.label_smoothing),
-    "sigmoid_norm": lambda p: losses.sigmoid_loss(
-        _given(p.margins_per_token), beta=p.beta, label_smoothing=p.label_smoothing
-    ),
-    "robust": lambda p: losses.robust_loss(p.margins, beta=p.beta, label_smoothing=p.label_smoothing),
-    "exo_pair": lambda p: losses.exo_pair_loss(p.margins, beta=p.beta, label_smoothing=p.label_smoothing),
-    "hinge": lambda p: losses.hinge_loss(p.margins, beta=p.beta),
-    "ipo": lambda p: losses.ipo_loss(_given(p.margins_per_token), beta=p.beta),
-    "discopop": lambda p: losses.discopop_loss(p.margins, beta=p.beta, temperature=p.discopop_temperature),
-    "nca_pair": lambda p: losses.nca_pair_loss(p.chosen, p.rejected, beta=p.beta),
-    "bco_pair": lambda p: losses.bco_pair_loss(p.chosen, p.rejected, beta=p.beta, reward_shift=p.reward_shift),
-    "sppo_hard": lambda p: losses.sppo_hard_loss(p.chosen, p.rejected, beta=p.beta),
-    "apo_zero": lambda p: losses.apo_zero_loss(p.chosen, p.rejected, beta=p.beta),
-    "apo_down": lambda p: losses.apo_down_loss(p.chosen, p.rejected, beta=p.beta),
-    "aot": lambda p: losses.aot_loss(
-        p.policy_margins, p.reference_margins, beta=p.beta, label_smoothing=p.label_smoothing
-    ),
-    "aot_unpaired": lambda p: losses.aot_loss(p.chosen, p.rejected, beta=p.beta, label_smoothing=p.label_smoothing),
-    "sft": lambda p: losses.sft_loss(p.logprobs, _given(p.chosen_lengths)),
-}
-
 DEFAULT_ALPHA = 0.5
 DEFAULT_DISCOPOP_TEMPERATURE = 0.05
-DPO_LOSSES = frozenset(_LOSSES)
 # These sort over the batch: a trainer gives them the whole optimizer batch at once, or refuses.
 WHOLE_BATCH_LOSSES = frozenset({"aot", "aot_unpaired"})
 SMOOTHED_LOSSES = frozenset({"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired"})
 DIVERGENCE_LOSSES = frozenset({"sigmoid", "sigmoid_norm", "robust", "exo_pair", "hinge", "ipo", "discopop"})
+DPO_LOSSES = DIVERGENCE_LOSSES | WHOLE_BATCH_LOSSES
+DPO_LOSSES |= {"nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "sft"}
 
 
 def dpo_loss(
@@ -140,52 +101,43 @@ def dpo_loss(
         reference_chosen_logprobs=reference_chosen_logprobs,
         reference_rejected_logprobs=reference_rejected_logprobs,
     )
-    pairs = _pairs(
-        (chosen_logprobs, rejected_logprobs),
-        (reference_chosen_logprobs.detach(), reference_rejected_logprobs.detach()),
-        (chosen_lengths, rejected_lengths),
-        lambda log_ratios: divergence_scores(log_ratios, divergence, alpha=alpha),
-        beta=beta,
-        label_smoothing=label_smoothing,
-        discopop_temperature=discopop_temperature,
-        reward_shift=reward_shift,
+    policy_w, policy_l = map(at_least_float32, (chosen_logprobs, rejected_logprobs))
+    reference_w, reference_l = (
+        at_least_float32(logprobs.detach()) for logprobs in (reference_chosen_logprobs, reference_rejected_logprobs)
     )
-    return torch.stack([weight * _LOSSES[name](pairs) for name, weight in mixture.items()]).sum(0)
+    h_w, h_l = policy_w - reference_w, policy_l - reference_l
+    scores_w, scores_l = (divergence_scores(log_ratios, divergence, alpha=alpha) for log_ratios in (h_w, h_l))
+    margins = scores_w - scores_l
+    lengths_w, lengths_l = cast(Tensor, chosen_lengths), cast(Tensor, rejected_lengths)  # there where they are read
 
+    def per_token() -> Tensor:
+        return losses.per_token(scores_w, lengths_w) - losses.per_token(scores_l, lengths_l)
 
-def _pairs(
-    policy: tuple[Tensor, Tensor],
-    reference: tuple[Tensor, Tensor],
-    lengths: tuple[Tensor | None, Tensor | None],
-    scored: Callable[[Tensor], Tensor],
-    **options: float,
-) -> _Pairs:
-    """What the losses take, from log-probabilities and lengths of the chosen and the rejected ones."""
-    policy_w, policy_l = map(at_least_float32, policy)
-    reference_w, reference_l = map(at_least_float32, reference)
-    chosen, rejected = policy_w - reference_w, policy_l - reference_l
-    scores_w, scores_l = scored(chosen), scored(rejected)
-    lengths_w, lengths_l = lengths
-    per_token = None
-    if lengths_w is not None and lengths_l is not None:
-        per_token = losses.per_token(scores_w, lengths_w) - losses.per_token(scores_l, lengths_l)
-    return _Pairs(
-        logprobs=policy_w,
-        chosen=chosen,
-        rejected=rejected,
-        margins=scores_w - scores_l,
-        margins_per_token=per_token,
-        policy_margins=policy_w - policy_l,
-        reference_margins=reference_w - reference_l,
-        chosen_lengths=lengths_w,
-        **options,
-    )
+    smoothed = {"beta": beta, "label_smoothing": label_smoothing}
+    table: dict[str, Callable[[], Tensor]] = {
+        "sigmoid": lambda: losses.sigmoid_loss(margins, **smoothed),
+        "sigmoid_norm": lambda: losses.sigmoid_loss(per_token(), **smoothed),
+        "robust": lambda: losses.robust_loss(margins, **smoothed),
+        "exo_pair": lambda: losses.exo_pair_loss(margins, **smoothed),
+        "hinge": lambda: losses.hinge_loss(margins, beta=beta),
+        "ipo": lambda: losses.ipo_loss(per_token(), beta=beta),
+        "discopop": lambda: losses.discopop_loss(margins, beta=beta, temperature=discopop_temperature),
+        "nca_pair": lambda: losses.nca_pair_loss(h_w, h_l, beta=beta),
+        "bco_pair": lambda: losses.bco_pair_loss(h_w, h_l, beta=beta, reward_shift=reward_shift),
+        "sppo_hard": lambda: losses.sppo_hard_loss(h_w, h_l, beta=beta),
+        "apo_zero": lambda: losses.apo_zero_loss(h_w, h_l, beta=beta),
+        "apo_down": lambda: losses.apo_down_loss(h_w, h_l, beta=beta),
+        "aot": lambda: losses.aot_loss(policy_w - policy_l, reference_w - reference_l, **smoothed),
+        "aot_unpaired": lambda: losses.aot_loss(h_w, h_l, **smoothed),
+        "sft": lambda: losses.sft_loss(policy_w, lengths_w),
+    }
+    return torch.stack([weight * table[name]() for name, weight in mixture.items()]).sum(0)
 
 
 def _require_known(mixture: Mapping[str, float]) -> None:
     names = set(mixture)
     if not names or names - DPO_LOSSES:
-        raise ValueError(f"loss_type is {sorted(names)}, expected one or more of {', '.join(_LOSSES)}")
+        raise ValueError(f"loss_type is {sorted(names)}, expected one or more of {', '.join(sorted(DPO_LOSSES))}")
     for name, weight in mixture.items():
         if not isfinite(weight):
             raise ValueError(f"the weight of {name!r} is {weight}, expected a finite number")
@@ -222,8 +174,3 @@ def _require_lengths(names: set[str], chosen_lengths: Tensor | None, rejected_le
         raise ValueError("'sigmoid_norm' and 'ipo' need chosen_lengths and rejected_lengths")
     if "sft" in names and chosen_lengths is None:
         raise ValueError("'sft' needs chosen_lengths")
-
-
-def _given(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None  # `_require_lengths` saw to it
-    return tensor

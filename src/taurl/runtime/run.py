@@ -278,7 +278,7 @@ class Run:
         """
         self.__enter__()
         try:
-            while self.step < self.config.steps:
+            while self.step < self.config.steps and STOPPED not in self.environment:
                 self._stop_if_interrupted()
                 self.mark()
                 left = -(-(self.config.steps - self.step) // unit) * unit
@@ -361,7 +361,7 @@ class Run:
         write_folder(self.directory / "final", export)  # of the directory that the run has had since it began
 
     def stop(self, why: str) -> None:
-        """Note that the run needs no more steps, and save it as it stands; the caller leaves its loop."""
+        """Save the run as it stands, and take no more steps."""
         self.save()
         self.view.note(f"stopped at step {self.step:,}: {why}")
         self.environment[STOPPED] = why

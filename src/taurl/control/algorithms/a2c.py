@@ -52,10 +52,7 @@ class A2C(Trainer):
                         found.append(figures)
                 means = {name: torch.stack([one[name] for one in found]).nanmean().item() for name in found[0]}
                 means |= {"grad_norm": sum(norms) / len(norms), "learning_rate": rate}
-                record = self.finish(step, means)
-                yield record
-                if self.reached(record):
-                    return
+                yield self.finish(step, means)
 
     def _loss(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """Policy gradient, value loss and entropy bonus of a rollout."""

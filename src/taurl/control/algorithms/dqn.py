@@ -72,10 +72,7 @@ class DQN(Trainer):
                             figures += self._learn(taken)
                 self.policy.epsilon = self._epsilon(step.number)
                 shown = {"train/epsilon": self.policy.epsilon, "learning_rate": learning_rate(step.number, config)}
-                record = self.finish(step, {**means(figures), **shown})
-                yield record
-                if self.reached(record):
-                    return
+                yield self.finish(step, {**means(figures), **shown})
 
     @torch.no_grad()
     def _act(self, taken: int) -> None:

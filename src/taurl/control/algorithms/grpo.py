@@ -71,10 +71,7 @@ class GRPO(Trainer):
                     # Those count too that a copy is stepped on with while it waits for the longest episode.
                     taken += rollout.valid.numel()
                 step.number = self.run.step + taken
-                record = self.finish(step, figures)
-                yield record
-                if self.reached(record):
-                    return
+                yield self.finish(step, figures)
 
     def _play(self, step: int) -> Rollout:
         """One episode of every copy, each group's from one seed of its own, which is drawn from run and step."""

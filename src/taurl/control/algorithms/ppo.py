@@ -105,10 +105,7 @@ class PPO(Trainer):
                     with step.phase("update", "updating"):
                         first = self.run.step + (iteration - 1) * steps + 1
                         figures = self._iterate(rollout, first, measured=iteration == iterations)
-                record = self.finish(step, figures)
-                yield record
-                if self.reached(record):
-                    return
+                yield self.finish(step, figures)
 
     def _iterate(self, rollout: Rollout, first: int, *, measured: bool = True) -> Record:
         """Advantages, then epochs of minibatches. Returns the last epoch's figures, if they are measured.

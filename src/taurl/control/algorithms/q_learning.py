@@ -66,8 +66,6 @@ class QLearning(Trainer):
                 record = self.finish(step, figures)
                 self._draw_picture()
                 yield record
-                if self.reached(record):
-                    return
 
     def _take_up(self) -> None:
         """Go on from where the environments stand, which evaluation or a checkpoint may have changed."""

@@ -95,10 +95,7 @@ class REINFORCE(Trainer):
                         figures = self._iterate(rollout, self.run.step + taken + 1)
                     taken += rollout.valid.numel()
                 step.number = self.run.step + taken
-                record = self.finish(step, figures)
-                yield record
-                if self.reached(record):
-                    return
+                yield self.finish(step, figures)
 
     def _iterate(self, rollout: Rollout, first: int) -> Record:
         """Returns and baselines, steps of the policy, then of the baseline."""

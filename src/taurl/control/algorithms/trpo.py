@@ -77,10 +77,7 @@ class TRPO(Trainer):
                         rollout = self.collector.collect(self.policy.actor, self.critic, config.rollout_steps)
                     with step.phase("update", "updating"):
                         figures = self._iterate(rollout, self.run.step + (iteration - 1) * steps + 1)
-                record = self.finish(step, figures)
-                yield record
-                if self.reached(record):
-                    return
+                yield self.finish(step, figures)
 
     def _iterate(self, rollout: Rollout, first: int) -> Record:
         """Advantages, one step of the policy, then epochs of the critic."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from taurl.runtime.errors import InputError, one_line
+from taurl.runtime.errors import InputError, one_line, shorten
 
 Row = dict[str, Any]
 LONGEST_CELL = 2**31 - 1  # characters of a CSV cell: a text may be long
@@ -57,7 +57,7 @@ def _parse_lines(path: Path, lines: Iterable[str]) -> Iterator[Row]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise InputError(f"{path}:{number}: not JSON ({one_line(error)}): {_excerpt(line)}") from error
+            raise InputError(f"{path}:{number}: not JSON ({one_line(error)}): {shorten(line, 60)}") from error
         yield _require_object(row, f"{path}:{number}")
 
 
@@ -78,14 +78,9 @@ def _read_json(path: Path) -> Iterator[Row]:
 def _require_object(row: object, where: str) -> Row:
     if not isinstance(row, dict):
         raise InputError(
-            f"{where}: found {_excerpt(json.dumps(row, ensure_ascii=False))}; expected an object {{column: value}}"
+            f"{where}: found {shorten(json.dumps(row, ensure_ascii=False), 60)}; expected an object {{column: value}}"
         )
     return row
-
-
-def _excerpt(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= 60 else text[:59] + "…"
 
 
 def _read_csv(path: Path) -> Iterator[Row]:

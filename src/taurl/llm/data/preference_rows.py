@@ -7,7 +7,7 @@ through the end of the assistant's turn.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self, TypeAlias, cast
+from typing import Any, Literal, Self, TypeAlias
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -237,8 +237,7 @@ def train_and_held_out_preferences(
         eval_rows: how many prompts are held out.
         note: told how many rows were left out, or teach nothing, and why.
     """
-    found = train_and_held_out(cast(Any, reader), dataset, eval_dataset, eval_rows, seed, whole_prompts=True)
-    train, held_out, dropped = cast(tuple[Preferences, Preferences, int], found)
+    train, held_out, dropped = train_and_held_out(reader, dataset, eval_dataset, eval_rows, seed, whole_prompts=True)
     if dropped:
         note(f"{dropped} training rows left out: their prompts are among the held-out ones")
     # Taken out of one data set, both know of all its rows.

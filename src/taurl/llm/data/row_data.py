@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,17 +13,6 @@ from taurl.llm.data.row_reader import RowReader
 from taurl.llm.data.tasks import held_out_count, train_and_held_out
 from taurl.llm.data.token_rows import TokenRows
 from taurl.runtime.errors import InputError
-
-
-class DataSizes(Protocol):
-    """The settings that `RowData.read` takes."""
-
-    @property
-    def train_rows(self) -> int | None: ...
-    @property
-    def eval_rows(self) -> int | None: ...
-    @property
-    def seed(self) -> int: ...
 
 
 @dataclass
@@ -49,7 +38,7 @@ class RowData:
     notes: list[str]
 
     @classmethod
-    def read(cls, reader: RowReader, dataset: object, eval_dataset: object, settings: DataSizes) -> Self:
+    def read(cls, reader: RowReader, dataset: object, eval_dataset: object, settings: Any) -> Self:
         """Read what is trained and evaluated on; a stream only as far as its first window.
 
         Raises: InputError for what cannot be read.
@@ -76,7 +65,7 @@ class RowData:
         return cls(order, held_out, count, rows.fingerprint() + held_out.fingerprint(), rows.counts, notes)
 
     @classmethod
-    def _stream(cls, reader: RowReader, dataset: object, eval_dataset: object, settings: DataSizes) -> Self:
+    def _stream(cls, reader: RowReader, dataset: object, eval_dataset: object, settings: Any) -> Self:
         wanted = held_out_count(settings.eval_rows)
         if wanted and eval_dataset is None:
             raise InputError("a stream is not read ahead to hold rows out: give eval_dataset, or eval_rows 0")

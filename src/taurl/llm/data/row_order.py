@@ -165,10 +165,9 @@ class _Source:
 
     def _fill(self) -> None:
         """Read the window that begins at `start`, in the order that its seed gives it."""
-        further = self.seed[-1] > 0
         with named(self.name):
             raw = list(islice(self._rows, self.reader.settings.shuffle_window))
-            rows = self.reader.prepare(raw, first=self.start + 1, further=further) if raw else []
+            rows = self.reader.prepare(raw, first=self.start + 1) if raw else []
             parts = [
                 part
                 for number, row in enumerate(rows, start=self.start + 1)

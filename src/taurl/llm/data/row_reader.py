@@ -91,7 +91,7 @@ class RowReader:
         for index, (reader, name) in enumerate(self.sources(source)):
             with named(name):
                 raw = load_rows(name, arguments=reader.settings.dataset_args) if isinstance(name, str) else name
-                found = reader.prepare(as_rows(raw), further=index > 0)
+                found = reader.prepare(as_rows(raw))
                 number_of = {id(row): number for number, row in enumerate(found, start=1)}
                 found = (distinct_rows(found) if distinct else found)[:limit]
                 before = len(rows)
@@ -128,17 +128,10 @@ class RowReader:
             changes["dataset_args"] = {}
         return replace(self, settings=self.settings.model_copy(update=changes), further=True)
 
-    def prepare(self, rows: Rows, *, first: int = 1, further: bool = False) -> Rows:
-        """Raw rows with columns renamed and answers cut out.
-
-        Args:
-            first: number of the first row.
-            further: whether they are of a data set mixed in.
-        """
+    def prepare(self, rows: Rows, *, first: int = 1) -> Rows:
+        """Raw rows, of which the first has this number, with columns renamed and answers cut out."""
         columns, answer_after = self.settings.columns, self.settings.answer_after
-        return prepare_rows(
-            rows, columns=columns, answer_after=answer_after, first=first, further=further or self.further
-        )
+        return prepare_rows(rows, columns=columns, answer_after=answer_after, first=first, further=self.further)
 
     def encode(self, row: Row, number: int, counts: Counter[str]) -> list[TokenRow]:
         """The token rows of a row, one in most cases; what its length cost is added to `counts`.

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -77,6 +77,8 @@ def fingerprint(data: Any) -> str:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, set | frozenset):  # whose order is another one in every process
+        return f"{type(value).__name__} {sorted(map(_shown, value))}"
     text = str(value)
     return type(value).__name__ if f"{id(value):x}" in text else text
 
@@ -124,26 +126,6 @@ class Prompts:
         return self.take([place[id(row)] for row in rows])
 
 
-class Readable(Protocol):
-    """Rows of a data set in some form, `Prompts` for one."""
-
-    @property
-    def rows(self) -> Rows: ...
-
-    def of(self, rows: Rows) -> Self: ...
-
-
-Read = TypeVar("Read", bound=Readable)
-
-
-class Reader(Protocol[Read]):
-    """What reads a data set, `PromptReader` for one."""
-
-    def read(self, source: object, limit: int | None = None, *, distinct: bool = False) -> Read: ...
-
-    def for_other(self, source: object) -> "Reader[Read]": ...
-
-
 HELD_OUT = 200  # questions that a run evaluates on unless it says otherwise; they tell an accuracy to ± 0.07 or better
 
 
@@ -153,20 +135,21 @@ def held_out_count(eval_rows: int | None) -> int:
 
 
 def train_and_held_out(
-    reader: Reader[Read],
+    reader: Any,
     dataset: object,
     eval_dataset: object,
     eval_rows: int | None,
     seed: int,
     *,
     whole_prompts: bool = False,
-) -> tuple[Read, Read, int]:
+) -> tuple[Any, Any, int]:
     """Training and held-out rows that share no question, and how many training rows were dropped for that.
 
     Without `eval_dataset` the held-out rows are taken out of `dataset`: where their number is not given, a tenth of its
     distinct questions, up to 200. With it, its first `eval_rows` (200) distinct ones are used.
 
     Args:
+        reader: a `PromptReader`, or another that reads rows of its own form as that does.
         whole_prompts: hold out all rows of a held-out question, not one of them.
     """
     read = reader.read(dataset)

@@ -53,9 +53,10 @@ def hidden_logprobs(
     """The second half of `completion_logprobs`, from what `completion_hidden` gave."""
     places = mask.flatten().nonzero()[:, 0]  # found once: each time that they are, a GPU is waited for
     wanted = hidden.flatten(0, 1).index_select(0, places)
-    chosen, entropies = head_logprobs(output_head(model), wanted, tokens.flatten()[places], temperature)
-    empty = chosen.new_zeros(mask.numel())
-    logprobs, spread = (empty.index_copy(0, places, values).view_as(mask) for values in (chosen, entropies))
+    scores = head_scores(output_head(model), wanted, tokens.flatten()[places], temperature)
+    empty = scores.logprobs.new_zeros(mask.numel())
+    found = scores.logprobs, scores.entropies
+    logprobs, spread = (empty.index_copy(0, places, values).view_as(mask) for values in found)
     return logprobs, spread
 
 
@@ -90,14 +91,8 @@ def checkpoints_activations(model: PreTrainedModel) -> bool:
     return any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def head_logprobs(head: OutputHead, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """`chosen_logprobs` through a model's output head: hidden [M, d], tokens int64 [M] → logprobs, entropies [M]."""
-    scores = head_scores(head, hidden, tokens, temperature)
-    return scores.logprobs, scores.entropies
-
-
 def head_scores(head: OutputHead, hidden: Tensor, tokens: Tensor, temperature: float = 1.0) -> TokenScores:
-    """`score_tokens` through a model's output head, as `head_logprobs`."""
+    """`score_tokens` through a model's output head: hidden [M, d] and tokens int64 [M] → figures [M]."""
     bias = head.bias
     if head.scale != 1:  # scale · (h · Wᵀ + b) = (scale · h) · Wᵀ + scale · b
         hidden, bias = hidden * head.scale, None if bias is None else bias * head.scale

@@ -45,7 +45,7 @@ class RowPart:
     @classmethod
     def of(cls, batch: Sequence[TokenRow], rows: Sequence[int], device: torch.device, *, packed: bool) -> "RowPart":
         """These rows of a batch; packed: end to end."""
-        lengths = [input_length(batch[row]) for row in rows]
+        lengths = [batch[row].last_target for row in rows]  # tokens that go through the model: what is before it
         longest = max(lengths)
         starts = [0, *accumulate(lengths)][:-1] if packed else [place * longest for place in range(len(rows))]
         ids = torch.zeros(sum(lengths) if packed else longest * len(rows), dtype=torch.long)
@@ -69,11 +69,6 @@ class RowPart:
         )
 
 
-def input_length(row: TokenRow) -> int:
-    """Tokens of a row that go through the model: those before its last target. 0 if it has no target."""
-    return row.last_target
-
-
 def trained_tokens(batch: Sequence[TokenRow]) -> int:
     """How many targets the rows have together."""
     return sum(row.targets for row in batch)
@@ -86,7 +81,7 @@ def row_parts(
 
     A row without a target is in no part.
     """
-    lengths = {place: length for place, row in enumerate(batch) if (length := input_length(row))}
+    lengths = {place: length for place, row in enumerate(batch) if (length := row.last_target)}
     for rows in (packed_rows if packed else sorted_rows)(lengths, tokens_per_part):
         yield RowPart.of(batch, rows, device, packed=packed)
 
