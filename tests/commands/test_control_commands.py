@@ -57,7 +57,6 @@ def test_training_ends_with_the_return_and_the_places(run, capsys):
     ]
 
 
-@pytest.mark.parametrize("folder", ["", "best", "final"])
 @pytest.mark.parametrize("algorithm", ["dqn", "reinforce", "a2c", "trpo", "grpo"])
 def test_each_algorithm_has_its_command(tmp_path, algorithm):
     words = f"{algorithm} --env CartPole-v1 --no-preset --no-video --steps 64 --eval-episodes 0 --out"
@@ -65,6 +64,7 @@ def test_each_algorithm_has_its_command(tmp_path, algorithm):
     assert json.loads((tmp_path / "run/environment.json").read_text())["algorithm"] == algorithm
 
 
+@pytest.mark.parametrize("folder", ["", "best", "final"])
 def test_evaluating_prints_the_spread(run, capsys, folder):
     assert control("evaluate", run / folder, "--episodes", 12) == 0
     lines = capsys.readouterr().out.splitlines()
