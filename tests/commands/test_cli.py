@@ -104,6 +104,10 @@ def test_flags_may_have_a_value():
         grpo("--mask-truncated", "true", "false")
 
 
+def test_of_an_option_of_one_value_the_last_counts():
+    assert grpo("--steps", "3", "--steps", "4").steps == 4
+
+
 def test_one_word_may_stand_where_several_may(tmp_path):
     (tmp_path / "one.yaml").write_text("rewards: last_number\nstop: '</answer>'\n")
     config = grpo("--config", str(tmp_path / "one.yaml"))
@@ -157,9 +161,9 @@ def test_a_config_file_is_overridden_by_options_and_written_back_the_same(tmp_pa
         (["--epsilon", "0.1"], "unknown option --epsilon; did you mean --clip-low and --clip-high?"),
         (
             ["--rewards", "a.py:f", "--rewards=b.py:g"],
-            "--rewards is there twice: give it once, several values one after",
+            "--rewards is there twice: give it once, its values one after the other",
         ),
-        (["--max_tokens", "8", "--max-tokens", "9"], "--max-tokens is there twice"),
+        (["--dataset-args", "a=1", "--dataset_args", "b=2"], "--dataset-args is there twice"),
         (["--config", "a.yaml", "--config", "b.yaml"], "--config is there twice"),
         (["--config"], "--config needs a value"),
         (["--config", "--steps", "3"], "--config needs a value"),

@@ -46,7 +46,7 @@ def test_a_reward_that_applies_to_nothing_is_a_dash_in_the_table(here, words, ca
 
 
 def test_several_rewards_are_shown_with_their_sum(here, words, capsys):
-    two = words(steps=1, rewards="rewards.py:high_ids")
+    two = words(steps=1, rewards=None)
     assert main([*two, "--rewards", "rewards.py:high_ids", "rewards.py:judge", "--reward-weights", "0", "2"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert next(row for row in rows if "reward" in row)[3] == "2.000"

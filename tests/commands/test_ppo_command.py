@@ -30,4 +30,4 @@ def test_what_is_wrong_is_said_in_one_line(here, words, failing):
     (here / "game.py").write_text("class Game:\n    pass\n")
     message = failing(ppo(words, dataset=None, rewards=None, environment="game.py:Game"), 2)
     assert "environment with seed" in message
-    assert not (here / "run").exists()
+    assert not (here / "run/final").exists()

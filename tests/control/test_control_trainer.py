@@ -118,11 +118,12 @@ def test_an_evaluation_says_how_many_episodes_it_has_cut(tmp_path, monkeypatch, 
     def make():
         return Endless(limit=10**9)
 
-    PPO(make, PPOConfig(out=tmp_path / "run", steps=64, **SMALL)).train()
+    trainer = PPO(make, PPOConfig(out=tmp_path / "run", steps=64, **SMALL)).train()
     assert "4 of 4 episodes were cut after 12 steps" in capsys.readouterr().err.replace("\n", " ")
     found = evaluate_policy(load(tmp_path / "run"), make, 3)
     assert (found.lengths, found.cut) == ([12, 12, 12], 3)
     assert evaluate_policy(load(tmp_path / "run"), lambda: Endless(limit=5), 3).cut == 0
+    assert evaluate_policy(trainer, make, 3) == found
 
 
 def test_an_evaluation_ends_where_a_vector_class_sets_no_limit(tmp_path, monkeypatch):

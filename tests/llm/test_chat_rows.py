@@ -165,10 +165,13 @@ def test_tools_reach_the_template_and_their_results_are_context():
 
 
 def test_arguments_of_calls_that_are_json_become_objects():
-    """As servers give and many data sets have them: a template would write the string with its quotes escaped."""
+    """As servers give and many data sets have them: a template would write the string with its quotes escaped.
+
+    Where a template joins strings, objects become JSON.
+    """
     tokenizer = character_tokenizer(QWEN3)
 
-    def forms(arguments):
+    def forms(arguments, tokenizer=tokenizer):
         calls = [{"function": {"name": "add", "arguments": arguments}}]
         talk = [says("user", "2+2?"), {**says("assistant", ""), "tool_calls": calls}, says("tool", "4")]
         (row,) = RowReader.of(RowSettings(), tokenizer, None).read([{"messages": talk[:2]}]).token_rows
@@ -178,6 +181,11 @@ def test_arguments_of_calls_that_are_json_become_objects():
 
     assert forms('{"a": 2}') == forms({"a": 2})
     assert '"arguments": {"a": 2}' in tokenizer.decode(forms('{"a": 2}')[0])
+    joining = QWEN3.replace("call.function | tojson", "call.function.name + '(' + call.function['arguments'] + ')'")
+    assert joining != QWEN3
+    joins = character_tokenizer(joining)
+    assert forms('{"a": 2}', joins) == forms({"a": 2}, joins)
+    assert 'add({"a": 2})' in joins.decode(forms({"a": 2}, joins)[0])
     for free in ("no JSON", "2", ""):  # stays as it is
         assert f'"arguments": {json.dumps(free)}' in tokenizer.decode(forms(free)[0])
 

@@ -121,10 +121,21 @@ def test_an_answer_that_was_cut_off_is_not_preferred_where_that_has_a_price(conf
         assert chosen["finish"] == "stop"
 
 
+def test_what_compiled_layers_say_is_not_taken_for_what_others_do(config, folder):
+    """They round otherwise, and a kept reference is to be repeated exactly."""
+    trainer = DPO(str(folder), ROWS, config=config(steps=1))
+    plain = trainer._circumstances()
+    trainer.config = trainer.config.model_copy(update={"compile_layers": True})
+    assert trainer._circumstances() != plain
+
+
 def test_the_hash_of_an_adapter_is_the_same_in_every_process():
     """Though its settings hold sets, whose order differs from process to process."""
-    code, said = Child(print_adapter_hash).wait()  # of a server that was started with another seed of hashes
-    assert (code, said.split()[-1]) == (0, adapter_hash())
+    code, said = Child(print_adapter_hash).wait()
+    *_, seed, found = said.split()
+    if seed == str(hash("a")):
+        pytest.skip("PYTHONHASHSEED gives all processes one order of sets")
+    assert (code, found) == (0, adapter_hash())
     assert len(adapter_hash()) == 64
 
 

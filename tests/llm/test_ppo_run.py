@@ -126,6 +126,10 @@ def test_an_object_that_has_two_roles_is_refused(config, role, message, rank):
 def test_a_reference_that_reads_other_tokens_is_refused(config, folder, tmp_path):
     with pytest.raises(InputError, match="the reference knows 20 tokens and the model 45"):
         PPO(str(folder), ROWS, high_ids, config(out=None), reference=tiny_model(vocab_size=20))
+    tiny_model(vocab_size=20).save_pretrained(tmp_path / "small")
+    tiny_tokenizer().save_pretrained(tmp_path / "small")
+    with pytest.raises(InputError, match="the reference knows 20 tokens and the model 45"):
+        PPO(str(folder), ROWS, high_ids, config(out=None), reference=str(tmp_path / "small"))
     save_tiny_policy(tmp_path / "other")
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["word"])

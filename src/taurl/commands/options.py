@@ -51,9 +51,6 @@ def pair(word: str) -> tuple[str, Any]:
         return name, value  # a word that YAML has another use for, or a date that there is not
 
 
-TWICE = "{} is there twice: give it once, several values one after the other"
-
-
 def take_option(words: Sequence[str], name: str) -> tuple[str | None, list[str]]:
     """Take `--name VALUE` or `--name=VALUE` out of the words."""
     left, value, rest = list(words), None, []
@@ -61,7 +58,7 @@ def take_option(words: Sequence[str], name: str) -> tuple[str | None, list[str]]
         word = left.pop(0)
         if word == name:
             if value is not None:
-                raise InputError(TWICE.format(name))
+                raise InputError(f"{name} is there twice: give it once")
             if not left or not left[0] or left[0].startswith("--"):
                 raise InputError(f"{name} needs a value")
             value = left.pop(0)
@@ -85,11 +82,9 @@ def parse(
     """
     refuse_bare(words, config)
     refuse_other_names(words, config)
-    names = [word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")]
-    if twice := next((name for name in names if names.count(name) > 1), None):  # of which tyro would take the last
-        raise InputError(TWICE.format(twice))
     words = with_flags(words, config)
     file, words = take_option(words, "--config")
+    refuse_twice(words, config)
     if file is not None:
         below = default.model_dump() if default is not None else {}
         default = validated(config, below | read_yaml(Path(file)), source=file)
@@ -182,6 +177,18 @@ def with_flags(words: Sequence[str], config: type[BaseModel]) -> list[str]:
         if value.lower() not in ("", "true", "false"):
             raise InputError(f"{word} is {value!r}, expected True or False")
     return found
+
+
+def refuse_twice(words: Sequence[str], config: type[BaseModel]) -> None:
+    """Raises: InputError for an option of several values that is there twice: tyro would drop what the first one says.
+
+    Of others the last one counts, as it does everywhere, so that what a script says can be said otherwise behind it.
+    """
+    fields = config.model_fields.items()
+    several = {name for name, field in fields if isinstance(field.get_default(call_default_factory=True), tuple | dict)}
+    names = [word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")]
+    if twice := next((name for name in names if name in several and names.count(name) > 1), None):
+        raise InputError(f"--{twice.replace('_', '-')} is there twice: give it once, its values one after the other")
 
 
 def refuse_bare(words: Sequence[str], config: type[BaseModel]) -> None:

@@ -299,7 +299,7 @@ class Trainer(ABC):
 
 
 def evaluate_policy(
-    policy: Acting,
+    policy: Acting | Trainer,
     environment: EnvironmentLike,
     episodes: int = 100,
     *,
@@ -311,7 +311,7 @@ def evaluate_policy(
     """Play whole episodes in new environments, several at once, and close them; in the one object, if one was given.
 
     Args:
-        policy: what `load` gives, or anything with its `act`.
+        policy: what `load` gives, a trainer, or anything with their policy's `act`.
         environment: an id, a function that makes one, or an environment.
         seed: of the environments; by default that of `taurl control evaluate`, far from those that runs train with.
         arguments: of an id.
@@ -321,6 +321,7 @@ def evaluate_policy(
         has none of its own, 100,000 where the environment came otherwise. `metrics()` has their means.
     """
     require_episodes(episodes)
+    acting: Acting = policy.policy if isinstance(policy, Trainer) else policy
     copies = 1 if isinstance(environment, gymnasium.Env) else copies_for(episodes)
     arguments, longest = with_limit(environment, arguments or {})
     environments = Environments(
@@ -330,10 +331,10 @@ def evaluate_policy(
         arguments=arguments,
         # Processes of their own would take longer to start than the episodes take.
         vectorization="auto" if vectorization == "async" else vectorization,
-        mask_actions=getattr(policy, "masks_actions", False),
+        mask_actions=getattr(acting, "masks_actions", False),
     )
     try:
-        found = evaluate(policy, environments, episodes, deterministic=deterministic, longest=longest)
+        found = evaluate(acting, environments, episodes, deterministic=deterministic, longest=longest)
         return found if longest is None else found._replace(cut=sum(length >= longest for length in found.lengths))
     finally:
         environments.close()

@@ -343,7 +343,7 @@ class DPO(OnlineTrainer):
         machine = torch.__version__, transformers.__version__, str(self.device), torch.get_num_threads()
         gpu = [torch.cuda.get_device_name(self.device)] if self.device.type == "cuda" else []
         attention = self.policy.model.config._attn_implementation
-        return [config.excess_weight, *batches, attention, *machine, *gpu]
+        return [config.excess_weight, *batches, config.compile_layers, attention, *machine, *gpu]
 
     def evaluation(self, step: int) -> Evaluation:
         """The figures of training on the held-out rows; online, rewards of greedy answers."""

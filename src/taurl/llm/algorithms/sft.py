@@ -85,11 +85,12 @@ class SFT(Trainer):
 
     def set_up(self, dtype: torch.dtype | None) -> None:
         config, run = self.config, self.run
-        if not config.generate_rows:
-            if self.given("rewards"):
-                raise InputError(REWARDS_SCORE_ANSWERS)
-            why = "it is for answers to held-out rows, and generate_rows is 0 (what cuts rows is max_length)"
-            refuse_unread(config, ("max_tokens", "stop", "reward_weights"), why)
+        if self.given("rewards") and not config.generate_rows:
+            raise InputError(REWARDS_SCORE_ANSWERS)
+        if not config.generate_rows and not run.step:
+            why = "it is for answers to held-out rows, and generate_rows is 0"
+            refuse_unread(config, ["max_tokens"], f"{why} (what cuts rows is max_length)")
+            refuse_unread(config, ("stop", "reward_weights", "reward_timeout", "reward_process"), why)
         reader = RowReader.of(config, self.tokenizer, self.outline())
         self.data = RowData.read(reader, self.given("dataset"), self.given("eval_dataset"), config)
         for note in self.data.notes:

@@ -116,7 +116,8 @@ class Trainer(ABC):
         self.set_up(dtype)
         repeat_weights(run, self.kept_weights())
         if self.config.compile_layers:
-            for said in {compile_layers(trained, self.device) for trained in self.trained_models()}:
+            models = [*self.trained_models(), self.policy.own_reference]  # which rounds as they do
+            for said in {compile_layers(model, self.device) for model in models if model is not None}:
                 run.view.note(said)
         self.restore()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -27,6 +28,7 @@ through the template."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MARKER = "taurl"  # a word that no template writes, trims or escapes
 ANSWER_MARKER = "taurlanswer"
+JOINED_ARGUMENTS = re.compile(r"""\barguments['"]?\]?\s*[+~]""")  # in a template that writes strings one after another
 THINKING = ("reasoning_content", "reasoning", "thinking")  # names of what a message holds of it
 
 
@@ -139,38 +141,44 @@ def as_messages(
         if prompt_format == "text" or (prompt_format == "auto" and not tokenizer.chat_template):
             return None
         prompt = [{"role": "user", "content": prompt}]
-    return with_system_prompt(prompt, system_prompt)
+    return for_template(with_system_prompt(prompt, system_prompt), tokenizer)
 
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[dict[str, Any]]:
     """The messages (new dicts), with the system prompt before them where they have no system message of their own."""
-    copies = [for_template(message) for message in messages]
+    copies = [dict(message) for message in messages]
     if system_prompt is not None and all(message["role"] != "system" for message in copies):
         copies.insert(0, {"role": "system", "content": system_prompt})
     return copies
 
 
-def for_template(message: Message) -> dict[str, Any]:
-    """A copy of a message, the arguments of its calls as objects, also where they are JSON as APIs of servers have it.
+def for_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Copies of messages, the arguments of their calls in the one of two forms that the chat template takes.
 
-    A template writes the arguments as JSON itself, so that a string would be escaped once more.
+    Most templates write an object as JSON themselves, and would escape a string once more; some (DeepSeek's) join
+    strings, and take no object. Data sets have either, as servers' APIs do.
     """
-    copy = dict(message)
-    if isinstance(calls := message.get("tool_calls"), list | tuple):
-        copy["tool_calls"] = [_with_arguments(call) for call in calls]
-    return copy
+    joined = JOINED_ARGUMENTS.search(str(tokenizer.chat_template)) is not None
+    copies = [dict(message) for message in messages]
+    for copy in copies:
+        if isinstance(calls := copy.get("tool_calls"), list | tuple):
+            copy["tool_calls"] = [_with_arguments(call, joined) for call in calls]
+    return copies
 
 
-def _with_arguments(call: Any) -> Any:
+def _with_arguments(call: Any, joined: bool) -> Any:
     if not isinstance(call, Mapping):
         return call
     if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _with_arguments(call["function"])}
+        return {**call, "function": _with_arguments(call["function"], joined)}
+    arguments = call.get("arguments")
+    if joined and isinstance(arguments, Mapping):
+        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
     try:
-        arguments = json.loads(call["arguments"])
-    except (KeyError, TypeError, ValueError):  # none, an object already, or free text, which a template writes as it is
+        parsed = json.loads(arguments) if isinstance(arguments, str) and not joined else None
+    except ValueError:  # free text, which a template writes as it is
         return call
-    return {**call, "arguments": arguments} if isinstance(arguments, Mapping) else call
+    return {**call, "arguments": parsed} if isinstance(parsed, Mapping) else call
 
 
 def require_all_read(
@@ -229,7 +237,7 @@ def following_ids(
     if not tokenizer.chat_template:
         raise InputError("several turns need a chat template, and this tokenizer has none")
     answered = [{"role": "user", "content": MARKER}, {"role": "assistant", "content": ANSWER_MARKER}]
-    whole = [*answered, *map(for_template, messages)]
+    whole = for_template([*answered, *messages], tokenizer)
     with template_refusals():
         text = cast(
             str,

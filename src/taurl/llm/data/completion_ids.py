@@ -161,9 +161,10 @@ class Conversations:
         for message in messages:  # a prompt that ends with the assistant's words is continued, not answered
             if joined and joined[-1]["role"] == message["role"] == "assistant":
                 words = (joined[-1].get("content") or "") + (message.get("content") or "")
-                joined[-1] = {**joined[-1], **for_template(message), "content": words}
+                joined[-1] = {**joined[-1], **message, "content": words}
             else:
-                joined.append(for_template(message))
+                joined.append(dict(message))
+        joined = for_template(joined, self.tokenizer)
         kwargs = self.chat_template_kwargs or {}
         require_all_read(self.tokenizer.get_chat_template(tools=kwargs.get("tools")), joined, kwargs, f"{where}: ")
         with template_refusals(f"{where}: "):

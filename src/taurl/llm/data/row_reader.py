@@ -9,12 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from taurl.llm.data.chat import require_all_read, require_known, with_system_prompt
+from taurl.llm.data.chat import for_template, require_all_read, require_known, with_system_prompt
 from taurl.llm.data.chat_rows import RowEncoder
 from taurl.llm.data.chat_templates import CHATML, make_room, set_chat_template, write_stop_tokens
 from taurl.llm.data.data_files import Row
 from taurl.llm.data.datasets import Rows, as_rows, distinct_rows, is_task, load_rows, prepare_rows
-from taurl.llm.data.row_forms import Chat, Text, read_form
+from taurl.llm.data.row_forms import Chat, Messages, Text, read_form
 from taurl.llm.data.tasks import named
 from taurl.llm.data.token_rows import TokenRow, TokenRows, fit
 from taurl.llm.models.heads import context_length, known_tokens
@@ -179,7 +179,7 @@ class RowReader:
         if isinstance(form, Text):
             return [self.encoder.text(form)]
         self._require_template()
-        chat = self._with_system_prompt(form)
+        chat = self._prepared(form)
         require_all_read(self.tokenizer.get_chat_template(tools=chat.options.get("tools")), chat.messages, chat.options)
         if not self.settings.separate_turns or self.settings.mask == "all":
             return [self.encoder.chat(chat)]
@@ -196,15 +196,19 @@ class RowReader:
             self.new_tokens += set_chat_template(CHATML, self.tokenizer, self.model)
             self.encoder.stops = write_stop_tokens(self.model, self.tokenizer)
 
-    def _with_system_prompt(self, chat: Chat) -> Chat:
-        prompt = self.settings.system_prompt
-        messages = with_system_prompt(chat.messages, prompt)
+    def _prepared(self, chat: Chat) -> Chat:
+        """As the template takes it, with the system prompt before it."""
+
+        def prepared(messages: Messages) -> Messages:
+            return for_template(with_system_prompt(messages, self.settings.system_prompt), self.tokenizer)
+
+        messages = prepared(chat.messages)
         added = len(messages) - len(chat.messages)
         return replace(
             chat,
             messages=messages,
             first=None if chat.first is None else chat.first + added,
-            begun=None if chat.begun is None else with_system_prompt(chat.begun, prompt),
+            begun=None if chat.begun is None else prepared(chat.begun),
         )
 
     def _check_ids(self, ids: Sequence[int]) -> None:

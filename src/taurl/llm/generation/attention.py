@@ -28,7 +28,8 @@ def one_query_attention(
     Args:
         query: [R, heads, Q, size]; the plain products are for Q = 1.
         key, value: [R, key heads, columns, size], each key head shared by heads / key heads queries.
-        attention_mask: float [R, 1, Q, columns], added to the scores; one that differs by head goes to sdpa.
+        attention_mask: float [R, 1, 1, columns], added to the scores; for more queries, or where it differs by head,
+            it goes to sdpa as it is.
         scaling: 1 / √size if None.
         rest: what is not known to be harmless (a soft cap, sinks) goes to sdpa, which refuses or ignores it.
     Returns: [R, Q, heads, size], and no weights.

@@ -36,6 +36,9 @@ def compile_layers(model: nn.Module, device: torch.device) -> str:
     parts = parts_beside_attention(model)
     if not parts:
         raise InputError(f"compile_layers: {type(model).__name__} has no layers that can be compiled; leave it out")
+    # One function serves policy, critic and reference, each with and without a gradient, and for one row: what is
+    # beyond the limit would run plain.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     kept = os.environ.setdefault(CACHE_VARIABLE, str(cache_folder() / "compiled"))
     forwards = {kind: compiled_in_training(kind) for kind in {type(part) for part in parts}}
     for part in parts:

@@ -18,13 +18,14 @@ def check_reference(reference: Any, policy: Policy) -> None:
     _require_context("reference", reference, policy)
     if isinstance(reference, str):
         _require_same_tokens("reference", reference, policy)
-        return
-    _require_apart(
-        reference,
-        policy.model,
-        "the reference is the very object that is trained; leave it out for the starting weights",
-    )
-    own, other = known_tokens(policy.model), known_tokens(reference)
+    else:
+        _require_apart(
+            reference,
+            policy.model,
+            "the reference is the very object that is trained; leave it out for the starting weights",
+        )
+    outline = load_outline(reference) if isinstance(reference, str) else reference
+    own, other = known_tokens(policy.model), known_tokens(outline)
     if other < min(own, len(policy.tokenizer)):  # a tokenizer may have tokens that its own model does not know
         raise InputError(f"the reference knows {other} tokens and the model {own}; give one of the same family")
 

@@ -214,6 +214,11 @@ class Policy:
         switch_off_dropout(loaded)
         share_weights(loaded, self.model)
 
+    @property
+    def own_reference(self) -> nn.Module | None:
+        """The reference, where it is a model of its own."""
+        return self._reference
+
     def reference_weights(self) -> Iterable[Tensor]:
         """Those of a reference that is a model of its own."""
         return () if self._reference is None else self._reference.parameters()
