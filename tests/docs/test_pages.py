@@ -76,7 +76,7 @@ def test_every_setting_named_in_the_pages_exists():
     configs += [getattr(llm, name) for name in llm.__all__ if name.endswith("Config")]
     configs += [EvaluateConfig, GenerateConfig, InspectConfig, ScoreConfig]
     settings = {name for config in configs for name in config.model_fields}
-    known = {*settings, "config", "resume", "no_preset", "video", "sampled", "help"}
+    known = {*settings, "config", "resume", "no_preset", "video", "sampled", "episodes", "render", "help"}
     known |= {"data", "minutes", "rounds", "to_500"}  # of benchmarks
     for page in [*DOCS.glob("*.md"), *ROOT.glob("README*.md"), ROOT / "examples" / "README.md"]:
         for option in re.findall(r"(?<![\w-])--([a-z][a-z0-9-]+)", page.read_text()):
