@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from taurl import control, llm
+from taurl.control import play_config
 from taurl.functional.kl import KL_GRADIENTS
 from taurl.functional.loss_types import LOSS_TYPES
 from taurl.llm.algorithms.grpo_config import GRPOConfig
@@ -74,9 +75,16 @@ def test_the_help_says_which_gradient_each_place_gives():
 def test_every_setting_named_in_the_pages_exists():
     configs = [getattr(control, f"{algorithm}Config") for algorithm in control.ALGORITHMS]
     configs += [getattr(llm, name) for name in llm.__all__ if name.endswith("Config")]
-    configs += [EvaluateConfig, GenerateConfig, InspectConfig, ScoreConfig]
+    configs += [
+        EvaluateConfig,
+        GenerateConfig,
+        InspectConfig,
+        ScoreConfig,
+        play_config.EvaluateConfig,
+        play_config.PlayConfig,
+    ]
     settings = {name for config in configs for name in config.model_fields}
-    known = {*settings, "config", "resume", "no_preset", "video", "sampled", "episodes", "render", "help"}
+    known = {*settings, "config", "resume", "no_preset", "help"}
     known |= {"data", "minutes", "rounds", "to_500"}  # of benchmarks
     for page in [*DOCS.glob("*.md"), *ROOT.glob("README*.md"), ROOT / "examples" / "README.md"]:
         for option in re.findall(r"(?<![\w-])--([a-z][a-z0-9-]+)", page.read_text()):
