@@ -574,6 +574,7 @@ def test_the_scale_of_scores_is_that_of_those_which_are_earned(tmp_path, truncat
     """What was cut off earns no score, or is not trained on, and has then no part in mean and deviation either."""
     kept = Kept(settings(tmp_path, normalize_rewards=True, truncated=truncated, kl_coefficient=0.0))
     _, estimates = collected_estimates(kept.trainer)
+    kept.trainer.controls.keep()  # as where the step's update is through
     cut = [completion.finish == "length" for _, completion, _ in kept.rows()]
     scores = [None if c and truncated != "penalty" else score for c, (*_, score) in zip(cut, kept.rows(), strict=True)]
     known = [score for score in scores if score is not None]

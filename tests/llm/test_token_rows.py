@@ -167,7 +167,7 @@ def test_nothing_is_evaluated_where_that_is_asked_for(tmp_path):
 def test_an_answer_is_cut_in_a_mixed_data_set_whose_column_is_renamed(tmp_path):
     other = jsonl(tmp_path / "other.jsonl", [{"prompt": "a", "solution": "x #### 7"}])
     reader = reader_of(mix={other: 1}, answer_after="####", columns={"solution": "answer"})
-    found = reader.prepare([{"prompt": "a", "solution": "x #### 7"}], further=True)
+    found = reader.for_other(other).prepare([{"prompt": "a", "solution": "x #### 7"}])
     assert found == [{"prompt": "a", "answer": "7"}]
 
 
@@ -506,7 +506,8 @@ def test_rows_are_named_by_their_number_in_the_data():
     with pytest.raises(InputError, match="row 3 of the data"):
         reader_of().read(texts, distinct=True)
     settings = GRPOConfig(max_tokens=8, eval_rows=0)
-    prompts = PromptReader.of(settings, character_tokenizer(CHATML_TEXT), tiny_model(max_position_embeddings=60))
+    model = tiny_model(vocab_size=256, max_position_embeddings=60)
+    prompts = PromptReader.of(settings, character_tokenizer(CHATML_TEXT), model)
     with pytest.raises(InputError, match="row 3 of the data: its prompt has"):
         prompts.read([{"prompt": "a"}, {"prompt": "a"}, {"prompt": "b" * 99}], distinct=True)
 
