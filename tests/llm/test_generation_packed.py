@@ -9,8 +9,10 @@ from tiny_models import prompts_of, tiny_model
 from torch import nn
 
 from taurl.llm.generation import Sampling, SlotSampler
-from taurl.llm.generation.attention import NAME, one_query_attention
+from taurl.llm.generation.attention import NAMES, one_query_attention
+from taurl.llm.generation.fused import fusible_layers
 from taurl.llm.generation.packed import PackedLinears, can_pack
+from taurl.llm.generation.slot_model import SlotModel
 from taurl.llm.scoring.likelihood import completion_logprobs
 from taurl.llm.scoring.rollouts import Rollout
 
@@ -215,7 +217,7 @@ def test_sampling_leaves_no_trace_on_the_model(adapted, fails):
     expected = logits(model)
 
     def on_token(*args):
-        assert model.config._attn_implementation == NAME
+        assert model.config._attn_implementation == NAMES["sdpa"]
         if fails:
             raise KeyboardInterrupt
 
@@ -229,13 +231,14 @@ def test_sampling_leaves_no_trace_on_the_model(adapted, fails):
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # plain products, and the fused kernel
 @pytest.mark.parametrize("scaling", [None, 0.3])
 @pytest.mark.parametrize("heads", [1, 2, 6])
-def test_one_query_attends_as_a_plain_loop_says(heads, scaling):
-    query = torch.randn(3, 6, 1, 4, dtype=torch.float64)
-    key, value = torch.randn(3, heads, 5, 4, dtype=torch.float64), torch.randn(3, heads, 5, 2, dtype=torch.float64)
+def test_one_query_attends_as_a_plain_loop_says(heads, scaling, dtype):
+    query = torch.randn(3, 6, 1, 4, dtype=dtype)
+    key, value = torch.randn(3, heads, 5, 4, dtype=dtype), torch.randn(3, heads, 5, 2, dtype=dtype)
     visible = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1]], dtype=torch.bool)
-    mask = torch.zeros(3, 5, dtype=torch.float64).masked_fill(~visible, -torch.inf)[:, None, None]
+    mask = torch.zeros(3, 5, dtype=dtype).masked_fill(~visible, -torch.inf)[:, None, None]
     found, weights = one_query_attention(nn.Module(), query, key, value, mask, scaling=scaling, sliding_window=3)
     assert weights is None
     assert found.shape == (3, 1, 6, 2)
@@ -244,9 +247,60 @@ def test_one_query_attends_as_a_plain_loop_says(heads, scaling):
             shared = head * heads // 6
             columns = visible[row].nonzero()[:, 0].tolist()
             scores = [float(query[row, head, 0] @ key[row, shared, c]) * (scaling or 0.5) for c in columns]
-            shares = torch.tensor(scores, dtype=torch.float64).softmax(0)
+            shares = torch.tensor(scores, dtype=dtype).softmax(0)
             expected = sum(share * value[row, shared, c] for share, c in zip(shares, columns, strict=True))
             torch.testing.assert_close(found[row, 0, head], expected)
+
+
+def last_logits(model, fuse, monkeypatch):
+    """Logits of two prompts of unlike lengths, and of the token after them; how many layers were computed otherwise."""
+    with monkeypatch.context() as patch:
+        if not fuse:
+            patch.setattr("taurl.llm.generation.slot_model.fusible_layers", lambda model: [])
+        slots = SlotModel(model)
+        with torch.inference_mode(), slots.sampling():
+            count = sum("forward" in vars(m) for m in model.modules() if type(m).__name__.endswith("DecoderLayer"))
+            prefilled, first = slots.prefill([[5, 17, 99, 3, 42, 8, 1, 77], [60, 2, 31]])
+            cache, rows = slots.new_cache(2, 9), torch.arange(2)
+            cache.copy_rows(prefilled, rows, rows, 8)
+            second = slots.decode(cache, torch.tensor([9, 14]), torch.tensor([8, 3]), 9)
+    return torch.stack((first, second)), count
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+def test_fused_layers_compute_what_the_layers_do(architecture, adapted, monkeypatch):
+    model = with_lora(tiny_model(architecture)) if adapted else tiny_model(architecture)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:  # they start at 0 and 1, where a mistake would not show
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    plain, none = last_logits(model, False, monkeypatch)
+    fused, count = last_logits(model, True, monkeypatch)
+    assert (none, count) == (0, model.config.num_hidden_layers)
+    torch.testing.assert_close(fused, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason="oneDNN multiplies no bfloat16 on this processor")
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+def test_fused_layers_round_no_more_than_the_layers_do(architecture, monkeypatch):
+    model = tiny_model(architecture, dtype=torch.bfloat16)
+    plain, _ = last_logits(model, False, monkeypatch)
+    fused, count = last_logits(model, True, monkeypatch)
+    assert count == model.config.num_hidden_layers
+    exact, _ = last_logits(copy.deepcopy(model).float(), False, monkeypatch)
+    assert 0 < (fused - exact).norm() < 1.5 * (plain - exact).norm()
+
+
+def test_layers_that_someone_listens_to_are_left_as_they_are():
+    model = tiny_model("llama")
+    assert len(fusible_layers(model)) == 2
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert fusible_layers(model) == [model.model.layers[1]]
+    model.model.layers[1].mlp.act_fn = nn.GELU()
+    assert fusible_layers(model) == []
+    assert fusible_layers(tiny_model("gemma3")) == fusible_layers(tiny_model("granite")) == []
+    half = with_lora(tiny_model("llama", dtype=torch.bfloat16))
+    assert fusible_layers(half) == []  # its adapters stay apart
 
 
 def test_a_layer_that_does_more_to_its_scores_is_left_to_transformers():

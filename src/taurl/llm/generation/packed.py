@@ -2,9 +2,9 @@
 
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,13 +34,21 @@ class PackedLinears:
         self._packed: dict[nn.Module, Packed] = {}
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Let the layers compute with packed weights for a while, under inference mode; then they are as before."""
-        layers = self._packed = self._refreshed()
+    def in_place(self, together: "Together | None" = None) -> Iterator[dict[nn.Module, "Packed"]]:
+        """Let the layers compute with packed weights for a while, under inference mode; then they are as before.
+
+        Args:
+            together: layers that are packed side by side, as one, under the module that they belong to; that module
+                is left as it is, and its layers too: whoever asks for it calls `packed_linear`.
+        Yields: what is packed, by module.
+        """
+        together = together or {}
+        packed = self._packed = self._refreshed(together)
+        layers = [module for module in packed if module not in together]
         try:
-            for layer, packed in layers.items():
-                layer.forward = functools.partial(packed_linear, packed)  # on the instance: hides the class's own
-            yield
+            for layer in layers:
+                layer.forward = functools.partial(packed_linear, packed[layer])  # hides the class's own
+            yield packed
         finally:
             for layer in layers:
                 vars(layer).pop("forward", None)
@@ -53,34 +61,41 @@ class PackedLinears:
             if not any(source.requires_grad for source in packed.sources)
         }
 
-    def _refreshed(self) -> dict[nn.Module, "Packed"]:
+    def _refreshed(self, together: "Together") -> dict[nn.Module, "Packed"]:
         """The layers as they are by now: new and changed ones packed, the others taken over."""
-        layers = {}
-        for layer, linear, factors in packable_layers(self.model):
-            apart, within = (factors, []) if is_half(linear.weight.dtype) else ([], factors)
-            weights = (linear.weight, *(weight for a, b, _ in within for weight in (a, b)))
-            scales = tuple(scale for _, _, scale in within)
-            packed = self._packed.pop(layer, None)  # one by one, so that there are never two copies of all
-            if packed is None or packed.stale(weights, scales):
-                weight = torch.ops.mkldnn._reorder_linear_weight(merged(linear.weight, within), ROWS)
-                versions = tuple(map(version, weights))
-                samples = tuple(sample(w).clone() for w in weights)
-                packed = Packed(weight, linear, weights, scales, versions, samples, apart)
-            layers[layer] = replace(packed, apart=apart)
-        return layers
+        found = {}
+        for module, parts in packable(self.model, together):
+            apart, within = split(parts)
+            sources = (
+                *(linear.weight for linear, _ in within),
+                *(w for _, fs in within for a, b, _ in fs for w in (a, b)),
+            )
+            scales = tuple(scale for _, factors in within for _, _, scale in factors)
+            packed = self._packed.pop(module, None)  # one by one, so that there are never two copies of all
+            if packed is None or packed.stale(sources, scales):
+                weight = side_by_side([merged(linear.weight, factors) for linear, factors in within])
+                packed = Packed(
+                    torch.ops.mkldnn._reorder_linear_weight(weight, ROWS),
+                    sources,
+                    scales,
+                    versions=tuple(map(version, sources)),
+                    samples=tuple(sample(weight).clone() for weight in sources),
+                )
+            found[module] = replace(packed, bias=bias_of(parts), apart=apart)
+        return found
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed weight, the layer that holds its bias, what it was made from, and the adapters beside it."""
+    """A packed weight, what it was made from, and the bias and the adapters that are added to its product."""
 
     weight: Tensor
-    linear: nn.Linear
     sources: tuple[Tensor, ...]
     scales: tuple[float, ...]
     versions: tuple[tuple[int, int], ...]
     samples: tuple[Tensor, ...]
-    apart: "Factors"
+    bias: Tensor | None = None
+    apart: "Factors" = field(default_factory=list)
 
     def stale(self, weights: Sequence[Tensor], scales: Sequence[float]) -> bool:
         """Whether the weights are others by now.
@@ -99,11 +114,13 @@ class Packed:
 
 
 Factors = list[tuple[Tensor, Tensor, float]]  # LoRA's A [r, in], B [out, r] and scale, of each active adapter
+Part = tuple[nn.Linear, Factors]  # a plain linear layer, and the adapters of the layer that wraps it
+Together = Mapping[nn.Module, Sequence[nn.Module]]
 
 
 def packed_linear(packed: Packed, hidden: Tensor) -> Tensor:
     """hidden [..., in] · Wᵀ + b, of a packed W, and the adapters that stay apart in the way that peft adds them."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, packed.weight, packed.linear.bias, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, packed.weight, packed.bias, "none", [], "")
     if not packed.apart:
         return product
     total = product
@@ -112,15 +129,44 @@ def packed_linear(packed: Packed, hidden: Tensor) -> Tensor:
     return total.to(product.dtype)
 
 
-def packable_layers(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Linear, Factors]]:
-    """Each layer that can be packed, the plain linear layer it is or wraps, and the adapters to merge into that."""
+def packable(module: nn.Module, together: Together) -> Iterator[tuple[nn.Module, list[Part]]]:
+    """Each layer that can be packed, as the plain linear layer it is or wraps; those together under their module."""
+    if part := part_of(module):
+        yield module, [part]
+        return
+    beside = together.get(module, ())
+    if beside:
+        yield module, [part for layer in beside if (part := part_of(layer))]
+    for child in module.children():
+        if child not in beside:
+            yield from packable(child, together)
+
+
+def part_of(module: nn.Module) -> Part | None:
+    """The plain linear layer that this one is or wraps, and the adapters beside it; None where it cannot be packed."""
     adapters = active_adapters(module)
     linear: Any = module if adapters is None else module.get_submodule("base_layer")
     if type(linear) is nn.Linear and "forward" not in vars(module) and can_pack_weight(linear.weight):
-        yield module, linear, adapters or []
-        return
-    for child in module.children():
-        yield from packable_layers(child)
+        return linear, adapters or []
+    return None
+
+
+def split(parts: Sequence[Part]) -> tuple[Factors, list[Part]]:
+    """The adapters that stay apart, which one layer alone may have, and each layer with those merged into it."""
+    if is_half(parts[0][0].weight.dtype):
+        return parts[0][1] if len(parts) == 1 else [], [(linear, []) for linear, _ in parts]
+    return [], list(parts)
+
+
+def bias_of(parts: Sequence[Part]) -> Tensor | None:
+    """The layers' bias, side by side; all have one, or none has."""
+    found = [linear.bias.detach() for linear, _ in parts if linear.bias is not None]
+    return side_by_side(found) if found else None
+
+
+def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors as one, along their first axis; one alone as it is."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def active_adapters(module: Any) -> Factors | None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from taurl.llm.generation.attention import NAME, attending_by_plain_products, pays
+from taurl.llm.generation.attention import NAMES, attending_one_query, pays
 from taurl.llm.generation.cache import SlotCache
+from taurl.llm.generation.fused import fused, fusible_layers, together
 from taurl.llm.generation.packed import PackedLinears
 from taurl.llm.models.attention import NAME as IN_FLOAT32
 from taurl.llm.models.heads import body, causal_lm, check_head, evaluating, output_head
@@ -44,9 +45,12 @@ class SlotModel:
         """
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
-            stack.enter_context(self.packed.in_place())
-            if pays(self.config, self.model.dtype, self.model.device):
-                stack.enter_context(attending_by_plain_products(self.config))
+            plain = pays(self.config, self.model.dtype, self.model.device)
+            layers = fusible_layers(self.model) if plain else []
+            packed = stack.enter_context(self.packed.in_place(together(layers)))
+            if plain:
+                stack.enter_context(attending_one_query(self.config))
+            stack.enter_context(fused(layers, packed))
             yield
 
     def new_cache(self, slots: int, tokens: int) -> SlotCache:
@@ -111,7 +115,7 @@ class SlotModel:
         if self.window:
             masks["sliding_attention"] = masks["full_attention"] & (columns > own - self.window)
         attends = self.config._attn_implementation
-        if attends == "eager" or (attends == NAME and ids.shape[1] == 1):  # these add the mask to the scores
+        if attends == "eager" or (attends in NAMES.values() and ids.shape[1] == 1):  # these add the mask to the scores
             lowest = torch.finfo(self.model.dtype).min
             masks = {kind: (~mask).to(self.model.dtype) * lowest for kind, mask in masks.items()}
         output = body(self.model)(
