@@ -11,8 +11,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from taurl.llm import GRPO, SFT, GRPOConfig, SFTConfig
 from taurl.llm.generation import Sampling, SlotSampler
+from taurl.llm.generation.packed import can_pack
 from taurl.llm.models import attention
 from taurl.llm.models.attention import LONGEST, NAME, attend_in_float32, attending_as_chosen
+from taurl.llm.models.heads import body
 from taurl.llm.models.loading import load_model
 from taurl.llm.scoring.likelihood import completion_logprobs
 from taurl.llm.scoring.row_attention import (
@@ -84,7 +86,11 @@ def test_models_learn_and_sample_by_it(chosen, architecture):
     assert attending_as_chosen(wide).config._attn_implementation == NAME
     assert attending_as_chosen(exact).config._attn_implementation == "sdpa"
     prompts = prompts_of([9, 3, 17])
-    groups = SlotSampler(wide, slots=4).generate(prompts, 2, Sampling(12))
+    fused = []
+    groups = SlotSampler(wide, slots=4).generate(
+        prompts, 2, Sampling(12), on_token=lambda *_: fused.append("forward" in vars(body(wide).layers[0]))
+    )
+    assert all(fused) == (can_pack(torch.bfloat16) and architecture != "gemma3")
     tokens = torch.tensor([completion.tokens for group in groups for completion in group])
     sampled = torch.tensor([completion.logprobs for group in groups for completion in group])
     mask, prompt_of = torch.ones_like(tokens, dtype=torch.bool), torch.tensor([0, 0, 1, 1, 2, 2])

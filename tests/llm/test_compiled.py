@@ -92,22 +92,26 @@ def test_a_copy_computes_with_its_own_weights():
     assert float((scores(other)[0] - scores(expected)[0]).abs().max()) > 0.01
 
 
-def test_what_cannot_be_compiled_is_refused_in_one_line(monkeypatch):
+def test_a_model_without_known_layers_is_refused():
     with pytest.raises(InputError, match=r"^compile_layers: Linear has no layers that can be compiled; leave it out$"):
         compile_layers(torch.nn.Linear(1, 1), CPU)
+
+
+def test_without_a_compiler_nothing_is_compiled_and_a_line_says_so(captured, monkeypatch):
     monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
     monkeypatch.setenv("CXX", "g++-99")
-    with pytest.raises(InputError, match=r"needs a C\+\+ compiler, found no g\+\+-99: install it, or leave it out"):
-        compile_layers(tiny_model("llama"), CPU)
+    model = tiny_model("llama")
+    assert compile_layers(model, CPU).startswith("compile_layers needs a C++ compiler, found no g++-99: ")
+    scores(model)
+    assert captured() == 0
     monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(InputError, match=r"needs a C compiler, found no gcc or clang: install it, or leave it out"):
-        compile_layers(tiny_model("llama"), torch.device("cuda"))
+    said = compile_layers(tiny_model("llama"), torch.device("cuda"))
+    assert said.startswith("compile_layers needs a C compiler, found no gcc or clang: ")
 
 
 def test_on_a_gpu_one_c_compiler_is_enough(monkeypatch):
     monkeypatch.setattr(compiled.shutil, "which", lambda name: name if name == "clang" else None)
     monkeypatch.delenv("CC", raising=False)
-    compile_layers(tiny_model("llama"), torch.device("cuda"))
+    assert "first step compiles" in compile_layers(tiny_model("llama"), torch.device("cuda"))
     monkeypatch.setenv("CC", "tcc")
-    with pytest.raises(InputError, match="found no tcc"):
-        compile_layers(tiny_model("llama"), torch.device("cuda"))
+    assert "found no tcc" in compile_layers(tiny_model("llama"), torch.device("cuda"))

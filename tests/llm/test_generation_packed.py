@@ -4,15 +4,18 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, get_peft_model
 from tiny_models import prompts_of, tiny_model
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from taurl.llm.generation import Sampling, SlotSampler
-from taurl.llm.generation.attention import NAMES, one_query_attention
-from taurl.llm.generation.fused import fusible_layers
+from taurl.llm.generation.attention import NAME, one_query_attention
+from taurl.llm.generation.fused import beside, fusible_layers
 from taurl.llm.generation.packed import PackedLinears, can_pack
 from taurl.llm.generation.slot_model import SlotModel
+from taurl.llm.models.compiled import compile_layers
+from taurl.llm.models.heads import causal_lm
 from taurl.llm.scoring.likelihood import completion_logprobs
 from taurl.llm.scoring.rollouts import Rollout
 
@@ -217,7 +220,7 @@ def test_sampling_leaves_no_trace_on_the_model(adapted, fails):
     expected = logits(model)
 
     def on_token(*args):
-        assert model.config._attn_implementation == NAMES["sdpa"]
+        assert model.config._attn_implementation == NAME
         if fails:
             raise KeyboardInterrupt
 
@@ -231,7 +234,7 @@ def test_sampling_leaves_no_trace_on_the_model(adapted, fails):
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # plain products, and the fused kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scaling", [None, 0.3])
 @pytest.mark.parametrize("heads", [1, 2, 6])
 def test_one_query_attends_as_a_plain_loop_says(heads, scaling, dtype):
@@ -267,13 +270,21 @@ def last_logits(model, fuse, monkeypatch):
     return torch.stack((first, second)), count
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
-def test_fused_layers_compute_what_the_layers_do(architecture, adapted, monkeypatch):
-    model = with_lora(tiny_model(architecture)) if adapted else tiny_model(architecture)
+def with_biases_everywhere():
+    """A Llama with a bias in every linear layer."""
+    config = tiny_model("llama").config.to_dict() | {"attention_bias": True, "mlp_bias": True}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**config)).eval()
     for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:  # they start at 0 and 1, where a mistake would not show
-            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "biases"])
+def test_fused_layers_compute_what_the_layers_do(architecture, adapted, monkeypatch):
+    model = with_biases_everywhere() if architecture == "biases" else tiny_model(architecture)
+    model = with_lora(model) if adapted else model
     plain, none = last_logits(model, False, monkeypatch)
     fused, count = last_logits(model, True, monkeypatch)
     assert (none, count) == (0, model.config.num_hidden_layers)
@@ -291,16 +302,101 @@ def test_fused_layers_round_no_more_than_the_layers_do(architecture, monkeypatch
     assert 0 < (fused - exact).norm() < 1.5 * (plain - exact).norm()
 
 
-def test_layers_that_someone_listens_to_are_left_as_they_are():
+PARTS_OF_A_LAYER = [
+    "self_attn.v_proj.weight",
+    "self_attn.k_proj.bias",
+    "mlp.gate_proj.weight",
+    "input_layernorm.weight",
+]
+
+
+@pytest.mark.parametrize("part", PARTS_OF_A_LAYER)
+def test_a_changed_part_of_a_fused_layer_is_seen(part, monkeypatch):
+    model = tiny_model("qwen2")
+    slots = SlotModel(model)
+
+    def after_a_prompt():
+        with torch.inference_mode(), slots.sampling():
+            return slots.prefill([[5, 17, 99]])[1]
+
+    before = after_a_prompt()
+    assert torch.equal(after_a_prompt(), before)
+    with torch.no_grad():
+        model.model.layers[0].get_parameter(part).add_(
+            0.5 * torch.randn(model.model.layers[0].get_parameter(part).shape)
+        )
+    after = after_a_prompt()
+    assert (after - before).abs().max() > 0.01
+    slots.packed._packed.clear()
+    assert torch.equal(after_a_prompt(), after)
+
+
+def test_a_changed_adapter_within_a_fused_layer_is_seen_and_frozen_layers_stay_packed():
+    model = with_lora(tiny_model("llama"))
+    packed, layers = PackedLinears(causal_lm(model)), fusible_layers(model)
+
+    def packed_now():
+        with packed.in_place({layer.self_attn: beside(layer) for layer in layers}) as found:
+            return {module: entry.weight for module, entry in found.items()}
+
+    before = packed_now()
+    assert len(before) == 2 * 5 + 1
+    with torch.no_grad():
+        layers[0].self_attn.k_proj.lora_B["default"].weight.mul_(2)
+    after = packed_now()
+    assert [module for module in before if after[module] is not before[module]] == [layers[0].self_attn]
+    for layer in layers:
+        layer.requires_grad_(False)
+    layers[1].self_attn.q_proj.lora_A["default"].weight.requires_grad_(True)
+    packed.release()
+    assert layers[0].self_attn in packed._packed
+    assert layers[1].self_attn not in packed._packed
+
+
+def test_layers_compiled_for_training_are_fused_for_sampling():
     model = tiny_model("llama")
-    assert len(fusible_layers(model)) == 2
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    compile_layers(model, torch.device("cpu"))
+    assert fusible_layers(model) == list(model.model.layers)
+
+
+def listened_to(layer):
+    layer.mlp.register_forward_hook(lambda *_: None)
+
+
+def with_another_activation(layer):
+    layer.mlp.act_fn = nn.GELU()
+
+
+def with_a_norm_of_its_own(layer):
+    class LlamaRMSNorm(type(layer.input_layernorm)):
+        pass
+
+    layer.input_layernorm = LlamaRMSNorm(32)
+
+
+def with_a_bias_for_one(layer):
+    layer.self_attn.k_proj = nn.Linear(32, 16)
+
+
+@pytest.mark.parametrize("changed", [listened_to, with_another_activation, with_a_norm_of_its_own, with_a_bias_for_one])
+def test_a_layer_that_is_not_quite_of_its_kind_is_left_as_it_is(changed, monkeypatch):
+    model = tiny_model("llama")
+    changed(model.model.layers[0])
     assert fusible_layers(model) == [model.model.layers[1]]
-    model.model.layers[1].mlp.act_fn = nn.GELU()
-    assert fusible_layers(model) == []
+    plain, _ = last_logits(model, False, monkeypatch)
+    found, count = last_logits(model, True, monkeypatch)
+    assert count == 1
+    torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_other_families_and_adapters_that_stay_apart_are_left_as_they_are():
     assert fusible_layers(tiny_model("gemma3")) == fusible_layers(tiny_model("granite")) == []
-    half = with_lora(tiny_model("llama", dtype=torch.bfloat16))
-    assert fusible_layers(half) == []  # its adapters stay apart
+    assert fusible_layers(with_lora(tiny_model("llama", dtype=torch.bfloat16))) == []
+    assert fusible_layers(tiny_model("llama", dtype=torch.float64)) == []
+    tuned = get_peft_model(
+        tiny_model("llama"), LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM")
+    )
+    assert fusible_layers(tuned) == []
 
 
 def test_a_layer_that_does_more_to_its_scores_is_left_to_transformers():

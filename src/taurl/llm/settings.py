@@ -209,5 +209,5 @@ class PartSettings(Settings):
     """Compute activations again in the backward pass: less memory, more time, and prompts are not shared."""
     compile_layers: bool = False
     """Compile norms and feed-forward layers by torch.compile, for all passes but those of sampling and scoring: fewer
-    passes over memory, and less memory. Needs a C++ compiler (g++; on a GPU gcc or clang), and a minute where no
-    earlier run has compiled the same."""
+    passes over memory, and less memory. Takes a minute where no earlier run has compiled the same, and a C++ compiler
+    (g++; on a GPU gcc or clang): without one a line says so, and nothing is compiled."""

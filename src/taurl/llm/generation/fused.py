@@ -1,7 +1,7 @@
 """Layers as Llama has them in fewer operators: activation, gating and residual sums ride on oneDNN's packed products.
 
 A step of few tokens spends as long in launching operators as in the smaller of them, and `transformers` launches some
-eighty a layer. Here it is some twenty-five. The mathematics is the layer's own, up to rounding.
+eighty a layer. Here it is some forty. The mathematics is the layer's own, up to rounding.
 """
 
 import functools
@@ -12,48 +12,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
-from transformers import AttentionInterface
 from transformers.activations import SiLUActivation
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from taurl.llm.generation.packed import Packed, Together, is_half, packed_linear, part_of
+from taurl.llm.generation.packed import Packed, fitting, packed_linear
+from taurl.llm.models.compiled import as_its_class_says
 
-# Their layers normalise by root mean square before attention and before a network gated by SiLU, add both to what came
-# in, and turn whole heads; Qwen 3 normalises queries and keys too.
-KINDS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
-ATTENTION = AttentionInterface()  # type: ignore[no-untyped-call]
+# Families whose layers normalise by root mean square before attention and before a network gated by SiLU, add both to
+# what came in, and turn whole heads; Qwen 3 normalises queries and keys too.
+FAMILIES = "Llama", "Mistral", "Qwen2", "Qwen3"
 
 
 def fusible_layers(model: nn.Module) -> list[Any]:
-    """The model's decoder layers that `fused_forward` computes: of a known kind, every linear layer of them packed."""
-    return [layer for layer in model.modules() if type(layer).__name__ in KINDS and is_plain(layer)]
+    """The model's decoder layers that `fused_forward` computes: of a known family, with layers that are packed."""
+    return [layer for layer in model.modules() if is_plain(layer)]
 
 
 def is_plain(layer: Any) -> bool:
-    """Whether a decoder layer is as `transformers` made it: no hooks within, no adapters that stay apart."""
+    """Whether this is a decoder layer as `transformers` made it: nothing put in its place or listening within."""
+    family, ending, _ = type(layer).__name__.partition("DecoderLayer")
+    if family not in FAMILIES or not ending:
+        return False
     attention, mlp = layer.self_attn, layer.mlp
-    if not type(layer).__module__.startswith("transformers.models.") or type(mlp.act_fn) is not SiLUActivation:
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [norm for name, norm in attention.named_children() if name.endswith("_norm")]
+    of_classes = {layer: "DecoderLayer", attention: "Attention", mlp: "MLP"} | dict.fromkeys(norms, "RMSNorm")
+    home = f"transformers.models.{family.lower()}.modeling_{family.lower()}"
+    if any((type(m).__module__, type(m).__name__) != (home, family + name) for m, name in of_classes.items()):
         return False
-    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in layer.modules()):
+    if type(mlp.act_fn) is not SiLUActivation or attention.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS:
         return False
-    parts = [
-        part_of(linear) for linear in (*beside(attention), attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    ]
-    return all(part and not (part[1] and is_half(part[0].weight.dtype)) for part in parts)
+    within = [module for module in layer.modules() if module is not layer]
+    if any(m._forward_hooks or m._forward_pre_hooks or not as_its_class_says(m) for m in within):
+        return False
+    others = attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    return all(fitting(layers) for layers in (beside(layer), *([other] for other in others)))
 
 
-def beside(attention: Any) -> list[nn.Module]:
-    """The layers that see the same input, one product."""
+def beside(layer: Any) -> list[nn.Module]:
+    """The linear layers of a decoder layer's attention that see the same input, and so may be one product."""
+    attention = layer.self_attn
     return [attention.q_proj, attention.k_proj, attention.v_proj]
-
-
-def together(layers: Sequence[Any]) -> Together:
-    """What `PackedLinears.in_place` shall pack side by side for these layers."""
-    return {layer.self_attn: beside(layer.self_attn) for layer in layers}
 
 
 @contextmanager
 def fused(layers: Sequence[Any], packed: Mapping[nn.Module, Packed]) -> Iterator[None]:
-    """Let these layers compute by `fused_forward` for a while."""
+    """Let these layers compute by `fused_forward` for a while; `packed` has those of `beside` under their attention."""
     turn = Rotation()
     try:
         for layer in layers:
@@ -65,6 +69,25 @@ def fused(layers: Sequence[Any], packed: Mapping[nn.Module, Packed]) -> Iterator
 
 
 def fused_forward(
+    layer: Any, packed: Mapping[nn.Module, Packed], turn: "Rotation", hidden_states: Tensor, *mask: Any, **others: Any
+) -> Tensor:
+    """A layer's forward pass, hidden states [R, Q, d] to hidden states [R, Q, d]: h + attention, then h + network.
+
+    Args:
+        layer: one of `fusible_layers`.
+        packed: its linear layers; q, k and v side by side under its attention.
+        turn: shared by the layers of a model.
+        mask, others: what `transformers` gives the layer.
+    """
+    mlp, out = layer.mlp, packed[layer.self_attn.o_proj]
+    attended = attend(layer, packed, turn, hidden_states, *mask, **others)
+    hidden_states = with_other(out, attended, hidden_states, "add")
+    inner = normalised(layer.post_attention_layernorm, hidden_states)
+    gated = with_other(packed[mlp.up_proj], inner, by_silu(packed[mlp.gate_proj], inner), "mul")
+    return with_other(packed[mlp.down_proj], gated, hidden_states, "add")
+
+
+def attend(
     layer: Any,
     packed: Mapping[nn.Module, Packed],
     turn: "Rotation",
@@ -72,41 +95,38 @@ def fused_forward(
     attention_mask: Tensor | None = None,
     *,
     position_embeddings: tuple[Tensor, Tensor],
-    past_key_values: Any,
+    past_key_values: Any = None,
     **others: Any,
 ) -> Tensor:
-    """A layer's forward pass, hidden states [R, Q, d] to hidden states [R, Q, d].
-
-    Args:
-        layer: one of `fusible_layers`.
-        packed: its linear layers; q, k and v side by side under its attention.
-        turn: shared by the layers of a model.
-        attention_mask, position_embeddings, past_key_values: as `transformers` gives them to the layer.
-    """
-    attention, mlp = layer.self_attn, layer.mlp
+    """What a layer's heads gather, side by side, [R, Q, heads · size]: its attention without the output layer."""
+    attention = layer.self_attn
     rows, queries, _ = hidden_states.shape
     product = packed_linear(packed[attention], normalised(layer.input_layernorm, hidden_states))
     heads = product.view(rows, queries, -1, attention.head_dim)
     shared = attention.v_proj.out_features // attention.head_dim  # key heads, and as many of values
-    query_key, value = heads[:, :, :-shared], heads[:, :, -shared:]
+    query_key, value = heads.tensor_split((-shared,), 2)
     if hasattr(attention, "q_norm"):
         query, key = query_key.tensor_split((-shared,), 2)
         query_key = torch.cat((normalised(attention.q_norm, query), normalised(attention.k_norm, key)), 2)
     query, key = turn(query_key, position_embeddings).tensor_split((-shared,), 2)
-    keys, values = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), attention.layer_idx)
-    attend = ATTENTION[attention.config._attn_implementation]
-    mixed, _ = attend(attention, query.transpose(1, 2), keys, values, attention_mask, scaling=attention.scaling)
-    hidden_states = with_other(packed[attention.o_proj], mixed.reshape(rows, queries, -1), hidden_states, "add")
-    inner = normalised(layer.post_attention_layernorm, hidden_states)
-    of_gate = packed[mlp.gate_proj]
-    gate = torch.ops.mkldnn._linear_pointwise(inner, of_gate.weight, of_gate.bias, "swish", [], "")
-    gated = with_other(packed[mlp.up_proj], inner, gate, "mul")
-    return with_other(packed[mlp.down_proj], gated, hidden_states, "add")
+    query, key, value = (of_heads.transpose(1, 2) for of_heads in (query, key, value))
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, attention.layer_idx)
+    mix = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+    mixed: Tensor = mix(attention, query, key, value, attention_mask, scaling=attention.scaling)[0]
+    return mixed.reshape(rows, queries, -1)
 
 
 def normalised(norm: Any, hidden: Tensor) -> Tensor:
     """Root mean square normalisation of the last axis by a layer of `transformers`."""
-    return rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
+    found: Tensor = rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
+    return found
+
+
+def by_silu(packed: Packed, hidden: Tensor) -> Tensor:
+    """SiLU(hidden · Wᵀ + b) of a packed W."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, packed.weight, packed.bias, "swish", [], "")
+    return found
 
 
 def with_other(packed: Packed, hidden: Tensor, other: Tensor, operation: str) -> Tensor:

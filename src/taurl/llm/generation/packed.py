@@ -38,8 +38,8 @@ class PackedLinears:
         """Let the layers compute with packed weights for a while, under inference mode; then they are as before.
 
         Args:
-            together: layers that are packed side by side, as one, under the module that they belong to; that module
-                is left as it is, and its layers too: whoever asks for it calls `packed_linear`.
+            together: layers that are packed side by side, as one, under the module that they belong to, and for which
+                `fitting` is not None. They are not replaced, and nor is that module: what asked for it computes them.
         Yields: what is packed, by module.
         """
         together = together or {}
@@ -73,13 +73,12 @@ class PackedLinears:
             scales = tuple(scale for _, factors in within for _, _, scale in factors)
             packed = self._packed.pop(module, None)  # one by one, so that there are never two copies of all
             if packed is None or packed.stale(sources, scales):
-                weight = side_by_side([merged(linear.weight, factors) for linear, factors in within])
                 packed = Packed(
-                    torch.ops.mkldnn._reorder_linear_weight(weight, ROWS),
+                    pack(side_by_side([merged(linear.weight, factors) for linear, factors in within])),
                     sources,
                     scales,
                     versions=tuple(map(version, sources)),
-                    samples=tuple(sample(weight).clone() for weight in sources),
+                    samples=tuple(sample(source).clone() for source in sources),
                 )
             found[module] = replace(packed, bias=bias_of(parts), apart=apart)
         return found
@@ -136,10 +135,23 @@ def packable(module: nn.Module, together: Together) -> Iterator[tuple[nn.Module,
         return
     beside = together.get(module, ())
     if beside:
-        yield module, [part for layer in beside if (part := part_of(layer))]
+        parts = fitting(beside)
+        assert parts is not None, "what is to be packed together must fit"
+        yield module, parts
     for child in module.children():
         if child not in beside:
             yield from packable(child, together)
+
+
+def fitting(layers: Sequence[nn.Module]) -> list[Part] | None:
+    """The parts of layers that one product can stand for; None where one cannot be packed, or they differ too much.
+
+    They have one dtype, all a bias or none, and no adapters that stay apart.
+    """
+    parts = [part for layer in layers if (part := part_of(layer))]
+    kinds = {(linear.weight.dtype, linear.bias is None) for linear, _ in parts}
+    apart = any(factors and is_half(linear.weight.dtype) for linear, factors in parts)
+    return parts if len(parts) == len(layers) and len(kinds) == 1 and not apart else None
 
 
 def part_of(module: nn.Module) -> Part | None:
@@ -152,9 +164,9 @@ def part_of(module: nn.Module) -> Part | None:
 
 
 def split(parts: Sequence[Part]) -> tuple[Factors, list[Part]]:
-    """The adapters that stay apart, which one layer alone may have, and each layer with those merged into it."""
+    """The adapters that stay apart (then of one layer, see `fitting`), and each layer with those merged into it."""
     if is_half(parts[0][0].weight.dtype):
-        return parts[0][1] if len(parts) == 1 else [], [(linear, []) for linear, _ in parts]
+        return parts[0][1], [(linear, []) for linear, _ in parts]
     return [], list(parts)
 
 
@@ -203,6 +215,12 @@ def can_pack(dtype: torch.dtype) -> bool:
 def is_half(dtype: torch.dtype) -> bool:
     """Whether weights of this dtype are rounded so far that adapters stay apart from them."""
     return dtype.itemsize < 4
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight [out, in] in the order that oneDNN reads it in."""
+    found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+    return found
 
 
 def merged(weight: Tensor, factors: Factors) -> Tensor:

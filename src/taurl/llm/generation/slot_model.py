@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from taurl.llm.generation.attention import NAMES, attending_one_query, pays
+from taurl.llm.generation.attention import attending_by_plain_products, pays
 from taurl.llm.generation.cache import SlotCache
-from taurl.llm.generation.fused import fused, fusible_layers, together
+from taurl.llm.generation.fused import beside, fused, fusible_layers
 from taurl.llm.generation.packed import PackedLinears
 from taurl.llm.models.attention import NAME as IN_FLOAT32
 from taurl.llm.models.heads import body, causal_lm, check_head, evaluating, output_head
@@ -39,17 +39,16 @@ class SlotModel:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Prepare the model for forward passes: evaluation mode, packed weights, attention of one query.
+        """Prepare the model for forward passes: evaluation mode, packed weights, fewer operators.
 
         Every pass belongs in here. Afterwards the model is as it was, for the trainer's own passes.
         """
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
-            plain = pays(self.config, self.model.dtype, self.model.device)
-            layers = fusible_layers(self.model) if plain else []
-            packed = stack.enter_context(self.packed.in_place(together(layers)))
-            if plain:
-                stack.enter_context(attending_one_query(self.config))
+            layers = fusible_layers(self.packed.model)
+            packed = stack.enter_context(self.packed.in_place({layer.self_attn: beside(layer) for layer in layers}))
+            if pays(self.config, self.model.dtype, self.model.device):
+                stack.enter_context(attending_by_plain_products(self.config))
             stack.enter_context(fused(layers, packed))
             yield
 
@@ -115,7 +114,8 @@ class SlotModel:
         if self.window:
             masks["sliding_attention"] = masks["full_attention"] & (columns > own - self.window)
         attends = self.config._attn_implementation
-        if attends == "eager" or (attends in NAMES.values() and ids.shape[1] == 1):  # these add the mask to the scores
+        # These add the mask to the scores: sdpa, too, which on a CPU would make one to add of it in every layer.
+        if attends == "eager" or (ids.shape[1] == 1 and ids.device.type == "cpu"):
             lowest = torch.finfo(self.model.dtype).min
             masks = {kind: (~mask).to(self.model.dtype) * lowest for kind, mask in masks.items()}
         output = body(self.model)(

@@ -26,16 +26,18 @@ def compile_layers(model: nn.Module, device: torch.device) -> str:
     in bfloat16 the ratios of a first update would not be 1. Attention keeps its cache of keys and values, which does
     not compile; sampling and scoring, which run in inference mode, stay as they are.
 
-    Returns: a line for the log, which says where compiled code is kept for the next run.
-    Raises: InputError where there is no compiler, or the model has no layers that are known as such.
+    Without a compiler nothing is compiled: the result is the same up to rounding, only later.
+
+    Returns: a line for the log, which says where compiled code is kept for the next run, or what is missing.
+    Raises: InputError where the model has no layers that are known as such.
     """
-    language, compilers = compilers_for(device)
-    if not any(map(shutil.which, compilers)):
-        found = " or ".join(compilers)
-        raise InputError(f"compile_layers needs a {language} compiler, found no {found}: install it, or leave it out")
     parts = parts_beside_attention(model)
     if not parts:
         raise InputError(f"compile_layers: {type(model).__name__} has no layers that can be compiled; leave it out")
+    language, compilers = compilers_for(device)
+    if not any(map(shutil.which, compilers)):
+        missing = f"compile_layers needs a {language} compiler, found no {' or '.join(compilers)}"
+        return f"{missing}: the layers are not compiled, which is slower"
     # One function serves policy, critic and reference, each with and without a gradient, and for one row: what is
     # beyond the limit would run plain.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
@@ -70,4 +72,14 @@ def compiled_in_training(kind: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
         return (plain if torch.is_inference_mode_enabled() else compiled)(self, *arguments, **keywords)
 
+    FORWARDS.add(forward)
     return forward
+
+
+FORWARDS: set[Callable[..., Any]] = set()  # what `compiled_in_training` gave in this process
+
+
+def as_its_class_says(module: nn.Module) -> bool:
+    """Whether a module computes, in inference mode, what its class does: no other function was put in its place."""
+    own = vars(module).get("forward")
+    return own is None or getattr(own, "__func__", own) in FORWARDS
