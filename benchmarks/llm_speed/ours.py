@@ -45,6 +45,7 @@ def settings(job: dict[str, Any]) -> dict[str, Any]:
         "eval_rows": 0,
         "save_every": 0,
         "tokens_per_part": job["tokens_per_part"],
+        "compile_layers": job.get("compile_layers", False),
     }
 
 

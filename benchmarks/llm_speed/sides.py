@@ -47,6 +47,7 @@ def parser(about: str, *, steps: int, warm_up: int = 1) -> argparse.ArgumentPars
     options.add_argument("--peers", type=Path, default=Path.home() / ".cache" / "taurl" / "peers")
     options.add_argument("--data", type=Path, default=GSM8K, help="folder with train.jsonl and test.jsonl of GSM8K")
     options.add_argument("--alone", action="store_true", help="taurl only")
+    options.add_argument("--compile-layers", action="store_true", help="in taurl; its warm-up holds that")
     options.add_argument("--write", action="store_true", help="put the result into RESULTS.md")
     return options
 
@@ -60,6 +61,7 @@ def common_job(options: argparse.Namespace, model: str) -> Job:
         "precision": precision,
         "threads": set_threads(options.threads),
         "model": model,
+        "compile_layers": options.compile_layers,
         "warm_up": options.warm_up,
         "steps": options.warm_up + options.steps,
     }
