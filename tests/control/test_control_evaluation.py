@@ -171,14 +171,17 @@ def test_an_evaluation_that_is_repeated_finds_the_same(tmp_path):
 
 
 def test_best_is_the_policy_that_evaluated_best(tmp_path):
-    # One that is learned fast and then spoiled by far too large steps.
+    # One that is learned fast and then spoiled by far too large steps; how rounding goes decides which seed does so.
     settings = {"environments": 8, "rollout_steps": 32, "epochs": 5, "learning_rate": 3e-2, "record_every": 256}
-    config = PPOConfig(out=tmp_path / "run", steps=4096, eval_every=512, eval_episodes=5, **settings)
-    trainer = PPO("CartPole-v1", config).train()
-    means = [record["eval/mean_reward"] for record in trainer.run.records() if "eval/mean_reward" in record]
+    for seed in range(6):
+        config = PPOConfig(out=tmp_path / f"{seed}", seed=seed, steps=4096, eval_every=512, eval_episodes=5, **settings)
+        trainer = PPO("CartPole-v1", config).train()
+        means = [record["eval/mean_reward"] for record in trainer.run.records() if "eval/mean_reward" in record]
+        if max(means) > means[-1]:
+            break
     assert max(means) > means[-1], "nothing to tell apart"
     last = trainer.evaluate().metrics()["eval/mean_reward"]
-    trainer.policy = PPO.load(tmp_path / "run" / "best")
+    trainer.policy = PPO.load(config.out / "best")
     assert trainer.evaluate().metrics()["eval/mean_reward"] == max(means) == trainer.best
     assert last == means[-1]
 

@@ -352,7 +352,7 @@ def test_a_damaged_cache_is_built_again_and_said(tmp_path, monkeypatch, capsys):
 @pytest.mark.model
 def test_the_embedded_model_is_whole_and_knows_where_turns_end():
     path = resolve_model("SmolLM2-135M-Instruct")
-    model, tokenizer = load_model(path, dtype=torch.bfloat16), load_tokenizer(path)
+    model, tokenizer = load_model(path, dtype=torch.float32), load_tokenizer(path)  # whose answer no rounding turns
     assert sum(weight.numel() for weight in model.parameters()) == 134_515_008  # 135M; embeddings are tied
     assert model.generation_config.eos_token_id == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
     assert tokenizer.pad_token == "<|endoftext|>"

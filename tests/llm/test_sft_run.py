@@ -73,7 +73,9 @@ def test_epochs_set_the_steps_where_these_are_not_given(config, folder):
 
 @pytest.mark.parametrize("changes", [{"max_tokens": 9}, {"stop": ("a",)}, {"reward_weights": (2.0,)}])
 def test_settings_of_answers_are_refused_where_none_are_generated(config, folder, changes):
-    with pytest.raises(InputError, match=rf"^{next(iter(changes))} is .*generate_rows is 0 .*max_length"):
+    name = next(iter(changes))
+    hint = ".*max_length" if name == "max_tokens" else ""
+    with pytest.raises(InputError, match=rf"^{name} is .*generate_rows is 0{hint}"):
         SFT(str(folder), ROWS, config(**changes))
 
 
