@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from taurl.llm.generation import Sampling
-from taurl.llm.generation.draw import draw, require_finite, truncate, uniforms
+from taurl.llm.generation.draw import ROWS_AT_ONCE, draw, require_finite, truncate, uniforms
 from taurl.runtime.errors import InputError, RunError
 
 ALMOST_ONE = 1 - 2.0**-53
@@ -84,6 +84,19 @@ def test_a_tiny_temperature_is_greedy_and_a_huge_one_even():
     tokens, logprobs = drawn(logits, [0.1, 0.3, 0.6, 0.9], temperature=1e30)
     assert tokens == [0, 1, 2, 3]
     assert logprobs == pytest.approx([-math.log(4)] * 4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_many_rows_are_drawn_in_parts_and_as_each_alone(temperature):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2 * ROWS_AT_ONCE + 5, 11, generator=generator)
+    numbers = torch.rand(len(logits), generator=generator, dtype=torch.float64)
+    sampling = Sampling(8, temperature=temperature, top_k=7)
+    tokens, logprobs = draw(logits, numbers, sampling)
+    alone = [draw(logits[row : row + 1], numbers[row : row + 1], sampling) for row in range(len(logits))]
+    assert tokens.tolist() == [int(token) for token, _ in alone]
+    assert logprobs.tolist() == [float(logprob) for _, logprob in alone]
+    assert len(set(tokens.tolist())) > 3
 
 
 def test_draw_leaves_the_logits_as_they_are():

@@ -10,7 +10,7 @@ from taurl.runtime.machine import give_back_free_memory
 if TYPE_CHECKING:
     from taurl.runtime.run import Record, Run
 
-STEPS_BETWEEN_TRIMS = 3  # each costs what the next step needs to fault its memory in again
+STEPS_BETWEEN_TRIMS = 2  # each costs what the next step needs to fault its memory in again
 
 
 class Step:
