@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from taurl.runtime.run import Record, Run
 
 STEPS_BETWEEN_TRIMS = 2  # each costs what the next step needs to fault its memory in again
+SHORT = 1.0  # seconds of a step that is not worth it
 
 
 class Step:
@@ -40,7 +41,7 @@ class Step:
         before, run.step = run.step, self.number
         run.mark()
         run.log(record)
-        if self.number % STEPS_BETWEEN_TRIMS == 0:
+        if self.number % STEPS_BETWEEN_TRIMS == 0 and self.elapsed() > SHORT:
             give_back_free_memory()
         every = run.config.save_every
         due = every and run.step // every > before // every
