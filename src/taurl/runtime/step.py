@@ -10,8 +10,7 @@ from taurl.runtime.machine import give_back_free_memory
 if TYPE_CHECKING:
     from taurl.runtime.run import Record, Run
 
-STEPS_BETWEEN_TRIMS = 2  # each costs what the next step needs to fault its memory in again
-SHORT = 1.0  # seconds of a step that is not worth it
+SHORT = 1.0  # seconds: a shorter step is not worth what the next one needs to fault its memory in again
 
 
 class Step:
@@ -41,7 +40,7 @@ class Step:
         before, run.step = run.step, self.number
         run.mark()
         run.log(record)
-        if self.number % STEPS_BETWEEN_TRIMS == 0 and self.elapsed() > SHORT:
+        if self.elapsed() > SHORT:
             give_back_free_memory()
         every = run.config.save_every
         due = every and run.step // every > before // every
