@@ -150,6 +150,17 @@ def test_the_parts_of_a_batch_leave_the_gradient_unchanged(dtype):
             torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (1300, 2)])
+def test_gradients_in_half_precision_are_added_whatever_their_shape(shape):
+    parameter = nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
+    optimizer = Optimizer([("w", parameter)], config())
+    parts = torch.randint(-3, 4, (2, *shape)).bfloat16()
+    with optimizer.update(0.1) as backward:
+        for part in parts:
+            backward((parameter * part).sum() / 64)
+        assert torch.equal(optimizer.masters["w"].grad, parts.float().sum(0) / 64)
+
+
 def test_losses_are_read_from_the_device_when_all_parts_are_in(monkeypatch):
     parameter = nn.Parameter(torch.ones(2))
     with Optimizer([("w", parameter)], config()).update(0.1) as backward, monkeypatch.context() as patch:

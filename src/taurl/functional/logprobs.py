@@ -189,7 +189,7 @@ class _ScoreTokens(torch.autograd.Function):
         hidden, weight, bias, tokens, normalizers, entropy, *kept = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=normalizers.dtype) if wants_weight else None
+        grad_weight = None if len(hidden) or not wants_weight else torch.zeros_like(weight)
         grad_bias = torch.zeros_like(bias, dtype=normalizers.dtype) if wants_bias else None
         for number, rows in enumerate(_chunks(len(hidden), ctx.rows_per_chunk)):
             grad_exact = _logits_gradient(
@@ -207,8 +207,8 @@ class _ScoreTokens(torch.autograd.Function):
             grad_logits = grad_exact.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                _add_product(grad_weight, grad_logits.T, hidden[rows])
+            if wants_weight:
+                grad_weight = _with_product(grad_weight, grad_logits.T, hidden[rows], normalizers.dtype)
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -265,11 +265,13 @@ def _logits_gradient(
     return gradient if slope is None else gradient.mul_(slope)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == right.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right  # half precision: rounded once per chunk, added in float32
+def _with_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """A running sum of products, kept in `dtype` from the second on: one alone is not rounded again."""
+    if total is None:
+        return left @ right
+    if right.dtype == dtype:
+        return total.addmm_(left, right)
+    return total.to(dtype).add_(left @ right)  # half precision: rounded once per chunk, added in float32
 
 
 def _require_fitting(hidden: Tensor, weight: Tensor, tokens: Tensor, bias: Tensor | None) -> None:
