@@ -1,7 +1,6 @@
 """One measurement of taurl: `python ours.py JOB`; prints figures as JSON, as theirs.py does."""
 
 import statistics
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -154,16 +153,19 @@ def run(job: dict[str, Any], trainer: Any, laps: Laps, curve: Curve | None = Non
     if curve:
         curve.reached()
     records = []
-    with torch.profiler.profile() if job.get("profile") else nullcontext() as profile:
-        for record in trainer.steps():
-            laps()
-            records.append(record)
-            if (curve and curve.reached()) or laps.over:
-                break
+    profile = torch.profiler.profile() if job.get("profile") else None
+    for record in trainer.steps():
+        laps()
+        records.append(record)
+        if (curve and curve.reached()) or laps.over:
+            break
+        if profile and len(records) == job["warm_up"]:  # which holds what is compiled and loaded once
+            profile.start()
     if job.get("keep"):
         trainer.run.save()
         records = trainer.run.records()
     if profile:
+        profile.stop()
         job["operators"] = shares(profile)
     return records
 

@@ -94,7 +94,7 @@ def matrix_product_peak(job: Job) -> float:
 
 def profile(job: Job) -> str:
     """Where the time of one of taurl's steps goes, by operator."""
-    once = job | {"profile": True, "steps": 1, "warm_up": 0, "minutes": 60}
+    once = job | {"profile": True, "steps": 2, "warm_up": 1, "minutes": 60}
     operators = our_side().run(once)["operators"]
     listed = ", ".join(f"`{name}` {share:.0%}" for name, share in operators)
     return f"Profile of one of taurl's steps, share of the time by operator: {listed}."
