@@ -136,6 +136,15 @@ def test_callbacks_get_each_record(tmp_path):
     assert seen[0::2] == trainer.run.records()
 
 
+@pytest.mark.parametrize(("short", "given_back"), [(0.0, 3), (60.0, 0)])
+def test_memory_is_given_back_after_each_step_that_is_not_short(tmp_path, monkeypatch, short, given_back):
+    calls = []
+    monkeypatch.setattr("taurl.runtime.step.SHORT", short)
+    monkeypatch.setattr("taurl.runtime.step.give_back_free_memory", lambda: calls.append(1))
+    new(tmp_path / "run", steps=3).train()
+    assert len(calls) == given_back
+
+
 class Broken(Exception):
     pass
 

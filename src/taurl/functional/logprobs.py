@@ -189,7 +189,7 @@ class _ScoreTokens(torch.autograd.Function):
         hidden, weight, bias, tokens, normalizers, entropy, *kept = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = None if len(hidden) or not wants_weight else torch.zeros_like(weight)
+        grad_weight = torch.zeros_like(weight) if wants_weight and not len(hidden) else None
         grad_bias = torch.zeros_like(bias, dtype=normalizers.dtype) if wants_bias else None
         for number, rows in enumerate(_chunks(len(hidden), ctx.rows_per_chunk)):
             grad_exact = _logits_gradient(

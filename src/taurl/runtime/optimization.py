@@ -15,8 +15,8 @@ from taurl.runtime.errors import InputError, RunError
 # What bitsandbytes' eight bits stand for, one table for all weights.
 SHARED = ("qmap1", "qmap2")
 
-# Rows of a gradient that are added to a master's at a time: what is converted for it is 113 MB for the embeddings of
-# SmolLM2 at once, taken from the kernel anew in each part, and stays in the caches by rows.
+# Rows of a gradient that are added to a master's at a time: converted as one, the embeddings of SmolLM2 take 113 MB
+# for it, and by rows what stays in the caches.
 ROWS_AT_ONCE = 512
 
 
