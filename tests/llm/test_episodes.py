@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from test_grpo_run import ROWS
 from test_ppo_run import CONFIG, SETTINGS  # noqa: F401
 from test_trainers import Noting
-from tiny_policy import tiny_tokenizer, untimed
+from tiny_policy import high_ids, tiny_tokenizer, untimed
 
 from taurl.llm import PPO
 from taurl.llm.data.chat import following_ids
@@ -228,6 +229,18 @@ def test_a_truncated_episode_bootstraps_behind_the_environments_answer(config, f
         assert longer.completions[row].tokens[:length] == completion.tokens
         assert longer.mask[row, length]
         torch.testing.assert_close(ends[row], values[row, length])
+
+
+def test_what_a_completion_or_an_episode_earns_by_default_that_was_cut_off(config, folder):
+    """A critic that starts at 0 would make being cut off better than a score below 0; an episode keeps its rewards."""
+    common = {"truncated": None, "missing_eos_penalty": 1.0, "out": None, "eval_rows": 0}
+    assert PPO(str(folder), ROWS, high_ids, config(**common)).config.truncated == "penalty"
+    assert PPO(str(folder), config=config(**common), environment=Echo).config.truncated == "bootstrap"
+    with pytest.raises(InputError, match=r"missing_eos_penalty is 0\.5, but truncated is bootstrap here, not penalty"):
+        PPO(str(folder), config=config(**common | {"missing_eos_penalty": 0.5}), environment=Echo)
+    without = config(**common, critic="none", trace_decay=1.0)
+    assert PPO(str(folder), config=without, environment=Echo).config.truncated == "penalty"
+    assert PPO(str(folder), ROWS, high_ids, config(**common | {"truncated": "mask"})).config.truncated == "mask"
 
 
 def test_rewards_of_turns_are_divided_by_their_deviation_and_keep_their_mean(config, folder):

@@ -52,6 +52,7 @@ def settings(tmp_path, **changes):
         "kl_coefficient": 0.3,
         "discount": 0.9,
         "trace_decay": 0.8,
+        "truncated": "bootstrap",
     }
     return PPOConfig(**(values | changes))
 

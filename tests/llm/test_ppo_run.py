@@ -490,6 +490,15 @@ def test_a_reward_model_may_be_an_object(config, folder, tmp_path):
     assert untimed([found[0]]) == untimed([found[1]])
 
 
+def test_what_a_cut_off_completion_earns_by_default_is_kept_for_the_resume(config, folder):
+    cut_off = {"truncated": None, "missing_eos_penalty": 0.5, "max_tokens": 2, "stop": ()}
+    run = PPO(str(folder), ROWS, letter_a, config(steps=1, eval_rows=0, **cut_off)).train().run
+    assert json.loads((run.directory / "environment.json").read_text())["truncated"] == "penalty"
+    resumed = PPO.resume(run.directory, dataset=ROWS, rewards=letter_a, steps=2).train()
+    assert resumed.config.truncated == "penalty"
+    assert resumed.run.records()[-1]["value/mean"] < 0  # the first step taught that all lose by being cut off
+
+
 @pytest.mark.parametrize("truncated", ["bootstrap", "mask"])
 def test_where_every_completion_is_cut_off_that_is_said(config, folder, capfd, truncated):
     """No score counts then, and nothing but the price of the divergence is learned."""
@@ -527,6 +536,16 @@ def test_a_critic_that_starts_from_a_reward_model_has_the_scale_of_normalised_re
     ]
     hidden = torch.randn(3, 5, heads[0].weight.shape[1])
     torch.testing.assert_close(heads[1](hidden), (heads[0](hidden) - 2.0) / 4.0)
+
+
+def test_a_critic_that_cannot_start_on_that_scale_says_so(config, folder, tmp_path, capfd):
+    judge = save_tiny_policy(tmp_path / "judge")
+    saved_judge(judge, 1)
+    for normalized, critic in ((False, str(judge)), (True, "copy"), (True, str(folder)), (True, str(judge))):
+        said = " ".join(capfd.readouterr().err.split())
+        assert "the scale of the critic's scores is not known" not in said
+        PPO(str(folder), ROWS, high_ids, config(critic=critic, normalize_rewards=normalized, out=None))
+    assert "the scale of the critic's scores is not known" in " ".join(capfd.readouterr().err.split())
 
 
 def test_an_adapter_given_as_an_object_reads_as_its_own_folder_says(reward_adapter):

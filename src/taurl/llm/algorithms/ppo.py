@@ -31,6 +31,7 @@ from taurl.llm.data.tasks import held_out_count
 from taurl.llm.episodes import MakeEnvironment
 from taurl.llm.evaluation import Evaluation
 from taurl.llm.models.critics import make_critic
+from taurl.llm.models.loading import resolve_model
 from taurl.llm.models.others import check_critic, check_reference
 from taurl.llm.pictures.token_pictures import ratio_picture, token_picture
 from taurl.llm.rewards.specs import load_callable
@@ -40,6 +41,8 @@ from taurl.runtime.errors import InputError
 from taurl.runtime.optimization import Optimizer, Update, learning_rate
 from taurl.runtime.run import Callback, Record
 from taurl.runtime.step import Step
+
+NAMED_CRITICS = ("copy", "head", "none")  # critics that are no model to start from
 
 
 @dataclass
@@ -116,8 +119,15 @@ class PPO(RatioTrainer):
         )
 
     def set_up(self, dtype: torch.dtype | None) -> None:
-        config, reference, environment = self.config, self.given("reference"), self.given("environment")
-        refuse_unread_by_ppo(config, environment=environment is not None, critic=self.given("critic"))
+        critic, reference, environment = self.given("critic"), self.given("reference"), self.given("environment")
+        # An episode's end is a time limit; a completion that was cut off failed to end.
+        cut = "bootstrap" if environment is not None and critic != "none" else "penalty"
+        cut = self.config.truncated or self.run.chosen.setdefault("truncated", cut)
+        self.config = config = self.config.model_copy(update={"truncated": cut})
+        refuse_unread_by_ppo(config, environment=environment is not None, critic=critic)
+        for name in (critic, reference):
+            if isinstance(name, str) and name not in NAMED_CRITICS:
+                resolve_model(name)  # before anything is loaded
         if environment is None:
             self.load_prompts()
         elif self.given("rewards") or self.given("dataset") is not None or self.given("eval_dataset") is not None:
@@ -134,11 +144,10 @@ class PPO(RatioTrainer):
         self.has_reference, self.said = config.kl_coefficient > 0, False
         self.load_policy(dtype, keep_reference=self.has_reference and reference is None)
         with loading_model():
-            critic = self.given("critic")
             if self.has_reference and reference is not None:
                 check_reference(reference, self.policy)
                 self.policy.use_reference(reference)
-            if critic not in ("copy", "head", "none"):
+            if critic not in NAMED_CRITICS:
                 check_critic(critic, reference, self.policy)
             checkpointing = config.gradient_checkpointing
             self.critic = make_critic(
@@ -150,6 +159,8 @@ class PPO(RatioTrainer):
             )
             self.state = {"optimizer": self.optimizer}
             if self.critic is not None:
+                if self.critic.note and not self.run.step:
+                    self.run.view.note(self.critic.note)
                 self.critic_optimizer = Optimizer(self.critic.named_parameters(), config)
                 self.state["critic"] = self.critic_optimizer
         self.controls = Controls(config.kl_coefficient, config.kl_target, config.kl_gain)
@@ -203,10 +214,10 @@ class PPO(RatioTrainer):
         """Rewards, values and advantages of all tokens, from the weights before the updates."""
         config, rollout = self.config, collected.rollout
         truncated = rollout.truncated
-        settled = settled_rewards(collected, config, self.controls)
-        rewards = settled.to(self.device, self.dtype)
+        earned = settled_rewards(collected, config, self.controls)
+        rewards = earned.to(self.device, self.dtype)
         if not rewards.isfinite().all():
-            raise InputError(f"a reward of size {settled.abs().max():g} is beyond {rewards.dtype}: set reward_clip")
+            raise InputError(f"a reward of size {earned.abs().max():g} is beyond {rewards.dtype}: set reward_clip")
         if config.truncated == "mask":
             rollout.mask[truncated] = False
         unscored = config.truncated == "mask" or (config.truncated == "bootstrap" and self.stage is None)

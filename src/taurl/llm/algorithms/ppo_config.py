@@ -88,12 +88,15 @@ class PPOConfig(OnlineConfig):
     gives the gradient of the divergence; k2 and k3 are biased there, they hardly pull near the reference. As a loss k1
     gives 0 and is refused; k2 lacks what a token does to later ones, and k3 is a biased approximation of that."""
 
-    truncated: Literal["bootstrap", "penalty", "mask"] = "bootstrap"
-    """What a completion that hit max_tokens (an episode that ran out of turns) earns. bootstrap: the value of its end,
-    in place of the score of what is not finished. penalty: its score less missing_eos_penalty, as if it had ended.
-    mask: nothing, it is not trained on."""
+    truncated: Literal["bootstrap", "penalty", "mask"] | None = None
+    """What a completion that hit max_tokens (an episode that ran out of turns) earns. penalty: its score less
+    missing_eos_penalty, as if it had ended. bootstrap: the value of its end, in place of the score of what is not
+    finished (after an episode's rewards of its turns), which a critic has to have learned: one that starts at 0 makes
+    being cut off better than any score below 0. mask: nothing, it is not trained on. None: bootstrap for episodes,
+    where there is a critic, and else penalty."""
     missing_eos_penalty: float = Field(1.0, ge=0)
-    """Subtracted from the score of a truncated completion, where that is what it earns."""
+    """Subtracted from the score of a truncated completion, where that is what it earns; after normalize_rewards and
+    reward_clip, so in their units."""
     normalize_rewards: bool = False
     """Subtract the running mean of the scores and divide by their running deviation; the rewards of an environment's
     turns are divided only."""
@@ -134,7 +137,7 @@ def refuse_unread_by_ppo(config: PPOConfig, *, environment: bool, critic: object
     else:
         refuse_unread(config, UNREAD_BY_ENVIRONMENTS, "an environment gives prompts and rewards itself")
     if config.truncated != "penalty":
-        refuse_unread(config, ["missing_eos_penalty"], f"truncated is {config.truncated}, not penalty")
+        refuse_unread(config, ["missing_eos_penalty"], f"truncated is {config.truncated} here, not penalty")
     if critic != "head":
         refuse_unread(config, ["value_coefficient"], "the critic is no head on the policy's own weights")
     if config.kl_coefficient == 0:

@@ -45,9 +45,10 @@ class Critic:
 
     Attributes:
         shares_trunk: whether the hidden states are the policy's own, so that one forward pass serves both.
+        note: what a person should know of how it starts.
     """
 
-    shares_trunk = False
+    shares_trunk, note = False, ""
 
     def __init__(self, head: ValueHead, model: Any):
         self.head, self.model = head, model
@@ -119,6 +120,7 @@ def make_critic(
     if kind == "copy" and policy.has_adapter:
         return AdapterCritic(head, policy)
     trunk: Any
+    known = True
     if kind == "copy":
         trunk = copy.deepcopy(body(model)).requires_grad_(True)
     else:
@@ -126,15 +128,17 @@ def make_critic(
         if isinstance(kind, str):  # a reward model comes with its head
             start = load_model(kind, dtype=model.dtype, head=written_head(Path(resolve_model(kind)))[0])
         head = started_head(start, policy, dtype)
-        if normalized:
-            normalize_head(head, RewardNote.for_model(kind)[1])
+        known = not normalized or normalize_head(head, RewardNote.for_model(kind)[1])
         trunk = started_trunk(start, policy)
     cast_weights(trunk, model.dtype, model.device)
     switch_off_dropout(trunk)
     if gradient_checkpointing:
         trunk.activation_checkpointing_enable()
     trunk.train(gradient_checkpointing)
-    return Critic(head, trunk)
+    critic = Critic(head, trunk)
+    if not known and head.weight.any():
+        critic.note = "the scale of the critic's scores is not known, so that its values start unnormalised"
+    return critic
 
 
 def started_trunk(start: Any, policy: Policy) -> Any:
@@ -171,11 +175,13 @@ def started_head(start: Any, policy: Policy, dtype: torch.dtype) -> ValueHead:
 
 
 @torch.no_grad()
-def normalize_head(head: ValueHead, note: RewardNote) -> None:
-    """Let V be (V − mean) / deviation of the scores of the reward model that it comes from, where those are known."""
-    if note.mean is not None and note.deviation:
-        head.weight.div_(note.deviation)
-        head.bias.sub_(note.mean).div_(note.deviation)
+def normalize_head(head: ValueHead, note: RewardNote) -> bool:
+    """Let V be (V − mean) / deviation of the scores of the reward model that it comes from, if those are known."""
+    if note.mean is None or not note.deviation:
+        return False
+    head.weight.div_(note.deviation)
+    head.bias.sub_(note.mean).div_(note.deviation)
+    return True
 
 
 def hidden_width(model: Any) -> int:
