@@ -109,11 +109,23 @@ PANELS = (
     Panel("Policy", "KL", ("kl",), "Distance from the reference policy."),
     Panel("Policy", "KL of a completion", ("kl_per_completion",), "To the reference policy, in nats."),
     Panel("Policy", "Price of the KL", ("kl_coefficient",), "β, fixed or set by the controller."),
+    Panel("Policy", "Paid for the KL", ("reward/kl_penalty",), "β times the divergence, mean over the completions."),
     Panel("Policy", "KL within a step", ("approx_kl",), "From the policy that sampled, mean over tokens and updates."),
     Panel("Policy", "Clip fraction", ("clip_ratio/*",), "Share whose importance ratio was clipped.", share=True),
     Panel("Values", "Value loss", ("value/loss",)),
     Panel("Values", "Explained variance", ("value/explained_variance",), "Of the returns, by the critic."),
     Panel("Values", "Clipped values", ("value/clip_ratio",), "Share that moved past the clip.", share=True),
+    Panel("Values", "Mean value", ("value/mean",), "Of the tokens of a step, before its updates."),
+    Panel(
+        "Policy",
+        "Sampler against trainer",
+        ("sampling/logp_difference_mean",),
+        "Mean difference of their log-probabilities, before any update; rounding, if it is small.",
+    ),
+    Panel("Held-out evaluation", "Held-out length", ("eval/completions/mean_length",), "Tokens."),
+    Panel(
+        "Held-out evaluation", "Held-out, cut off", ("eval/completions/clipped_ratio",), "Share of answers.", share=True
+    ),
     Panel("Completions", "Completion length", ("completions/*_length",), "Tokens."),
     Panel("Completions", "Hit the length limit", ("completions/clipped_ratio",), "Share of completions.", share=True),
     Panel("Completions", "Turns cut off", ("episodes/cut_turns",), "Share of the turns of a step.", share=True),
