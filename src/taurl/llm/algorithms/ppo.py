@@ -214,10 +214,10 @@ class PPO(RatioTrainer):
         """Rewards, values and advantages of all tokens, from the weights before the updates."""
         config, rollout = self.config, collected.rollout
         truncated = rollout.truncated
-        earned = settled_rewards(collected, config, self.controls)
-        rewards = earned.to(self.device, self.dtype)
+        settled = settled_rewards(collected, config, self.controls)
+        rewards = settled.to(self.device, self.dtype)
         if not rewards.isfinite().all():
-            raise InputError(f"a reward of size {earned.abs().max():g} is beyond {rewards.dtype}: set reward_clip")
+            raise InputError(f"a reward of size {settled.abs().max():g} is beyond {rewards.dtype}: set reward_clip")
         if config.truncated == "mask":
             rollout.mask[truncated] = False
         unscored = config.truncated == "mask" or (config.truncated == "bootstrap" and self.stage is None)

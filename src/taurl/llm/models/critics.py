@@ -42,16 +42,16 @@ class Critic:
     Args:
         head: the value head.
         model: the trunk, a model of `transformers`.
+        note: what a person should know of how it starts.
 
     Attributes:
         shares_trunk: whether the hidden states are the policy's own, so that one forward pass serves both.
-        note: what a person should know of how it starts.
     """
 
-    shares_trunk, note = False, ""
+    shares_trunk = False
 
-    def __init__(self, head: ValueHead, model: Any):
-        self.head, self.model = head, model
+    def __init__(self, head: ValueHead, model: Any, note: str = ""):
+        self.head, self.model, self.note = head, model, note
 
     @contextmanager
     def trunk(self) -> Iterator[Any]:
@@ -120,7 +120,7 @@ def make_critic(
     if kind == "copy" and policy.has_adapter:
         return AdapterCritic(head, policy)
     trunk: Any
-    known = True
+    note = ""
     if kind == "copy":
         trunk = copy.deepcopy(body(model)).requires_grad_(True)
     else:
@@ -128,17 +128,15 @@ def make_critic(
         if isinstance(kind, str):  # a reward model comes with its head
             start = load_model(kind, dtype=model.dtype, head=written_head(Path(resolve_model(kind)))[0])
         head = started_head(start, policy, dtype)
-        known = not normalized or normalize_head(head, RewardNote.for_model(kind)[1])
+        if normalized and not normalize_head(head, RewardNote.for_model(kind)[1]) and head.weight.any():
+            note = "the scale of the critic's scores is not known, so that its values start unnormalised"
         trunk = started_trunk(start, policy)
     cast_weights(trunk, model.dtype, model.device)
     switch_off_dropout(trunk)
     if gradient_checkpointing:
         trunk.activation_checkpointing_enable()
     trunk.train(gradient_checkpointing)
-    critic = Critic(head, trunk)
-    if not known and head.weight.any():
-        critic.note = "the scale of the critic's scores is not known, so that its values start unnormalised"
-    return critic
+    return Critic(head, trunk, note)
 
 
 def started_trunk(start: Any, policy: Policy) -> Any:
