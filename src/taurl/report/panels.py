@@ -101,6 +101,10 @@ PANELS = (
         "Quarters of the pairs by their margin, or where the data has none by how far apart their scores are.",
         share=True,
     ),
+    Panel("Held-out evaluation", "Held-out length", ("eval/completions/mean_length",), "Tokens."),
+    Panel(
+        "Held-out evaluation", "Held-out, cut off", ("eval/completions/clipped_ratio",), "Share of answers.", share=True
+    ),
     Panel("Scores", "Accuracy", ("accuracy",), "Of the rows of a step.", share=True),
     Panel("Scores", "Margin", ("margin",), "Mean score of the chosen less that of the rejected ones of a step."),
     Panel("Scores", "Correlation", ("correlation",), "Of the scores of a step with those of its rows."),
@@ -112,20 +116,16 @@ PANELS = (
     Panel("Policy", "Paid for the KL", ("reward/kl_penalty",), "β times the divergence, mean over the completions."),
     Panel("Policy", "KL within a step", ("approx_kl",), "From the policy that sampled, mean over tokens and updates."),
     Panel("Policy", "Clip fraction", ("clip_ratio/*",), "Share whose importance ratio was clipped.", share=True),
-    Panel("Values", "Value loss", ("value/loss",)),
-    Panel("Values", "Explained variance", ("value/explained_variance",), "Of the returns, by the critic."),
-    Panel("Values", "Clipped values", ("value/clip_ratio",), "Share that moved past the clip.", share=True),
-    Panel("Values", "Mean value", ("value/mean",), "Of the tokens of a step, before its updates."),
     Panel(
         "Policy",
         "Sampler against trainer",
         ("sampling/logp_difference_mean",),
         "Mean difference of their log-probabilities, before any update; rounding, if it is small.",
     ),
-    Panel("Held-out evaluation", "Held-out length", ("eval/completions/mean_length",), "Tokens."),
-    Panel(
-        "Held-out evaluation", "Held-out, cut off", ("eval/completions/clipped_ratio",), "Share of answers.", share=True
-    ),
+    Panel("Values", "Value loss", ("value/loss",)),
+    Panel("Values", "Explained variance", ("value/explained_variance",), "Of the returns, by the critic."),
+    Panel("Values", "Clipped values", ("value/clip_ratio",), "Share that moved past the clip.", share=True),
+    Panel("Values", "Mean value", ("value/mean",), "Of the tokens of a step, before its updates."),
     Panel("Completions", "Completion length", ("completions/*_length",), "Tokens."),
     Panel("Completions", "Hit the length limit", ("completions/clipped_ratio",), "Share of completions.", share=True),
     Panel("Completions", "Turns cut off", ("episodes/cut_turns",), "Share of the turns of a step.", share=True),
