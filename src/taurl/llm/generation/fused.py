@@ -15,7 +15,7 @@ from torch.nn.functional import rms_norm
 from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from taurl.llm.generation.packed import Packed, fitting, packed_linear
+from taurl.llm.generation.packed import Packed, fitting, packed_linear, widened
 from taurl.llm.models.compiled import as_its_class_says
 
 # Families whose layers normalise by root mean square before attention and before a network gated by SiLU, add both to
@@ -83,7 +83,7 @@ def fused_forward(
     attended = attend(layer, packed, turn, hidden_states, *mask, **others)
     hidden_states = with_other(out, attended, hidden_states, "add")
     inner = normalised(layer.post_attention_layernorm, hidden_states)
-    gated = with_other(packed[mlp.up_proj], inner, by_silu(packed[mlp.gate_proj], inner), "mul")
+    gated = with_other(packed[mlp.up_proj], inner, packed_linear(packed[mlp.gate_proj], inner, "swish"), "mul")
     return with_other(packed[mlp.down_proj], gated, hidden_states, "add")
 
 
@@ -123,15 +123,11 @@ def normalised(norm: Any, hidden: Tensor) -> Tensor:
     return found
 
 
-def by_silu(packed: Packed, hidden: Tensor) -> Tensor:
-    """SiLU(hidden · Wᵀ + b) of a packed W."""
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, packed.weight, packed.bias, "swish", [], "")
-    return found
-
-
 def with_other(packed: Packed, hidden: Tensor, other: Tensor, operation: str) -> Tensor:
     """hidden · Wᵀ + b of a packed W, added to or multiplied with another tensor ("add", "mul") before it is rounded."""
-    found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(hidden, other, packed.weight, packed.bias, operation)
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+        widened(packed, hidden), other, packed.weight, packed.bias, operation
+    )
     return found
 
 

@@ -4,7 +4,7 @@ import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ SAMPLED = 256  # numbers of a weight that are compared to see whether it has cha
 class PackedLinears:
     """A CPU model's linear layers, packed; LoRA adapters are merged into them, for sampling only.
 
-    In half precision adapters stay apart: what a few steps have learned is less than the rounding of W, and merged
+    In half precision adapters stand beside W: what a few steps have learned is less than the rounding of W, and merged
     into it would be gone from what is sampled, though not from what is trained.
 
     The packed weights are a copy, some 0.2 s for a model of 135M weights, and the only one: merged weights are packed
@@ -65,36 +65,37 @@ class PackedLinears:
         """The layers as they are by now: new and changed ones packed, the others taken over."""
         found = {}
         for module, parts in packable(self.model, together):
-            apart, within = split(parts)
             sources = (
-                *(linear.weight for linear, _ in within),
-                *(w for _, fs in within for a, b, _ in fs for w in (a, b)),
+                *(linear.weight for linear, _ in parts),
+                *(w for _, factors in parts for a, b, _ in factors for w in (a, b)),
             )
-            scales = tuple(scale for _, factors in within for _, _, scale in factors)
+            scales = tuple(scale for _, factors in parts for _, _, scale in factors)
             packed = self._packed.pop(module, None)  # one by one, so that there are never two copies of all
             if packed is None or packed.stale(sources, scales):
+                weight, down = with_adapters(parts)
                 packed = Packed(
-                    pack(side_by_side([merged(linear.weight, factors) for linear, factors in within])),
+                    pack(weight),
+                    None if down is None else pack(down),
                     sources,
                     scales,
                     versions=tuple(map(version, sources)),
                     samples=tuple(sample(source).clone() for source in sources),
                 )
-            found[module] = replace(packed, bias=bias_of(parts), apart=apart)
+            found[module] = replace(packed, bias=bias_of(parts))
         return found
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed weight, what it was made from, and the bias and the adapters that are added to its product."""
+    """A packed weight, the packed A of adapters whose B stands beside it, what both were made from, and the bias."""
 
     weight: Tensor
+    down: Tensor | None
     sources: tuple[Tensor, ...]
     scales: tuple[float, ...]
     versions: tuple[tuple[int, int], ...]
     samples: tuple[Tensor, ...]
     bias: Tensor | None = None
-    apart: "Factors" = field(default_factory=list)
 
     def stale(self, weights: Sequence[Tensor], scales: Sequence[float]) -> bool:
         """Whether the weights are others by now.
@@ -117,15 +118,19 @@ Part = tuple[nn.Linear, Factors]  # a plain linear layer, and the adapters of th
 Together = Mapping[nn.Module, Sequence[nn.Module]]
 
 
-def packed_linear(packed: Packed, hidden: Tensor) -> Tensor:
-    """hidden [..., in] · Wᵀ + b, of a packed W, and the adapters that stay apart in the way that peft adds them."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, packed.weight, packed.bias, "none", [], "")
-    if not packed.apart:
-        return product
-    total = product
-    for a, b, scale in packed.apart:
-        total = total + nn.functional.linear(nn.functional.linear(hidden.to(a.dtype), a), b) * scale
-    return total.to(product.dtype)
+def packed_linear(packed: Packed, hidden: Tensor, activation: str = "none") -> Tensor:
+    """hidden [..., in] · Wᵀ + b, of a packed W with its adapters, then oneDNN's activation of that name."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(
+        widened(packed, hidden), packed.weight, packed.bias, activation, [], ""
+    )
+    return found
+
+
+def widened(packed: Packed, hidden: Tensor) -> Tensor:
+    """What is multiplied with a packed weight: hidden [..., in] and, for adapters beside W, hidden · Aᵀ behind it."""
+    if packed.down is None:
+        return hidden
+    return torch.cat((hidden, torch.ops.mkldnn._linear_pointwise(hidden, packed.down, None, "none", [], "")), -1)
 
 
 def packable(module: nn.Module, together: Together) -> Iterator[tuple[nn.Module, list[Part]]]:
@@ -146,12 +151,11 @@ def packable(module: nn.Module, together: Together) -> Iterator[tuple[nn.Module,
 def fitting(layers: Sequence[nn.Module]) -> list[Part] | None:
     """The parts of layers that one product can stand for; None where one cannot be packed, or they differ too much.
 
-    They have one dtype, all a bias or none, and no adapters that stay apart.
+    They have one dtype, and all a bias or none.
     """
     parts = [part for layer in layers if (part := part_of(layer))]
     kinds = {(linear.weight.dtype, linear.bias is None) for linear, _ in parts}
-    apart = any(factors and is_half(linear.weight.dtype) for linear, factors in parts)
-    return parts if len(parts) == len(layers) and len(kinds) == 1 and not apart else None
+    return parts if len(parts) == len(layers) and len(kinds) == 1 else None
 
 
 def part_of(module: nn.Module) -> Part | None:
@@ -163,11 +167,21 @@ def part_of(module: nn.Module) -> Part | None:
     return None
 
 
-def split(parts: Sequence[Part]) -> tuple[Factors, list[Part]]:
-    """The adapters that stay apart (then of one layer, see `fitting`), and each layer with those merged into it."""
-    if is_half(parts[0][0].weight.dtype):
-        return parts[0][1], [(linear, []) for linear, _ in parts]
-    return [], list(parts)
+def with_adapters(parts: Sequence[Part]) -> tuple[Tensor, Tensor | None]:
+    """Layers side by side as one weight with their adapters, and what else the adapters need.
+
+    Adapters are merged, and the weight is [out, in]. In half precision their s · B stand beside W, [out, in + r], to be
+    multiplied with (x, A · x): the sum is then rounded once, as its terms are not. Then A [r, in] comes with it.
+    """
+    if not any(factors for _, factors in parts) or not is_half(parts[0][0].weight.dtype):
+        return side_by_side([merged(linear.weight, factors) for linear, factors in parts]), None
+    weight = side_by_side([linear.weight.detach() for linear, _ in parts])
+    down = torch.cat([a.detach() for _, factors in parts for a, _, _ in factors])
+    ups = [
+        torch.cat([weight.new_zeros(linear.out_features, 0), *(scale * b.detach() for _, b, scale in factors)], 1)
+        for linear, factors in parts
+    ]
+    return torch.cat((weight, torch.block_diag(*ups).to(weight.dtype)), 1), down.to(weight.dtype)
 
 
 def bias_of(parts: Sequence[Part]) -> Tensor | None:
@@ -213,7 +227,7 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def is_half(dtype: torch.dtype) -> bool:
-    """Whether weights of this dtype are rounded so far that adapters stay apart from them."""
+    """Whether weights of this dtype are rounded so far that adapters are not merged into them."""
     return dtype.itemsize < 4
 
 
