@@ -149,7 +149,8 @@ class Policy:
         )
         try:
             with quiet_transformers():
-                self.model = get_peft_model(self.model, config)
+                # An adapter in half precision has float32 masters in the optimiser, as whole weights have.
+                self.model = get_peft_model(self.model, config, autocast_adapter_dtype=settings.load_in_4bit)
         except ValueError as error:
             raise InputError(f"lora_targets is {targets!r}: {str(error).splitlines()[0]}") from error
         self.has_adapter = self.adapter_is_new = True
@@ -173,7 +174,7 @@ class Policy:
             self.model.add_adapter(name, copy.deepcopy(self.model.peft_config[own]))
         mine = dict(self.adapter_parameters(own))
         for path, weight in self.adapter_parameters(name):
-            weight.data.copy_(mine[".".join(own if part == name else part for part in path.split("."))])
+            weight.data = mine[".".join(own if part == name else part for part in path.split("."))].detach().clone()
             weight.requires_grad_(True)
         switch_off_dropout(self.model)
         self._activate(own)
