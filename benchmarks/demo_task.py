@@ -2,9 +2,8 @@
 
     python benchmarks/demo_task.py [--goal 0.6] [--minutes 120] [--every 10] [--write]
 
-Both sides take batch and lengths of examples/grpo_arithmetic.yaml, the same questions in the same order and the same
-reward, and train all weights, where the example trains an adapter. They divide by the group's deviation: TRL cannot
-divide by the group's mean, as the example does.
+Both sides take batch, lengths and rate of examples/grpo_arithmetic.yaml, the same questions in the same order and the
+same reward, and divide by the group's deviation: TRL cannot divide by the group's mean, as the example does.
 Every so many updates the clock stands still, and both answer 200 held-out questions greedily. A side that does not get
 there within its share of the minutes says how far it came.
 """
@@ -23,7 +22,6 @@ from taurl.llm.models.loading import resolve_model
 EXAMPLE = ROOT / "examples" / "grpo_arithmetic.yaml"
 ASKED = {INSTALLED: 5, SAME: 3.5}  # times as long as taurl
 HELD_OUT = 200
-RATE = 3e-5  # of all weights
 
 
 def main() -> None:
@@ -41,9 +39,8 @@ def main() -> None:
         "warm_up": 0,
         "rows_per_step": size * example["group_size"],
         "rows_per_part": size * example["group_size"] // 2,
-        "tokens_per_part": 1280,
-        "learning_rate": RATE,
-        **{name: example[name] for name in ("group_size", "max_tokens", "schedule")},
+        "tokens_per_part": example["tokens_per_part"],
+        **{name: example[name] for name in ("group_size", "max_tokens", "learning_rate", "schedule")},
         "reward": "last_number",
         "rows": [question(row) for row in train],
         "order": PromptOrder(len(train), 0).take(0, size * example["steps"]),

@@ -40,7 +40,7 @@ def packed_count(model):
 
 def with_lora(base, **settings):
     options = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
-    model = get_peft_model(base, LoraConfig(**options)).eval()
+    model = get_peft_model(base, LoraConfig(**options), autocast_adapter_dtype=False).eval()  # as Policy has them
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_A" in name or "lora_B" in name:
@@ -295,6 +295,24 @@ def test_fused_layers_compute_what_the_layers_do(architecture, adapted, monkeypa
     fused, count = last_logits(model, True, monkeypatch)
     assert (none, count) == (0, model.config.num_hidden_layers)
     torch.testing.assert_close(fused, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_fused_layers_with_several_adapters_and_with_none_in_some_compute_what_the_layers_do(half, monkeypatch):
+    monkeypatch.setattr("taurl.llm.generation.packed.is_half", lambda dtype: half)
+    model = with_lora(tiny_model("qwen2"), target_modules=["k_proj", "v_proj", "up_proj"])
+    model.add_adapter("other", LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B.other" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.base_model.set_adapter(["default", "other"])
+    plain, _ = last_logits(model, False, monkeypatch)
+    fused, count = last_logits(model, True, monkeypatch)
+    assert count == model.config.num_hidden_layers
+    torch.testing.assert_close(fused, plain, atol=1e-4, rtol=1e-4)
+    with torch.inference_mode():
+        whole = model(torch.tensor([[5, 17, 99, 3, 42, 8, 1, 77]])).logits[0, -1]
+    torch.testing.assert_close(fused[0, 0], whole, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason="oneDNN multiplies no bfloat16 on this processor")

@@ -242,8 +242,9 @@ def test_lora_trains_the_adapter_alone_and_its_reference_is_the_base(config, fol
         torch.testing.assert_close(loaded(ids).logits, adapted, rtol=0, atol=1e-6)
 
 
-def test_lora_resumes_exactly(config, folder, tmp_path):
-    settings = config(lora_rank=2, steps=4, save_every=2, learning_rate=3e-2)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_lora_resumes_exactly(config, folder, tmp_path, precision):
+    settings = config(lora_rank=2, steps=4, save_every=2, learning_rate=3e-2, precision=precision)
     whole = GRPO(str(folder), ROWS, letter_a, settings).train().run
     first = GRPO(str(folder), ROWS, letter_a, settings.model_copy(update={"out": tmp_path / "cut"}))
     steps = first.steps()

@@ -88,13 +88,25 @@ def test_the_reference_of_an_adapter_that_the_model_brings_is_the_adapter_as_it_
     assert all("lora_" in name for name in apart)  # the base stands once
 
 
-def test_an_adapter_beside_the_policys_own_begins_as_its_copy():
-    adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
-    for name, weight in adapted.named_parameters():
+def test_new_adapters_are_in_bfloat16_where_the_weights_are_but_not_doras():
+    def dtypes(dtype, **settings):
+        policy = Policy(tiny_model(), tiny_tokenizer(), LoraSettings(lora_rank=2, **settings), dtype=dtype)
+        return {weight.dtype for weight in policy.model.parameters() if weight.requires_grad}
+
+    assert dtypes(torch.float32) == {torch.float32}
+    assert dtypes(torch.bfloat16) == {torch.bfloat16}
+    assert dtypes(torch.bfloat16, use_dora=True) == dtypes(torch.float16) == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_beside_the_policys_own_begins_as_its_copy(dtype):
+    settings = LoraSettings(lora_rank=2, lora_targets=("q_proj", "down_proj"))
+    policy = Policy(tiny_model(), tiny_tokenizer(), settings, dtype=dtype)
+    for name, weight in policy.model.named_parameters():
         if "lora_B" in name:
             weight.data.normal_()
-    policy = Policy(adapted, tiny_tokenizer())
     policy.add_adapter("critic")
+    assert {weight.dtype for _, weight in policy.adapter_parameters("critic")} == {dtype}
     ids = torch.tensor([[5, 6, 7]])
     own = policy.model(ids).logits
     with policy.adapter("critic") as model:

@@ -21,9 +21,9 @@ class PackedLinears:
     into it would be gone from what is sampled, though not from what is trained.
 
     The packed weights are a copy, some 0.2 s for a model of 135M weights, and the only one: merged weights are packed
-    and dropped. A layer is packed again when its weights have changed. What cannot be packed is left as it is: float64
-    and what oneDNN lacks on this processor, other devices, adapters that do more than W + s · B · A, quantised and
-    sharded weights, and layers that are not `nn.Linear`.
+    and dropped. A layer is packed again when its weights or its adapters have changed. What cannot be packed is left as
+    it is: float64 and what oneDNN lacks on this processor, other devices, adapters that do more than W + s · B · A,
+    quantised and sharded weights, and layers that are not `nn.Linear`.
 
     Args:
         model: the module whose layers are packed, its output head included.
@@ -171,7 +171,7 @@ def with_adapters(parts: Sequence[Part]) -> tuple[Tensor, Tensor | None]:
     """Layers side by side as one weight with their adapters, and what else the adapters need.
 
     Adapters are merged, and the weight is [out, in]. In half precision their s · B stand beside W, [out, in + r], to be
-    multiplied with (x, A · x): the sum is then rounded once, as its terms are not. Then A [r, in] comes with it.
+    multiplied with (x, A · x), so that W · x + s · B · (A · x) is rounded once, as a sum. Then A [r, in] comes with it.
     """
     if not any(factors for _, factors in parts) or not is_half(parts[0][0].weight.dtype):
         return side_by_side([merged(linear.weight, factors) for linear, factors in parts]), None
@@ -181,7 +181,8 @@ def with_adapters(parts: Sequence[Part]) -> tuple[Tensor, Tensor | None]:
         torch.cat([weight.new_zeros(linear.out_features, 0), *(scale * b.detach() for _, b, scale in factors)], 1)
         for linear, factors in parts
     ]
-    return torch.cat((weight, torch.block_diag(*ups).to(weight.dtype)), 1), down.to(weight.dtype)
+    beside: Tensor = torch.block_diag(*ups)  # type: ignore[no-untyped-call]
+    return torch.cat((weight, beside.to(weight.dtype)), 1), down.to(weight.dtype)
 
 
 def bias_of(parts: Sequence[Part]) -> Tensor | None:

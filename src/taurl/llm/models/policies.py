@@ -149,11 +149,19 @@ class Policy:
         )
         try:
             with quiet_transformers():
-                # An adapter in half precision has float32 masters in the optimiser, as whole weights have.
-                self.model = get_peft_model(self.model, config, autocast_adapter_dtype=settings.load_in_4bit)
+                in_float32 = not self._rounds_adapters(settings)
+                self.model = get_peft_model(self.model, config, autocast_adapter_dtype=in_float32)
         except ValueError as error:
             raise InputError(f"lora_targets is {targets!r}: {str(error).splitlines()[0]}") from error
         self.has_adapter = self.adapter_is_new = True
+
+    def _rounds_adapters(self, settings: LoraSettings) -> bool:
+        """Whether a new adapter is in bfloat16 as the weights are, with float32 masters in the optimiser as they have.
+
+        Not DoRA, whose lengths would stay put for many steps, nor beside quantised weights.
+        """
+        plain = not settings.use_dora and not getattr(self.model, "is_quantized", False)
+        return plain and self.model.dtype == torch.bfloat16
 
     def train_tokens(self, tokens: Sequence[int]) -> None:
         """Train the embeddings of tokens that are new to the model beside the adapter, which leaves them frozen.
