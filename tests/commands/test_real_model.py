@@ -11,7 +11,7 @@ from taurl.cli import main
 def test_the_main_job_takes_a_step_and_its_result_answers(here, capsys):
     task = ["--dataset", "reasoning-gym:chain_sum", "--dataset-args", "min_terms=2", "max_terms=2", "size=40"]
     sizes = (
-        "--steps 1 --prompts-per-step 2 --group-size 2 --max-tokens 8 --eval-rows 2 --lora-rank 2 --threads 1 --out run"
+        "--steps 1 --prompts-per-step 4 --group-size 8 --max-tokens 8 --eval-rows 2 --lora-rank 2 --threads 1 --out run"
     )
     train = [
         "llm",
