@@ -21,7 +21,7 @@ REWARDS = {  # with the most that each gives
     "int_reward_func": 0.5,
     "correctness_reward_func": 2.0,
 }
-SFT_ROWS, GRPO_ROWS, HELD_OUT = 500, 1500, 100
+SFT_ROWS, GRPO_ROWS, HELD_OUT = 500, 1500, 200
 
 
 def reasoned(question: str) -> str:
@@ -54,7 +54,7 @@ def main() -> None:
         SFTConfig(
             out="runs/xml-sft",
             epochs=1,
-            learning_rate=3e-5,
+            learning_rate=2e-5,  # the layout, and as little else as it takes
             schedule="linear",
             eval_rows=HELD_OUT,
             tokens_per_part=1024,
@@ -70,10 +70,10 @@ def main() -> None:
         GRPOConfig(
             out="runs/xml-grpo",
             steps=40,
-            prompts_per_step=8,
+            prompts_per_step=12,
             group_size=8,
             max_tokens=64,
-            learning_rate=1.5e-5,
+            learning_rate=3e-5,
             schedule="linear",
             eval_rows=HELD_OUT,
             eval_every=20,
