@@ -25,7 +25,9 @@ from transformers import (
 
 from taurl.llm.beginnings import common_beginning
 from taurl.llm.models.heads import body, context_length
+from taurl.llm.scoring import likelihood
 from taurl.llm.scoring.likelihood import checkpoints_activations, completion_logprobs, rows_of, window
+from taurl.llm.scoring.prefix_tree import PrefixTree
 from taurl.runtime.errors import InputError
 
 PROMPTS = prompts_of([5, 13, 2])
@@ -83,12 +85,15 @@ def compare(model, prompts, prompt_of, completions, temperature=0.7):
     expected = one_by_one(model, prompts, prompt_of, completions, temperature)
     expected_gradients = gradients(model, *expected[:2])
     tokens, mask = padded(completions, filler=77)
-    found = completion_logprobs(model, prompts, torch.tensor(prompt_of), tokens, mask, temperature=temperature)
-    for values, others in zip(found, expected[:2], strict=True):
-        assert values.dtype == torch.float64
-        assert_close(values, others)
-        assert (values[~mask] == 0).all()
-    assert_same_gradients(gradients(model, *found), expected_gradients)
+    for worth in (0, 100):  # completions as rows of their own; and as a tree, where the model can
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(likelihood, "WORTH_A_TREE", worth)
+            found = completion_logprobs(model, prompts, torch.tensor(prompt_of), tokens, mask, temperature=temperature)
+        for values, others in zip(found, expected[:2], strict=True):
+            assert values.dtype == torch.float64
+            assert_close(values, others)
+            assert (values[~mask] == 0).all()
+        assert_same_gradients(gradients(model, *found), expected_gradients)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -106,15 +111,78 @@ def test_what_all_prompts_begin_with_goes_through_the_model_once(architecture, m
         prompts = [beginning + end for end in prompts_of(ends)]
         compare(model, prompts, PROMPT_OF, COMPLETIONS)
     tokens, mask = padded(COMPLETIONS, 0)
+    monkeypatch.setattr(likelihood, "WORTH_A_TREE", 0)
+    forwarded = shapes_forwarded(
+        model,
+        (prompts, torch.tensor(PROMPT_OF), tokens, mask),
+        (prompts[:2], torch.tensor([0, 1, 1, 1, 1, 1]), tokens, mask),  # too little to save
+    )
+    whole = window(model) < 40 + 10  # padding behind the beginning would lie in the window
+    assert forwarded == [*([(3, 40)] if whole else [(1, 32), (3, 8)]), (6, 9), (2, 40), (6, 9)]
+
+
+def shapes_forwarded(model, *given):
+    """The shapes of the passes that these arguments of `completion_logprobs` take."""
     forwarded = []
     watch = body(model).register_forward_pre_hook(
         lambda module, args, kwargs: forwarded.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    completion_logprobs(model, prompts, torch.tensor(PROMPT_OF), tokens, mask)
-    completion_logprobs(model, prompts[:2], torch.tensor([0, 1, 1, 1, 1, 1]), tokens, mask)  # too little to save
+    for arguments in given:
+        completion_logprobs(model, *arguments)
     watch.remove()
-    whole = window(model) < 40 + 10  # padding behind the beginning would lie in the window
-    assert forwarded == [*([(3, 40)] if whole else [(1, 32), (3, 8)]), (6, 9), (2, 40), (6, 9)]
+    return forwarded
+
+
+ALIKE = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 2, 3, 7], [1, 2, 3, 4, 5], [8], [1, 2, 3, 4, 5], [1, 2, 3, 4, 9], [2]]
+OF_ALIKE = [0, 0, 0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("attention", [None, "eager"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@in_double
+def test_what_completions_of_a_prompt_begin_with_goes_through_the_model_once(architecture, attention):
+    model = tiny_model(architecture, torch.float64, attention)
+    compare(model, PROMPTS[:2], OF_ALIKE, ALIKE)
+    forwarded = shapes_forwarded(model, (PROMPTS[:2], torch.tensor(OF_ALIKE), *padded(ALIKE, 0)))
+    whole = window(model) < 13 + 4  # layers with a window would count it in columns
+    assert forwarded == [(2, 13), (8, 4) if whole else (2, 4)]
+
+
+@in_double
+def test_a_tree_is_taken_where_it_saves_enough():
+    model = tiny_model("llama", torch.float64)
+    apart = prompts_of([5, 5, 5, 5], seed=1)
+    assert shapes_forwarded(model, ([[1, 2]], torch.zeros(4).long(), *padded(apart, 0))) == [(1, 2), (4, 4)]
+    alike = [[9, 9, *completion[2:]] for completion in apart]
+    assert shapes_forwarded(model, ([[1, 2]], torch.zeros(4).long(), *padded(alike, 0))) == [(1, 2), (1, 10)]
+    checkpoint_activations(model)  # prompt and completion as one: no tree
+    assert shapes_forwarded(model, ([[1, 2]], torch.zeros(4).long(), *padded(alike, 0))) == [(4, 6)]
+
+
+def test_a_tree_merges_what_stands_behind_the_same_tokens():
+    tokens, mask = padded([[1, 2, 3], [1, 2, 4], [5], [1, 2, 3], [1, 2, 3, 9]], filler=1)
+    mask[3, 0] = False  # not wanted, and yet passed through
+    mask[4, 3] = False  # nothing wanted behind it
+    tree = PrefixTree.of(3, torch.tensor([0, 0, 0, 2, 0]), tokens, mask)
+    assert tree.columns == [[1, 2], [], [1, 2]]
+    assert tree.parents == [[-1, 0], [], [-1, 0]]
+    assert tree.states == [(0, -1), (0, 0), (0, 1), (0, 1), (0, -1), (2, 0), (2, 1)]
+    assert tree.guessed == [1, 2, 3, 4, 5, 2, 3]
+    assert tree.guess_of.tolist() == [[0, 1, 2, 0], [0, 1, 3, 0], [4, 0, 0, 0], [0, 5, 6, 0], [0, 1, 2, 0]]
+    assert tree.depths().tolist() == [[0, 1], [0, 0], [0, 1]]
+    assert tree.sees()[0].tolist() == [[True, False], [True, True]]
+    assert tree.state_places().tolist() == [0, 1, 2, 2, 0, 7, 8]
+
+
+@in_double
+def test_padding_of_a_tree_reaches_no_position_that_the_model_lacks(monkeypatch):
+    """One prompt fills the context: the first token behind it is predicted, and none goes through the model."""
+    model, prompts = tiny_model("gpt2", torch.float64), prompts_of([CONTEXT, 5])
+    given = prompts, torch.tensor([0, 1, 1]), *padded([[3], [4, 5, 6], [4, 5, 7]], 0)
+    assert shapes_forwarded(model, given) == [(2, CONTEXT), (2, 2)]
+    merged, _ = completion_logprobs(model, *given)
+    monkeypatch.setattr(likelihood, "WORTH_A_TREE", 0)
+    assert_close(merged, completion_logprobs(model, *given)[0])
 
 
 def neo():

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of completions under a model, with gradient, each prompt forwarded once."""
+"""Log-probabilities and entropies of completions under a model, with gradient, what they share forwarded once."""
 
 from collections.abc import Sequence
 from math import inf
@@ -10,11 +10,17 @@ from transformers import DynamicCache, PreTrainedModel
 
 from taurl.functional.logprobs import TokenScores, score_tokens
 from taurl.llm.beginnings import worth_a_pass
+from taurl.llm.models.attention import NAME
 from taurl.llm.models.heads import OutputHead, body, causal_lm, context_length, output_head
+from taurl.llm.scoring.prefix_tree import PrefixTree
 from taurl.runtime.errors import InputError
 
 # Layers whose keys and values can be gone on from. Models with others (convolutions) get prompt and completion as one.
 KEEPING = {"full_attention", "sliding_attention", "chunked_attention"}
+TAKING_ANY_MASK = {"sdpa", "eager", NAME}
+# Of the tokens that rows of their own would take, how many a tree may have to be worth its wider attention, which looks
+# at all of its columns; and the most columns.
+WORTH_A_TREE, WIDEST_TREE = 0.75, 512
 
 
 def completion_logprobs(
@@ -29,9 +35,10 @@ def completion_logprobs(
     """Log-probability and entropy at each completion token.
 
     A prompt goes through the model once, with gradient, however many completions it has; the completions are then
-    forwarded on its keys and values. So does what all prompts begin with, where that is long. Same gradient as
-    forwarding prompt and completion together, a copy of the prompt each, which is what happens under gradient
-    checkpointing (it drops the keys and values it would need) and with layers that keep none.
+    forwarded on its keys and values. So does what all prompts begin with, where that is long, and what completions of
+    a prompt begin with, where that saves much. Same gradient as forwarding prompt and completion together, a copy of
+    the prompt each, which is what happens under gradient checkpointing (it drops the keys and values it would need) and
+    with layers that keep none.
 
     Args:
         model: causal language model without dropout.
@@ -43,8 +50,18 @@ def completion_logprobs(
     Returns: logprobs, entropies, float [N, L]; float32, or float64 for a float64 model.
     Raises: InputError for a model with recurrent layers, which have no keys and values to go on from.
     """
-    hidden = completion_hidden(model, prompts, prompt_of, tokens)
-    return hidden_logprobs(model, hidden, tokens, mask, temperature)
+    tree = PrefixTree.of(len(prompts), prompt_of, tokens, mask)
+    if not _worth_a_tree(model, prompts, tree, tokens):
+        hidden = completion_hidden(model, prompts, prompt_of, tokens)
+        return hidden_logprobs(model, hidden, tokens, mask, temperature)
+    states = _tree_hidden(model, prompts, tree)
+    guessed = torch.tensor(tree.guessed, device=tokens.device)
+    scores = head_scores(output_head(model), states, guessed, temperature)
+    found = scores.logprobs, scores.entropies
+    logprobs, spread = (
+        torch.where(mask, rows_of(values, tree.guess_of.flatten()).view_as(mask), 0.0) for values in found
+    )
+    return logprobs, spread
 
 
 def hidden_logprobs(
@@ -99,44 +116,87 @@ def head_scores(head: OutputHead, hidden: Tensor, tokens: Tensor, temperature: f
     return score_tokens(hidden, head.weight, tokens, bias=bias, temperature=temperature, softcap=head.softcap)
 
 
+class _Passes:
+    """Passes through a model, each going on from the keys and values of the one before.
+
+    Attributes:
+        seen: bool [rows, columns], which columns so far are real tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], device: torch.device, columns: int):
+        """Forward the prompts, for up to so many columns behind them; `ends` [P, 1, d] are their last hidden states."""
+        self.model, self.most = model, context_length(causal_lm(model))
+        self.cache = DynamicCache()  # without the config: a layer with a window would evict by column, padding included
+        self.seen = torch.ones(1, 0, dtype=torch.bool, device=device)
+        self.padded = len(set(map(len, prompts))) > 1
+        begins = worth_a_pass(prompts, device)
+        if self.padded and not _pads_anywhere(model, max(map(len, prompts)) + columns):
+            begins = 0  # the padding would lie behind it, and not before everything
+        beginning, ends = (pad_left(ids, device) for ids in ([prompts[0][:begins]], [ids[begins:] for ids in prompts]))
+        root = torch.zeros(len(prompts), dtype=torch.long, device=device)
+        if begins:
+            self.rows(*beginning, root[:1], masked=False)
+        self.ends = self.rows(*ends, root, masked=self.padded)[:, -1:]
+
+    def rows(self, ids: Tensor, real: Tensor, of: Tensor, *, masked: bool) -> Tensor:
+        """Hidden states [R, Q, d] of tokens [R, Q], each row going on from row `of` [R] of those before."""
+        on_cpu = ids.device.type == "cpu"
+        (self.cache.reorder_cache if on_cpu else self.cache.batch_select_indices)(cast(Any, of))  # as `rows_of`
+        self.seen = torch.cat([self.seen[of], real], 1)
+        places = positions(self.seen, self.most)[:, -ids.shape[1] :]
+        return self._forward(ids, self.seen.long() if masked else None, places)
+
+    def tree(self, tree: PrefixTree) -> Tensor:
+        """Hidden states [P, Q, d] of a tree's columns, those of a prompt going on from it."""
+        sees = torch.cat([self.seen[:, None, :].expand(-1, tree.width, -1), tree.sees()], 2)
+        dtype = self.model.dtype
+        hides = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)
+        last = None if self.most is None else self.most - 1  # of padding: see `positions`
+        places = (self.seen.sum(1, keepdim=True) + tree.depths()).clamp(max=last)
+        self.seen = torch.cat([self.seen, self.seen.new_ones(len(places), tree.width)], 1)
+        return self._forward(tree.ids(), hides[:, None], places)
+
+    def _forward(self, ids: Tensor, attention: Tensor | None, places: Tensor) -> Tensor:
+        given = {"attention_mask": attention, "position_ids": places}
+        output = body(self.model)(input_ids=ids, **given, past_key_values=self.cache, use_cache=True)
+        if (kept := self.cache.get_seq_length()) != self.seen.shape[1]:
+            raise cannot_share(self.model, f"kept {kept} of {self.seen.shape[1]} tokens in its cache")
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+
 def _forked_hidden(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], prompt_of: Tensor, tokens: Tensor
 ) -> Tensor:
     """Hidden states [N, L, d] that predict each completion token: prompts first, completions on their cache."""
-    device, most = tokens.device, context_length(causal_lm(model))
-    padded = len(set(map(len, prompts))) > 1
-    begins = worth_a_pass(prompts, device)
-    if padded and not _pads_anywhere(model, max(map(len, prompts)) + tokens.shape[1]):
-        begins = 0  # the padding would lie behind it, and not before everything
-    beginning, ends = (pad_left(ids, device) for ids in ([prompts[0][:begins]], [ids[begins:] for ids in prompts]))
-    cache = DynamicCache()  # without the config: a layer with a window would evict by column, padding included
-    seen = torch.ones(1, 0, dtype=torch.bool, device=device)
-
-    def go_on(ids: Tensor, real: Tensor, of: Tensor, *, masked: bool = padded) -> Tensor:
-        """Hidden states of tokens [R, Q], each row going on from row `of` [R] of those before."""
-        nonlocal seen
-        (cache.reorder_cache if device.type == "cpu" else cache.batch_select_indices)(cast(Any, of))  # as `rows_of`
-        seen = torch.cat([seen[of], real], 1)
-        output = body(model)(
-            input_ids=ids,
-            attention_mask=seen.long() if masked else None,
-            position_ids=positions(seen, most)[:, -ids.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        if cache.get_seq_length() != seen.shape[1]:
-            raise cannot_share(model, f"kept {cache.get_seq_length()} of {seen.shape[1]} tokens in its cache")
-        hidden: Tensor = output.last_hidden_state
-        return hidden
-
-    root = torch.zeros(len(prompts), dtype=torch.long, device=device)
-    if begins:
-        go_on(*beginning, root[:1], masked=False)
-    last = rows_of(go_on(*ends, root)[:, -1:], prompt_of)
+    passes = _Passes(model, prompts, tokens.device, tokens.shape[1])
+    last = rows_of(passes.ends, prompt_of)
     if tokens.shape[1] == 1:
         return last
     inputs = tokens[:, :-1]  # the last token predicts nothing that is wanted
-    return torch.cat([last, go_on(inputs, torch.ones_like(inputs, dtype=torch.bool), prompt_of)], 1)
+    real = torch.ones_like(inputs, dtype=torch.bool)
+    return torch.cat([last, passes.rows(inputs, real, prompt_of, masked=passes.padded)], 1)
+
+
+def _tree_hidden(model: PreTrainedModel, prompts: Sequence[Sequence[int]], tree: PrefixTree) -> Tensor:
+    """Hidden states [guesses, d] that a tree's guesses are made from: prompts first, its columns on their cache."""
+    passes = _Passes(model, prompts, tree.guess_of.device, tree.width)
+    states = torch.cat([passes.ends, passes.tree(tree)], 1).flatten(0, 1)
+    return rows_of(states, tree.state_places())
+
+
+def _worth_a_tree(model: PreTrainedModel, prompts: Sequence[Sequence[int]], tree: PrefixTree, tokens: Tensor) -> bool:
+    """Whether a tree saves tokens enough, and the model's layers look at what a mask of any form allows them."""
+    columns = max(map(len, prompts)) + tree.width
+    apart = tokens.shape[0] * (tokens.shape[1] - 1)
+    return (
+        0 < tree.width * len(prompts) <= WORTH_A_TREE * apart
+        and columns <= WIDEST_TREE
+        and shares_prompts(model)
+        and not checkpoints_activations(model)
+        and _pads_anywhere(model, columns)
+        and causal_lm(model).config._attn_implementation in TAKING_ANY_MASK
+    )
 
 
 def _pads_anywhere(model: PreTrainedModel, columns: int) -> bool:
