@@ -50,8 +50,8 @@ def completion_logprobs(
     Returns: logprobs, entropies, float [N, L]; float32, or float64 for a float64 model.
     Raises: InputError for a model with recurrent layers, which have no keys and values to go on from.
     """
-    tree = PrefixTree.of(len(prompts), prompt_of, tokens, mask)
-    if not _worth_a_tree(model, prompts, tree, tokens):
+    tree = _tree_worth_it(model, prompts, prompt_of, tokens, mask)
+    if tree is None:
         hidden = completion_hidden(model, prompts, prompt_of, tokens)
         return hidden_logprobs(model, hidden, tokens, mask, temperature)
     states = _tree_hidden(model, prompts, tree)
@@ -185,18 +185,22 @@ def _tree_hidden(model: PreTrainedModel, prompts: Sequence[Sequence[int]], tree:
     return rows_of(states, tree.state_places())
 
 
-def _worth_a_tree(model: PreTrainedModel, prompts: Sequence[Sequence[int]], tree: PrefixTree, tokens: Tensor) -> bool:
-    """Whether a tree saves tokens enough, and the model's layers look at what a mask of any form allows them."""
-    columns = max(map(len, prompts)) + tree.width
-    apart = tokens.shape[0] * (tokens.shape[1] - 1)
-    return (
-        0 < tree.width * len(prompts) <= WORTH_A_TREE * apart
-        and columns <= WIDEST_TREE
-        and shares_prompts(model)
-        and not checkpoints_activations(model)
-        and _pads_anywhere(model, columns)
-        and causal_lm(model).config._attn_implementation in TAKING_ANY_MASK
-    )
+def _tree_worth_it(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], prompt_of: Tensor, tokens: Tensor, mask: Tensor
+) -> PrefixTree | None:
+    """The completions as a tree where that saves tokens enough, and all layers heed a mask of any form."""
+    longest, apart = max(map(len, prompts)), tokens.shape[0] * (tokens.shape[1] - 1)
+    if (
+        longest + tokens.shape[1] > WIDEST_TREE  # before anything is merged: long completions cost nothing here
+        or not shares_prompts(model)
+        or checkpoints_activations(model)
+        or causal_lm(model).config._attn_implementation not in TAKING_ANY_MASK
+    ):
+        return None
+    tree = PrefixTree.of(len(prompts), prompt_of, tokens, mask)
+    columns = longest + tree.width
+    saves = 0 < tree.width * len(prompts) <= WORTH_A_TREE * apart
+    return tree if saves and columns <= WIDEST_TREE and _pads_anywhere(model, columns) else None
 
 
 def _pads_anywhere(model: PreTrainedModel, columns: int) -> bool:
