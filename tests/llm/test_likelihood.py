@@ -121,19 +121,20 @@ def test_what_all_prompts_begin_with_goes_through_the_model_once(architecture, m
     assert forwarded == [*([(3, 40)] if whole else [(1, 32), (3, 8)]), (6, 9), (2, 40), (6, 9)]
 
 
-def shapes_forwarded(model, *given):
+def shapes_forwarded(model, *given, **options):
     """The shapes of the passes that these arguments of `completion_logprobs` take."""
     forwarded = []
     watch = body(model).register_forward_pre_hook(
         lambda module, args, kwargs: forwarded.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     for arguments in given:
-        completion_logprobs(model, *arguments)
+        completion_logprobs(model, *arguments, **options)
     watch.remove()
     return forwarded
 
 
-ALIKE = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 2, 3, 7], [1, 2, 3, 4, 5], [8], [1, 2, 3, 4, 5], [1, 2, 3, 4, 9], [2]]
+# Both prompts' answers part once at the prompt and once behind a first token that some share.
+ALIKE = [[1, 2, 3], [1, 2, 4], [1, 5, 6], [1, 2, 3], [8], [1, 2, 3], [1, 5, 9], [2]]
 OF_ALIKE = [0, 0, 0, 0, 0, 1, 1, 1]
 
 
@@ -141,37 +142,61 @@ OF_ALIKE = [0, 0, 0, 0, 0, 1, 1, 1]
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @in_double
 def test_what_completions_of_a_prompt_begin_with_goes_through_the_model_once(architecture, attention):
-    model = tiny_model(architecture, torch.float64, attention)
-    compare(model, PROMPTS[:2], OF_ALIKE, ALIKE)
-    forwarded = shapes_forwarded(model, (PROMPTS[:2], torch.tensor(OF_ALIKE), *padded(ALIKE, 0)))
-    whole = window(model) < 13 + 4  # layers with a window would count it in columns
-    assert forwarded == [(2, 13), (8, 4) if whole else (2, 4)]
+    model, (long, short, shorter) = tiny_model(architecture, torch.float64, attention), prompts_of([13, 3, 2])
+    for prompts, taken in (([short, shorter], True), ([long, short], window(model) >= 13 + 3)):
+        compare(model, prompts, OF_ALIKE, ALIKE)
+        forwarded = shapes_forwarded(model, (prompts, torch.tensor(OF_ALIKE), *padded(ALIKE, 0)))
+        assert forwarded == [(2, len(prompts[0])), (2, 3) if taken else (8, 2)]
 
 
 @in_double
-def test_a_tree_is_taken_where_it_saves_enough():
+def test_a_tree_gives_the_gradients_of_rows_where_tokens_are_left_out(monkeypatch):
     model = tiny_model("llama", torch.float64)
+    tokens, mask = padded(ALIKE, 0)
+    mask[0, 1] = mask[1, 0] = mask[2, 2] = mask[4] = False
+    found = []
+    for worth in (0, 100):
+        monkeypatch.setattr(likelihood, "WORTH_A_TREE", worth)
+        values = completion_logprobs(model, PROMPTS[:2], torch.tensor(OF_ALIKE), tokens, mask)
+        found.append((values, gradients(model, *values)))
+    for values, others in zip(found[0][0], found[1][0], strict=True):
+        assert_close(values, others)
+    assert_same_gradients(found[1][1], found[0][1])
+
+
+@in_double
+def test_a_tree_is_taken_where_it_saves_enough(monkeypatch):
+    model, prompt, of = tiny_model("llama", torch.float64), [[1, 2]], torch.zeros(4).long()
     apart = prompts_of([5, 5, 5, 5], seed=1)
-    assert shapes_forwarded(model, ([[1, 2]], torch.zeros(4).long(), *padded(apart, 0))) == [(1, 2), (4, 4)]
     alike = [[9, 9, *completion[2:]] for completion in apart]
-    assert shapes_forwarded(model, ([[1, 2]], torch.zeros(4).long(), *padded(alike, 0))) == [(1, 2), (1, 10)]
-    checkpoint_activations(model)  # prompt and completion as one: no tree
-    assert shapes_forwarded(model, ([[1, 2]], torch.zeros(4).long(), *padded(alike, 0))) == [(4, 6)]
+    rows, tree = [(1, 2), (4, 4)], [(1, 2), (1, 10)]
+    assert shapes_forwarded(model, (prompt, of, *padded(apart, 0))) == rows
+    assert shapes_forwarded(model, (prompt, of, *padded(alike, 0))) == tree
+    assert shapes_forwarded(model, (prompt, of, *padded(alike, 0)), merge=False) == rows
+    monkeypatch.setattr(likelihood, "WIDEST_TREE", 9)
+    assert shapes_forwarded(model, (prompt, of, *padded(alike, 0))) == rows
+    monkeypatch.setattr(likelihood, "WIDEST_TREE", 10)
+    assert shapes_forwarded(model, (prompt, of, *padded(alike, 0))) == tree
+    monkeypatch.setattr(likelihood, "TAKING_ANY_MASK", {"eager"})
+    assert shapes_forwarded(model, (prompt, of, *padded(alike, 0))) == rows
+    monkeypatch.undo()
+    checkpoint_activations(model)  # prompt and completion as one
+    assert shapes_forwarded(model, (prompt, of, *padded(alike, 0))) == [(4, 6)]
 
 
 def test_a_tree_merges_what_stands_behind_the_same_tokens():
-    tokens, mask = padded([[1, 2, 3], [1, 2, 4], [5], [1, 2, 3], [1, 2, 3, 9]], filler=1)
+    tokens, mask = padded([[1, 2, 3], [1, 7, 4], [5], [1, 2, 3], [1, 2, 3, 9]], filler=1)
     mask[3, 0] = False  # not wanted, and yet passed through
     mask[4, 3] = False  # nothing wanted behind it
     tree = PrefixTree.of(3, torch.tensor([0, 0, 0, 2, 0]), tokens, mask)
-    assert tree.columns == [[1, 2], [], [1, 2]]
-    assert tree.parents == [[-1, 0], [], [-1, 0]]
-    assert tree.states == [(0, -1), (0, 0), (0, 1), (0, 1), (0, -1), (2, 0), (2, 1)]
-    assert tree.guessed == [1, 2, 3, 4, 5, 2, 3]
-    assert tree.guess_of.tolist() == [[0, 1, 2, 0], [0, 1, 3, 0], [4, 0, 0, 0], [0, 5, 6, 0], [0, 1, 2, 0]]
-    assert tree.depths().tolist() == [[0, 1], [0, 0], [0, 1]]
-    assert tree.sees()[0].tolist() == [[True, False], [True, True]]
-    assert tree.state_places().tolist() == [0, 1, 2, 2, 0, 7, 8]
+    assert tree.columns == [[1, 2, 7], [], [1, 2]]
+    assert tree.parents == [[-1, 0, 0], [], [-1, 0]]
+    assert tree.states == [(0, -1), (0, 0), (0, 1), (0, 0), (0, 2), (0, -1), (2, 0), (2, 1)]
+    assert tree.guessed == [1, 2, 3, 7, 4, 5, 2, 3]
+    assert tree.guess_of.tolist() == [[0, 1, 2, 0], [0, 3, 4, 0], [5, 0, 0, 0], [0, 6, 7, 0], [0, 1, 2, 0]]
+    assert tree.depths().tolist() == [[0, 1, 1], [0, 0, 0], [0, 1, 0]]
+    assert tree.sees()[0].int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+    assert tree.state_places().tolist() == [0, 1, 2, 1, 3, 0, 9, 10]
 
 
 @in_double

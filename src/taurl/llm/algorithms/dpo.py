@@ -27,6 +27,7 @@ from taurl.llm.data.given_answers import GivenAnswers
 from taurl.llm.data.preference_rows import Form, PreferenceReader, Preferences, train_and_held_out_preferences
 from taurl.llm.evaluation import Evaluation
 from taurl.llm.scoring.answer_batches import AnswerBatch, AnswerPart, batch_logprobs, part_logprobs
+from taurl.llm.scoring.likelihood import WIDEST_TREE, WORTH_A_TREE
 from taurl.runtime.config import refuse_unread
 from taurl.runtime.errors import InputError
 from taurl.runtime.machine import out_of_memory_names
@@ -343,7 +344,8 @@ class DPO(OnlineTrainer):
         machine = torch.__version__, transformers.__version__, str(self.device), torch.get_num_threads()
         gpu = [torch.cuda.get_device_name(self.device)] if self.device.type == "cuda" else []
         attention = self.policy.model.config._attn_implementation
-        return [config.excess_weight, *batches, config.compile_layers, attention, *machine, *gpu]
+        together = WORTH_A_TREE, WIDEST_TREE
+        return [config.excess_weight, *batches, config.compile_layers, attention, *together, *machine, *gpu]
 
     def evaluation(self, step: int) -> Evaluation:
         """The figures of training on the held-out rows; online, rewards of greedy answers."""

@@ -71,9 +71,12 @@ class OnlineTrainer(Trainer):
         generator: samples from the policy's current weights.
         prompts: what is trained on.
         dtype: of figures per token: float32, or float64 for a model in float64.
+        merges: whether its updates are `completion_logprobs` with what completions share forwarded once; the passes
+            that they are compared with must round alike.
     """
 
     headline: ClassVar[Mapping[str, str]] = HEADLINE
+    merges: ClassVar[bool] = True
     memory_settings = "tokens_per_part or slots (or kv_memory_gb, max_tokens, group_size, prompts_per_step)"
     config: SampledConfig
     rewards: RewardSet
@@ -179,6 +182,7 @@ class OnlineTrainer(Trainer):
             part.inputs(rollout.tokens),
             part.inputs(rollout.mask),
             temperature=self.config.temperature,
+            merge=self.merges,
         )
         return part.spread(logprobs), part.spread(entropies)
 

@@ -82,6 +82,7 @@ class PPO(RatioTrainer):
     """
 
     algorithm = "ppo"
+    merges = False  # updates take hidden states, which a critic may share
     config_class = PPOConfig
     headline: ClassVar[Mapping[str, str]] = {
         **HEADLINE,
@@ -383,8 +384,7 @@ class PPO(RatioTrainer):
     def _log_step(self, step: Step, collected: Collected, estimates: Estimates) -> None:
         """Samples, and a picture of one completion by token."""
         rollout = collected.rollout
-        mean_advantages = estimates.advantages.sum(1) / rollout.mask.sum(1).clamp(min=1)
-        self.log_completions(step, collected, mean_advantages)
+        self.log_completions(step, collected, estimates.advantages.sum(1) / rollout.mask.sum(1).clamp(min=1))
         row = step.number % len(rollout.completions)
         completion = rollout.completions[row]
         figures = {

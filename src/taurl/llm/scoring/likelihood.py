@@ -18,8 +18,8 @@ from taurl.runtime.errors import InputError
 # Layers whose keys and values can be gone on from. Models with others (convolutions) get prompt and completion as one.
 KEEPING = {"full_attention", "sliding_attention", "chunked_attention"}
 TAKING_ANY_MASK = {"sdpa", "eager", NAME}
-# Of the tokens that rows of their own would take, how many a tree may have to be worth its wider attention, which looks
-# at all of its columns; and the most columns.
+# Of the tokens that rows of their own would take, padding included, how many a tree may have to be worth its wider
+# attention, which looks at all of its columns; and the most of these. On a GPU, which would wait for it, not tried.
 WORTH_A_TREE, WIDEST_TREE = 0.75, 512
 
 
@@ -31,6 +31,7 @@ def completion_logprobs(
     mask: Tensor,
     *,
     temperature: float = 1.0,
+    merge: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy at each completion token.
 
@@ -47,10 +48,13 @@ def completion_logprobs(
         tokens: int64 [N, L], completions padded on the right with any token id.
         mask: bool [N, L], the tokens wanted; the others get 0 and no gradient.
         temperature: logits are divided by it.
+        merge: whether what completions of a prompt begin with may go through the model once. Without, rounding is that
+            of `completion_hidden` and `hidden_logprobs`.
     Returns: logprobs, entropies, float [N, L]; float32, or float64 for a float64 model.
     Raises: InputError for a model with recurrent layers, which have no keys and values to go on from.
     """
-    tree = _tree_worth_it(model, prompts, prompt_of, tokens, mask)
+    refuse_recurrent(model)
+    tree = _tree_worth_it(model, prompts, prompt_of, tokens, mask) if merge else None
     if tree is None:
         hidden = completion_hidden(model, prompts, prompt_of, tokens)
         return hidden_logprobs(model, hidden, tokens, mask, temperature)
@@ -189,18 +193,18 @@ def _tree_worth_it(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], prompt_of: Tensor, tokens: Tensor, mask: Tensor
 ) -> PrefixTree | None:
     """The completions as a tree where that saves tokens enough, and all layers heed a mask of any form."""
-    longest, apart = max(map(len, prompts)), tokens.shape[0] * (tokens.shape[1] - 1)
     if (
-        longest + tokens.shape[1] > WIDEST_TREE  # before anything is merged: long completions cost nothing here
+        tokens.device.type != "cpu"
+        or tokens.shape[1] > WIDEST_TREE  # before anything is merged: long completions cost nothing here
         or not shares_prompts(model)
         or checkpoints_activations(model)
         or causal_lm(model).config._attn_implementation not in TAKING_ANY_MASK
     ):
         return None
     tree = PrefixTree.of(len(prompts), prompt_of, tokens, mask)
-    columns = longest + tree.width
-    saves = 0 < tree.width * len(prompts) <= WORTH_A_TREE * apart
-    return tree if saves and columns <= WIDEST_TREE and _pads_anywhere(model, columns) else None
+    apart = tokens.shape[0] * (tokens.shape[1] - 1)
+    saves = 0 < tree.width * len(prompts) <= WORTH_A_TREE * apart and tree.width <= WIDEST_TREE
+    return tree if saves and _pads_anywhere(model, max(map(len, prompts)) + tree.width) else None
 
 
 def _pads_anywhere(model: PreTrainedModel, columns: int) -> bool:

@@ -17,7 +17,7 @@ class PrefixTree:
     all but the end is one path. The hidden state of a node depends on the prompt and on its path alone, and the
     gradient that reaches it is the sum over the completions that pass through, as if each had been forwarded by itself.
 
-    Only nodes that something is predicted from become columns: Q of them at most for a prompt, parents before children.
+    Only nodes with a wanted token behind them become columns: Q of them at most for a prompt, parents before children.
     What is predicted where is a *guess*, a state and the token behind it, the same for all completions that share both.
 
     Attributes:
