@@ -437,7 +437,7 @@ def test_in_the_value_warm_up_the_price_stays(config, folder):
     prices = [record["kl_coefficient"] for record in trainer.run.records() if "kl_coefficient" in record]
     assert prices == [settings.kl_coefficient] * 4
     assert trainer.controls.coefficient != settings.kl_coefficient  # of the fifth step
-    settings = config(steps=2, kl_target=1.0, value_warmup_steps=1, out=None)
+    settings = config(steps=2, kl_target=1.0, value_warmup_steps=1, out=settings.out.parent / "moves")
     trainer = PPO(str(folder), ROWS, high_ids, settings, reference=tiny_model(seed=1))
     found = [record["kl_coefficient"] for record in trainer.steps()]
     assert found == [settings.kl_coefficient] * 2
