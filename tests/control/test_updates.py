@@ -48,6 +48,31 @@ def test_it_is_adamw_with_a_clipped_gradient():
         torch.testing.assert_close(one, other)
 
 
+def test_averages_of_what_has_no_gradient_any_more_become_0_and_the_parameters_those_of_adamw():
+    mine, theirs = nn.Linear(16, 16), nn.Linear(16, 16)
+    theirs.load_state_dict(mine.state_dict())
+    optimizer = FlatAdam({"one": mine}, None, AdamSettings(max_grad_norm=1e9))
+    settings = optimizer.config
+    adam = torch.optim.AdamW(
+        theirs.parameters(), lr=1e-3, betas=settings.adam_betas, eps=settings.adam_epsilon, weight_decay=0.0, fused=True
+    )
+    for update in range(1280):
+        for own, other in zip(mine.parameters(), theirs.parameters(), strict=True):
+            other.grad = torch.randn(own.shape)
+            if update > 4:
+                other.grad[:8] = 0  # half of the units are dead from now on
+            own.grad.copy_(other.grad)
+        optimizer.step(1e-3)
+        adam.step()
+    means = [adam.state[weight]["exp_avg"] for weight in theirs.parameters()]
+    smallest = torch.finfo(torch.float32).tiny
+    assert any(((mean != 0) & (mean.abs() < smallest)).any() for mean in means), "nothing that could be left out"
+    assert (optimizer.mean == 0).any()
+    assert not ((optimizer.mean != 0) & (optimizer.mean.abs() < smallest)).any()
+    for own, other in zip(mine.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing_but_its_count():
     mine = networks()
     optimizer = FlatAdam(mine, lambda target: (loss_of(mine, target), {}), Settings(stop_after_non_finite=3))
