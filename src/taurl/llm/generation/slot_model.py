@@ -12,7 +12,7 @@ from taurl.llm.generation.attention import attending_by_plain_products, pays
 from taurl.llm.generation.cache import SlotCache
 from taurl.llm.generation.fused import beside, fused, fusible_layers
 from taurl.llm.generation.packed import PackedLinears
-from taurl.llm.models.attention import NAME as IN_FLOAT32
+from taurl.llm.models.attention import NAME as WHOLE_PRODUCTS
 from taurl.llm.models.heads import body, causal_lm, check_head, evaluating, output_head
 from taurl.runtime.errors import InputError
 
@@ -146,7 +146,7 @@ def require_known(model: PreTrainedModel) -> None:
         found = f"{name} has layers of kind {', '.join(sorted(unknown))}"
     elif plain._is_stateful or not plain._supports_attention_backend:
         found = f"{name} has layers of its own kind"
-    elif config._attn_implementation not in ("sdpa", "eager", IN_FLOAT32):
+    elif config._attn_implementation not in ("sdpa", "eager", WHOLE_PRODUCTS):
         found = f"{name} was loaded with attn_implementation={config._attn_implementation!r}, not 'sdpa' or 'eager'"
     else:
         return

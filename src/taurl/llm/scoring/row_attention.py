@@ -6,6 +6,7 @@ a GPU in half precision attention is one kernel for rows of varying lengths (fla
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from taurl.llm.models.attention import LONGEST
-from taurl.llm.models.attention import NAME as IN_FLOAT32
+from taurl.llm.models.attention import NAME as WHOLE_PRODUCTS
+from taurl.llm.models.attention import attend
 from taurl.llm.models.heads import body, causal_lm, evaluating
 from taurl.runtime.errors import InputError
 
-NAME, NAME_IN_FLOAT32 = "taurl_rows", "taurl_rows_float32"
+NAME, NAME_WHOLE_PRODUCTS = "taurl_rows", "taurl_rows_whole_products"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # What a model may ask of attention beyond a scale and a window, by the names that transformers passes it under.
 UNKNOWN = ("softcap", "s_aux", "position_bias")
@@ -38,6 +39,7 @@ def attend_within_rows(
     scaling: float | None = None,
     sliding_window: int | None = None,
     windows: list[int | None] | None = None,
+    whole_products: bool = False,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of each row to itself, as `transformers` calls it.
@@ -47,6 +49,7 @@ def attend_within_rows(
         row_lengths, row_bounds: as `laid_end_to_end` gives them; the sum of the lengths is T.
         sliding_window: how many tokens a token sees at most, itself included.
         windows: gets it from each layer; some models put it into their mask, which is none here, and not into the call.
+        whole_products: attend as `models.attention` does.
     Returns: [1, T, H, D], and no weights.
     """
     if windows is not None:
@@ -66,24 +69,16 @@ def attend_within_rows(
         if sliding_window is not None and q.shape[2] > sliding_window:
             place = torch.arange(q.shape[2], device=q.device)
             distance = place[:, None] - place
-            mask = (distance >= 0) & (distance < sliding_window)
+            mask = ((distance >= 0) & (distance < sliding_window))[None, None]
+        if whole_products:
+            outputs.append(attend(q, k, v, mask, causal=mask is None, scale=scaling))
+            continue
         outputs.append(
             scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
             )
         )
     return torch.cat(outputs, 2).transpose(1, 2), None
-
-
-def attend_within_rows_in_float32(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rest: Any
-) -> tuple[Tensor, None]:
-    """The same in float32, as `attention.attend_in_float32` does it for rows of that length."""
-    dtype = query.dtype
-    if max(rest["row_lengths"]) <= LONGEST:
-        query, key, value = query.float(), key.float(), value.float()
-    attended, _ = attend_within_rows(module, query, key, value, attention_mask, **rest)
-    return attended.to(dtype), None
 
 
 def laid_end_to_end(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
@@ -124,7 +119,7 @@ def varlen(
 
 
 AttentionInterface.register(NAME, attend_within_rows)
-AttentionInterface.register(NAME_IN_FLOAT32, attend_within_rows_in_float32)
+AttentionInterface.register(NAME_WHOLE_PRODUCTS, partial(attend_within_rows, whole_products=True))
 
 
 @contextmanager
@@ -134,7 +129,7 @@ def attending_within_rows(model: PreTrainedModel) -> Iterator[None]:
     configs = list({id(config): config for config in (plain.config, plain.config.get_text_config())}.values())
     before = [config._attn_implementation for config in configs]
     for config in configs:
-        config._attn_implementation = NAME_IN_FLOAT32 if config._attn_implementation == IN_FLOAT32 else NAME
+        config._attn_implementation = NAME_WHOLE_PRODUCTS if config._attn_implementation == WHOLE_PRODUCTS else NAME
     try:
         yield
     finally:
