@@ -98,7 +98,8 @@ class Side:
             done = subprocess.run(command, env=variables, capture_output=True, encoding="utf-8")
         if done.returncode:
             raise SystemExit(f"{self.name}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        return json.loads(done.stdout.splitlines()[-1])
+        figures = [line for line in done.stdout.splitlines() if line.startswith("{")]  # vLLM takes its leave after them
+        return json.loads(figures[-1])
 
 
 def our_side() -> Side:
