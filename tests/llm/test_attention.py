@@ -120,6 +120,43 @@ def test_what_underflows_has_weight_0():
     assert not found[2][:, :, [0, 2, 3]].any()
 
 
+def test_masks_of_the_lowest_number_hide_and_a_query_that_sees_nothing_spoils_no_key():
+    query, key, value = given(5, 9, torch.float32)
+    with torch.no_grad():
+        query *= 100  # scores whose exponential is infinite
+    mask = masked("lowest", 5, 9).float()
+    mask[:, :, 2] = -1e30
+    tensors = [query, key, value]
+    slope = torch.randn(2, 4, 5, 8, generator=torch.Generator().manual_seed(1))
+    slope[:, :, 2] = 0  # nobody looks at what it gives
+    found = torch.autograd.grad(attend(*tensors, mask, causal=False, scale=None), tensors, slope)
+    rest = [0, 1, 3, 4]
+    alone = attend(query[:, :, rest], key, value, mask[:, :, rest], causal=False, scale=None)
+    torch.testing.assert_close(found, torch.autograd.grad(alone, tensors, slope[:, :, rest]), rtol=1e-4, atol=1e-3)
+
+
+def test_strided_inputs_and_a_last_part_that_is_smaller(monkeypatch):
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE", 2 * 4 * 5 * 9)  # two rows of three at a time
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 5, 4, 8), (3, 9, 2, 8), (3, 9, 2, 8)]  # transposed, as layers give them
+    tensors = [torch.randn(shape, generator=generator).double().requires_grad_() for shape in shapes]
+    strided = [tensor.transpose(1, 2) for tensor in tensors]
+    mask = torch.ones(1, 1, 5, 9, dtype=torch.bool).tril(4)
+    own, theirs = (
+        attend(*strided, mask, causal=False, scale=None),
+        scaled_dot_product_attention(*strided, mask, enable_gqa=True),
+    )
+    torch.testing.assert_close(gradients(tensors, own), gradients(tensors, theirs), rtol=1e-10, atol=1e-12)
+
+
+def test_elsewhere_than_on_a_cpu_it_is_transformers_own(monkeypatch):
+    monkeypatch.setattr(WholeProducts, "apply", lambda *_: pytest.fail("taken"))
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    tensors = [tensor.detach().to("meta").requires_grad_() for tensor in given(5, 9)]
+    assert attend_by_whole_products(module, *tensors, None)[0].shape == (2, 5, 4, 8)
+
+
 @pytest.mark.parametrize("rest", [{}, {"sliding_window": 3}])
 def test_layers_call_it_as_sdpa(rest):
     module = torch.nn.Module()
@@ -130,6 +167,7 @@ def test_layers_call_it_as_sdpa(rest):
     assert weights is None
     assert torch.equal(found, expected)
     assert found.stride() == expected.stride()
+    torch.testing.assert_close(gradients(tensors, found), gradients(tensors, expected), rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from taurl.llm.beginnings import common_beginning
+from taurl.llm.models.attention import NAME, WholeProducts
 from taurl.llm.models.heads import body, context_length
 from taurl.llm.scoring import likelihood
 from taurl.llm.scoring.likelihood import checkpoints_activations, completion_logprobs, rows_of, window
@@ -100,6 +101,18 @@ def compare(model, prompts, prompt_of, completions, temperature=0.7):
 @in_double
 def test_values_and_gradients_equal_those_of_one_plain_pass_a_row(architecture):
     compare(tiny_model(architecture, torch.float64), PROMPTS, PROMPT_OF, COMPLETIONS)
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "gemma2"])  # which knows no sdpa
+@in_double
+def test_the_same_where_attention_goes_back_by_whole_products(architecture, monkeypatch):
+    model = tiny_model(architecture, torch.float64)
+    for config in (model.config, model.config.get_text_config()):
+        config._attn_implementation = NAME
+    taken, backward = [], WholeProducts.backward
+    monkeypatch.setattr(WholeProducts, "backward", lambda *given: taken.append(1) or backward(*given))
+    compare(model, PROMPTS, PROMPT_OF, COMPLETIONS)
+    assert len(taken) >= 2 * model.config.get_text_config().num_hidden_layers
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -24,7 +24,8 @@ NAME = "taurl_whole_products"
 SHAPE = 8, 9, 16, 64, 64  # rows, heads, queries, keys, size: short completions with their prompt
 LONGEST = 512  # keys; of longer rows the kernel's products are large enough
 WORTH = 1.5  # times as fast, from which on it is taken: noise should not turn the choice
-SCORES_AT_ONCE = 2**20  # of as many rows: 4 MB in float32, about what a core's cache holds
+SCORES_AT_ONCE = 2**20  # 4 MB in float32, about what a core's cache holds; one row at least
+SEES_NOTHING = -1e20  # a log-sum below it is of a query all of whose keys are masked
 LOG2_E = 1 / math.log(2)
 # What a layer may pass without changing the result: the mask has the window already.
 HARMLESS = {"sliding_window", "position_ids", "use_cache"}
@@ -59,10 +60,10 @@ class WholeProducts(torch.autograd.Function):
         if ctx.causal:
             hidden = torch.ones(queries, keys, dtype=torch.bool).triu(1)
             mask = torch.zeros(1, 1, queries, keys, dtype=wide).masked_fill(hidden, -torch.inf)
-        mask = torch.zeros((), dtype=wide) if mask is None else mask.to(wide) * LOG2_E
+        mask = torch.zeros(1, 1, 1, 1, dtype=wide) if mask is None else mask
         masks = mask.expand(rows, 1, queries, keys)[:, :, None]
-        # Infinite where a query sees nothing: its weights are 0, and no gradient goes through it.
-        offsets = (logsumexp.to(wide).contiguous() * LOG2_E).nan_to_num(0, 0, 0).view(rows, key_heads, -1, queries, 1)
+        offsets = logsumexp.to(wide).contiguous() * LOG2_E
+        offsets = offsets.masked_fill_(offsets < SEES_NOTHING, torch.inf).view(rows, key_heads, -1, queries, 1)
         gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         of_query, of_key, of_value = gradients
         step = max(1, SCORES_AT_ONCE // (heads * queries * keys))
@@ -70,7 +71,7 @@ class WholeProducts(torch.autograd.Function):
             # Heads that share keys, one below the other: [rows × key heads, queries of all of them, …].
             q, o, do = (each[part].reshape(-1, heads // key_heads * queries, size) for each in (query, attended, slope))
             k, v = (each[part].reshape(-1, keys, size) for each in (key, value))
-            weights = (masks[part] - offsets[part]).reshape(len(q), -1, keys)
+            weights = (masks[part].to(wide) * LOG2_E - offsets[part]).reshape(len(q), -1, keys)
             weights.baddbmm_(q.to(wide) * (ctx.scale * LOG2_E), k.to(wide).mT).exp2_()
             scaled = do.to(wide) * ctx.scale
             slopes = torch.bmm(scaled, v.to(wide).mT)
@@ -91,9 +92,15 @@ def attend(
         query: [R, H, Q, D]; key, value: [R, K, S, D], with K a divisor of H.
         mask: bool or as the query, [R or 1, 1, Q, S]; or None.
     """
-    differs = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
-    dense = all(each.stride(-1) == 1 and each.shape[-1] == query.shape[-1] for each in (query, key, value))
-    if not differs or not dense or query.shape[2] == 1 or key.shape[2] > LONGEST:
+    given = query, key, value
+    differs = torch.is_grad_enabled() and any(each.requires_grad for each in given)
+    # What torch looks at before it calls its kernel.
+    fits = query.device.type == "cpu" and all(
+        each.stride(-1) == 1 and each.shape[-1] == query.shape[-1] for each in given
+    )
+    fits = fits and key.shape == value.shape and len(key) == len(query) and query.shape[1] % key.shape[1] == 0
+    fits = fits and not (mask is not None and mask.requires_grad)
+    if not differs or not fits or query.shape[2] == 1 or not 0 < key.shape[2] <= LONGEST:
         return scaled_dot_product_attention(
             query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
         )
@@ -118,7 +125,8 @@ def attend_by_whole_products(
 ) -> tuple[Tensor, None]:
     """`transformers`' sdpa by `attend`, where it knows all that is asked; arguments and result are those of that."""
     changes = dropout or any(value is not None for name, value in rest.items() if name not in HARMLESS)
-    if changes or query.shape[2] == 1 or (attention_mask is not None and attention_mask.shape[1] != 1):
+    by_head = attention_mask is not None and attention_mask.shape[1] != 1
+    if changes or by_head or query.shape[2] == 1 or query.device.type != "cpu":
         alone: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **rest
         )

@@ -126,7 +126,9 @@ def make_critic(
     else:
         start: Any = kind
         if isinstance(kind, str):  # a reward model comes with its head
-            start = load_model(kind, dtype=model.dtype, head=written_head(Path(resolve_model(kind)))[0])
+            start = load_model(
+                kind, dtype=model.dtype, device=model.device, head=written_head(Path(resolve_model(kind)))[0]
+            )
         head = started_head(start, policy, dtype)
         if normalized and not normalize_head(head, RewardNote.for_model(kind)[1]) and head.weight.any():
             note = "the scale of the critic's scores is not known, so that its values start unnormalised"

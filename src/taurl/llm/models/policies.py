@@ -217,7 +217,9 @@ class Policy:
 
     def use_reference(self, model: str | PreTrainedModel) -> None:
         """Take another model, by name or as an object, as the reference in place of the starting weights."""
-        loaded = load_model(model, dtype=self.model.dtype) if isinstance(model, str) else model
+        loaded = (
+            load_model(model, dtype=self.model.dtype, device=self.model.device) if isinstance(model, str) else model
+        )
         other: Any = cast_weights(loaded, self.model.dtype, self.model.device)
         self._reference = other.eval().requires_grad_(False)
         switch_off_dropout(loaded)
