@@ -31,7 +31,9 @@ def test_the_main_job_takes_a_step_and_its_result_answers(here, capsys):
     precision = json.loads((here / "run/environment.json").read_text())["precision"]
     assert step["sampling/logp_difference_mean"] < {"float32": 1e-3, "bfloat16": 0.05}[precision]
     assert step["updates_skipped"] == 0
-    (here / "prompts.jsonl").write_text(json.dumps({"prompt": "What is the capital of France?"}))
+    (here / "prompts.jsonl").write_text(
+        json.dumps({"prompt": "What is the capital of Japan?"})
+    )  # by far the likeliest answer
     capsys.readouterr()
     assert (
         main(
@@ -50,4 +52,4 @@ def test_the_main_job_takes_a_step_and_its_result_answers(here, capsys):
         )
         == 0
     )
-    assert "Paris" in json.loads(capsys.readouterr().out)["completion"]
+    assert "Tokyo" in json.loads(capsys.readouterr().out)["completion"]
