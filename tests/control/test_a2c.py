@@ -98,6 +98,8 @@ def test_steps_that_only_reset_change_nothing(whiten, tmp_path):
 )
 def test_the_identity_is_solved(space, enough, tmp_path):
     settings = {"learning_rate": 1e-2, "discount": 0.0, "eval_episodes": 20, "steps": 8192}
+    if isinstance(space, spaces.Discrete):
+        settings |= {"learning_rate": 2e-2, "rollout_steps": 8, "steps": 1024}
     trainer = trainer_of(tmp_path, lambda: Identity(space), **settings).train()
     assert trainer.run.records()[-1]["eval/mean_reward"] >= enough
 

@@ -379,7 +379,7 @@ OPTIONS = [{}, {"double": True, "dueling": True, "prioritized": True, "n_step": 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_it_learns_to_echo(tmp_path, options):
     trainer = trained(
-        tmp_path, Echo, steps=1500, discount=0.5, learning_rate=5e-3, epsilon_fraction=0.5, record_every=500, **options
+        tmp_path, Echo, steps=1000, discount=0.5, learning_rate=5e-3, epsilon_fraction=0.5, record_every=500, **options
     )
     trainer.train()
     assert trainer.evaluate(20).returns == [10.0] * 20

@@ -149,7 +149,7 @@ def test_an_environment_that_says_what_to_do_is_solved(tmp_path, action_space, b
     box = isinstance(action_space, spaces.Box)
     config = TRPOConfig(
         out=tmp_path / "run",
-        steps=8192 if box else 2048,
+        steps=8192 if box else 1024,
         environments=4,
         rollout_steps=64,
         discount=0.0,
