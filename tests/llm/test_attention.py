@@ -208,12 +208,18 @@ def test_models_learn_and_sample_by_it(chosen, architecture):
     tokens = torch.tensor([completion.tokens for group in groups for completion in group])
     sampled = torch.tensor([completion.logprobs for group in groups for completion in group])
     mask, prompt_of = torch.ones_like(tokens, dtype=torch.bool), torch.tensor([0, 0, 1, 1, 2, 2])
-    with torch.no_grad():
-        expected, without, found = (
-            completion_logprobs(model, prompts, prompt_of, tokens, mask)[0] for model in (exact, plain, wide)
+    of_models = []
+    for model in (exact, plain, wide):
+        logprobs, _ = completion_logprobs(model, prompts, prompt_of, tokens, mask)
+        logprobs.mean().backward()
+        gradient = torch.cat(
+            [weight.grad.float().flatten() for weight in model.parameters() if weight.grad is not None]
         )
+        of_models.append((logprobs.detach(), gradient))
+    (_, expected), (_, without), (found, gradient) = of_models
     assert (found - sampled).abs().mean() < 0.05
-    assert (found - expected).abs().mean() < 1.5 * (without - expected).abs().mean()
+    assert 0 < (gradient - expected).norm() < 1.2 * (without - expected).norm()
+    assert not torch.equal(gradient, without)
 
 
 @pytest.mark.parametrize("window", [None, 2])

@@ -8,7 +8,7 @@ from transformers import MambaConfig, PhimoeConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from taurl.llm.data.token_rows import TokenRow
-from taurl.llm.scoring import row_attention
+from taurl.llm.models import attention
 from taurl.llm.scoring.row_attention import (
     attend_within_rows,
     attending_within_rows,
@@ -141,13 +141,13 @@ class OnGpu(torch.Tensor):
 
 
 def test_on_a_gpu_in_full_precision_no_kernel_is_asked_for_grouped_heads(monkeypatch):
-    plain, asked = row_attention.scaled_dot_product_attention, []
+    plain, asked = attention.scaled_dot_product_attention, []
 
     def noted(*tensors, enable_gqa, **options):
         asked.append(enable_gqa)
         return plain(*tensors, enable_gqa=enable_gqa, **options)
 
-    monkeypatch.setattr(row_attention, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", noted)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(1, heads, 9, 8, generator=generator).double() for heads in (6, 2, 2)]
     rows = laid_end_to_end([4, 5], torch.device("cpu"))

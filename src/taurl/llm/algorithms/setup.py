@@ -72,9 +72,7 @@ def choose_machine(run: Run, *, keep_dtype: bool) -> tuple[torch.device, torch.d
         keep = keep_dtype and config.precision == "auto"
         chosen["precision"] = "" if keep else str(choose_precision(config.precision, device)).removeprefix("torch.")
     if device.type == "cpu" and chosen["precision"] != "float32":  # an object's own may be bfloat16
-        known = {"whole_products": True, "bfloat16": False}.get(
-            chosen.get("attention", "")
-        )  # or as earlier versions did
+        known = {"whole_products": True, "bfloat16": False}.get(chosen.get("attention", ""))
         chosen["attention"] = "whole_products" if attention.choose(known) else "bfloat16"
     chosen["device"] = str(device)
     return device, getattr(torch, chosen["precision"]) if chosen["precision"] else None

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from taurl.llm.models.attention import HARMLESS
+
 NAME = "taurl_one_query"
-# What a layer may pass without changing the result: the mask has the window already, dropout is off.
-HARMLESS = {"dropout", "sliding_window", "position_ids", "use_cache", "is_causal"}
+IGNORED = HARMLESS | {"dropout", "is_causal"}  # dropout is off, and the mask says what a query sees
 
 
 def one_query_attention(
@@ -34,7 +35,7 @@ def one_query_attention(
         rest: what is not known to be harmless (a soft cap, sinks) goes to sdpa, which refuses or ignores it.
     Returns: [R, Q, heads, size], and no weights.
     """
-    changes = any(value is not None for name, value in rest.items() if name not in HARMLESS)
+    changes = any(value is not None for name, value in rest.items() if name not in IGNORED)
     if query.shape[2] != 1 or attention_mask is None or attention_mask.shape[1] != 1 or changes:
         found: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **rest

@@ -101,15 +101,22 @@ def attend(
     fits = fits and key.shape == value.shape and len(key) == len(query) and query.shape[1] % key.shape[1] == 0
     fits = fits and not (mask is not None and mask.requires_grad)
     if not differs or not fits or query.shape[2] == 1 or not 0 < key.shape[2] <= LONGEST:
-        return scaled_dot_product_attention(
-            query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
-        )
+        return plain(query, key, value, mask, causal=causal, scale=scale)
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
     found: Tensor = WholeProducts.apply(
         query, key, value, mask, causal, query.shape[-1] ** -0.5 if scale is None else scale
     )  # type: ignore[no-untyped-call]
     return found
+
+
+def plain(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, scale: float | None
+) -> Tensor:
+    """`scaled_dot_product_attention` of heads that may share keys; arguments as those of `attend`."""
+    return scaled_dot_product_attention(
+        query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
+    )
 
 
 def attend_by_whole_products(

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from taurl.llm.models.attention import NAME as WHOLE_PRODUCTS
-from taurl.llm.models.attention import attend
+from taurl.llm.models.attention import attend, plain
 from taurl.llm.models.heads import body, causal_lm, evaluating
 from taurl.runtime.errors import InputError
 
@@ -70,14 +69,7 @@ def attend_within_rows(
             place = torch.arange(q.shape[2], device=q.device)
             distance = place[:, None] - place
             mask = ((distance >= 0) & (distance < sliding_window))[None, None]
-        if whole_products:
-            outputs.append(attend(q, k, v, mask, causal=mask is None, scale=scaling))
-            continue
-        outputs.append(
-            scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
-            )
-        )
+        outputs.append((attend if whole_products else plain)(q, k, v, mask, causal=mask is None, scale=scaling))
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 
